@@ -1,0 +1,317 @@
+"""One differentiable operator behind two doors to the same kernel.
+
+Eager calls go straight to the kernel, or through one autograd.Function where a gradient or a
+torch.func transform is at work; torch.compile, fake tensors and dispatch modes go through an
+operator registered with torch.library. The second door costs twenty times the first, and its
+autograd reads as zero under forward mode: hence both, made by one helper from one description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+LIBRARY = torch.library.Library("hos_ext", "DEF")
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp) is at work."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor's values may be read here and now."""
+    return type(t) in _PLAIN and not t.is_meta
+
+
+def needs_library(tensors: Sequence[Tensor]) -> bool:
+    """Compiling, fake, meta or otherwise dispatched tensors go through torch.library."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not all(map(is_plain, tensors))
+
+
+def dense_like(t: Tensor) -> Tensor:
+    """Dense memory for a gradient: a factor `(..., D, r)` keeps its memory order."""
+    if t.dim() >= 3 and t.stride(-2) == 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
+        return t.new_empty(t.mT.shape).mT
+    return t.new_empty(t.shape)
+
+
+class Operator:
+    """One operator, two doors: `function` (autograd.Function) and `library` (torch.library).
+
+    forward(*args) -> outputs; the first is differentiable, the others are what backward needs.
+    backward(needs, grad, *args, *saved) -> a gradient for each argument in `differentiable`.
+    jvp(tangents, *args, *saved) -> the tangent of the first output.
+    batch_axis(position, args) -> the batch axis of an argument, or None where it has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        returns: int,
+        *,
+        forward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., tuple[Tensor | None, ...]],
+        jvp: Callable[..., Tensor],
+        fake: Callable[..., tuple[Tensor, ...]],
+        differentiable: Sequence[int],
+        batch_axis: Callable[[int, Sequence[Any]], int | None],
+        scalars: dict[int, torch.dtype],
+    ) -> None:
+        self.name, self.forward, self.backward, self.jvp = name, forward, backward, jvp
+        self.differentiable, self.batch_axis, self.scalars = differentiable, batch_axis, scalars
+        self.function = _make_function(self)
+        self.backward_function = _make_backward_function(self)
+        _register(self, schema, returns, fake)
+        self.library = getattr(torch.ops.hos_ext, name)
+        self.library_backward = getattr(torch.ops.hos_ext, name + "_backward")
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if needs_library(tensors):
+            if not functorch_active() and forward_ad._current_level >= 0:
+                raise RuntimeError(
+                    f"{self.name}: forward-mode differentiation does not reach compiled or fake"
+                    " tensors, got an active dual level; call it outside torch.compile"
+                )
+            outputs = self.library(*self.as_tensors(args))
+            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        if functorch_active() or forward_ad._current_level >= 0:
+            return self.function.apply(*args)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self.function.apply(*args)  # type: ignore[no-any-return]
+        return self.forward(*args)
+
+    def call_backward(self, needs: Sequence[bool], grad: Tensor, *args: Any) -> tuple[Any, ...]:
+        """The gradients of the differentiable arguments, None where not needed."""
+        tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
+        if needs_library(tensors):
+            grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
+        elif functorch_active() or any(t.requires_grad for t in tensors):
+            grads = self.backward_function.apply(tuple(needs), grad, *args)
+        else:
+            grads = self.backward(needs, grad, *args)
+        return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
+
+    def as_tensors(self, args: Sequence[Any]) -> list[Any]:
+        """Python scalars as 0-d tensors: as constants in a schema they would recompile."""
+        out = list(args)
+        for position, dtype in self.scalars.items():
+            if not isinstance(out[position], Tensor):
+                out[position] = torch.full((), out[position], dtype=dtype)
+        return out
+
+    def scatter(self, grads: Sequence[Any], n: int) -> list[Any]:
+        """Gradients in the positions of the arguments."""
+        out: list[Any] = [None] * n
+        for position, grad in zip(self.differentiable, grads, strict=True):
+            out[position] = grad
+        return out
+
+    def fold(self, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], int]:
+        """vmap's axis folded into the batch axis of every argument; also the inner batch size."""
+        lead = next(
+            p
+            for p, a in enumerate(args)
+            if isinstance(a, Tensor) and self.batch_axis(p, args) is not None
+        )
+        axis = self.batch_axis(lead, args) or 0
+        shape = list(args[lead].shape)
+        if in_dims[lead] is not None:
+            shape.pop(in_dims[lead])
+        inner = shape[axis]
+        out = []
+        for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+            axis = self.batch_axis(position, args)
+            if not isinstance(arg, Tensor):
+                out.append(arg)
+                continue
+            if axis is None:
+                if dim is not None:
+                    raise RuntimeError(
+                        f"{self.name}: vmap over argument {position} is not supported (it has no"
+                        " batch axis)"
+                    )
+                out.append(arg)
+                continue
+            if arg.dim() - (dim is not None) == 0:  # a scalar for each sample, or for all
+                out.append(arg if dim is None else arg.repeat_interleave(inner))
+                continue
+            if dim is None:
+                arg = arg.unsqueeze(axis).expand(*arg.shape[:axis], size, *arg.shape[axis:])
+            else:
+                arg = arg.movedim(dim, axis)
+            out.append(arg.flatten(axis, axis + 1))
+        return out, inner
+
+
+def _split(args: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
+    """Tensors to save, and the other arguments in their places."""
+    tensors = [a if isinstance(a, Tensor) else None for a in args]
+    others = [None if isinstance(a, Tensor) else a for a in args]
+    return tensors, others
+
+
+def _merge(tensors: Sequence[Tensor | None], others: Sequence[Any]) -> list[Any]:
+    return [o if t is None else t for t, o in zip(tensors, others, strict=True)]
+
+
+def _make_function(op: Operator) -> Any:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return op.forward(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.others = _split(inputs)
+        ctx.count = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors, *output[1:])
+
+    def saved(ctx: Any) -> list[Any]:
+        tensors = ctx.saved_tensors
+        return [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]]
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * ctx.count
+        needs = [ctx.needs_input_grad[p] for p in op.differentiable]
+        return tuple(op.scatter(op.call_backward(needs, grad, *saved(ctx)), ctx.count))
+
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        args = saved(ctx)
+        chosen = [tangents[p] for p in op.differentiable]
+        return (op.jvp(chosen, *args), *(None for _ in args[ctx.count :]))
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        folded, inner = op.fold(info.batch_size, in_dims, args)
+        outputs = op(*folded)
+        return tuple(o.unflatten(0, (info.batch_size, inner)) for o in outputs), (0,) * len(outputs)
+
+    return _function_class(op.name, forward, setup_context, backward, jvp, vmap)
+
+
+def _make_backward_function(op: Operator) -> Any:
+    """The backward operator as a Function whose own derivatives raise instead of reading zero."""
+
+    def forward(needs: tuple[bool, ...], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        grads = op.backward(needs, grad, *args)
+        return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_no_second_derivative(op.name))
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], needs: Any, *rest: Any) -> tuple[Any, Any]:
+        grad, args = rest[0], rest[1:]
+        folded, inner = op.fold(info.batch_size, in_dims[2:], args)
+        lead = (
+            grad.movedim(in_dims[1], 0)
+            if in_dims[1] is not None
+            else grad.expand(info.batch_size, *grad.shape)
+        )
+        grads = op.call_backward(needs, lead.flatten(0, 1), *folded)
+        out, dims = [], []
+        for position, g in zip(op.differentiable, grads, strict=True):
+            if g is None:
+                out.append(lead.new_empty(0))
+                dims.append(None)
+                continue
+            axis = op.batch_axis(position, args) or 0
+            out.append(g.unflatten(axis, (info.batch_size, inner)))
+            dims.append(axis)
+        return tuple(out), tuple(dims)
+
+    return _function_class(op.name + "_backward", forward, setup_context, refuse, refuse, vmap)
+
+
+def _function_class(
+    name: str, forward: Any, setup_context: Any, backward: Any, jvp: Any, vmap: Any
+) -> Any:
+    body = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+        "vmap": staticmethod(vmap),
+    }
+    return type(name, (torch.autograd.Function,), body)
+
+
+def _no_second_derivative(name: str) -> str:
+    return (
+        f"{name}: double backward is not supported, got a request for the derivative of its"
+        " gradient; use hos_ext.reference for second derivatives"
+    )
+
+
+def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any]) -> None:
+    """Registers the operator and its backward with torch.library."""
+    name, count = op.name, len(op.differentiable)
+    outputs = ", ".join(["Tensor"] * returns)
+    grads = ", ".join(["Tensor"] * count)
+    saved = "".join(f", Tensor saved{i}" for i in range(returns - 1))
+    LIBRARY.define(
+        f"{name}({schema}) -> ({outputs})" if returns > 1 else f"{name}({schema}) -> Tensor"
+    )
+    LIBRARY.define(f"{name}_backward(bool[] needs, Tensor grad, {schema}{saved}) -> ({grads})")
+
+    def pack(outputs: tuple[Tensor, ...]) -> Any:
+        return outputs if returns > 1 else outputs[0]
+
+    def forward(*args: Any) -> Any:
+        return pack(op.forward(*args))
+
+    def forward_fake(*args: Any) -> Any:
+        return pack(fake(*args))
+
+    def backward(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        grads = op.backward(needs, grad, *args)
+        return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+    def backward_fake(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(
+            dense_like(args[p]) if n else grad.new_empty(0)
+            for p, n in zip(op.differentiable, needs, strict=True)
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors, ctx.others = _split(inputs)
+        ctx.count = len(inputs)
+        extra = output[1:] if returns > 1 else ()
+        ctx.save_for_backward(*tensors, *extra)
+
+    def formula(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        args = [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]]
+        needs = [ctx.needs_input_grad[p] for p in op.differentiable]
+        grads = getattr(torch.ops.hos_ext, name + "_backward")(needs, grad, *args)
+        kept = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return tuple(op.scatter(kept, ctx.count))
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_no_second_derivative(name))
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        outputs, dims = op.function.vmap(info, in_dims, *args)
+        return pack(outputs), pack(dims)
+
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(name + "_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hos_ext::{name}", forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"hos_ext::{name}_backward", backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"hos_ext::{name}", formula, setup_context=setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(f"hos_ext::{name}_backward", refuse, lib=LIBRARY)
+    torch.library.register_vmap(f"hos_ext::{name}", vmap, lib=LIBRARY)
