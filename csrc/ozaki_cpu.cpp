@@ -4,7 +4,12 @@
 
 #include "ozaki.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -26,14 +31,44 @@ struct BlockWords {
   alignas(64) uint32_t w[4][kCounters];
 };
 
+// A vector of counters, and the widening product that compilers do not find by themselves.
+#if defined(__AVX512F__)
+typedef uint64_t Lanes __attribute__((vector_size(64)));
+typedef uint32_t Narrow __attribute__((vector_size(32)));
+#elif defined(__AVX2__)
+typedef uint64_t Lanes __attribute__((vector_size(32)));
+typedef uint32_t Narrow __attribute__((vector_size(16)));
+#else
+typedef uint64_t Lanes __attribute__((vector_size(16)));
+typedef uint32_t Narrow __attribute__((vector_size(8)));
+#endif
+struct WideLanesProduct {
+  Lanes operator()(Lanes c, uint32_t m) const {
+#if defined(__AVX512F__)
+    return Lanes(_mm512_mul_epu32(__m512i(c), _mm512_set1_epi64(int64_t(m))));
+#elif defined(__AVX2__)
+    return Lanes(_mm256_mul_epu32(__m256i(c), _mm256_set1_epi64x(int64_t(m))));
+#elif defined(__SSE2__)
+    return Lanes(_mm_mul_epu32(__m128i(c), _mm_set1_epi64x(int64_t(m))));
+#else
+    return (c & 0xFFFFFFFFu) * uint64_t(m);
+#endif
+  }
+};
+constexpr int kLanes = int(sizeof(Lanes) / sizeof(uint64_t));
+
 inline void philox_block(uint64_t block, const NoiseKey& key, BlockWords* words) {
-  const uint64_t base = block * kCounters;
-  for (int j = 0; j < kCounters; ++j) {
-    const Words four = philox(base + uint64_t(j), key.tag, key.seed);
-    words->w[0][j] = four.w[0];
-    words->w[1][j] = four.w[1];
-    words->w[2][j] = four.w[2];
-    words->w[3][j] = four.w[3];
+  Lanes step;
+  for (int k = 0; k < kLanes; ++k) step[k] = uint64_t(k);
+  for (int j = 0; j < kCounters; j += kLanes) {
+    const Lanes counter = step + (block * kCounters + uint64_t(j));
+    const Lanes zero = step ^ step;
+    Lanes c[4] = {counter, counter >> 32, zero + key.tag, zero + (key.tag >> 32)};
+    philox_rounds(c, key.seed, WideLanesProduct());
+    for (int k = 0; k < 4; ++k) {
+      const Narrow word = __builtin_convertvector(c[k], Narrow);
+      memcpy(&words->w[k][j], &word, sizeof word);
+    }
   }
 }
 
@@ -151,6 +186,18 @@ inline void walk(const StepArgs& a, int64_t begin, int64_t end, const Visit& vis
   }
 }
 
+// body(constant) with the curvature as a compile-time constant, so that its loop vectorises.
+template <class Body>
+inline void with_curvature(int curvature, const Body& body) {
+  if (curvature == kClamp) {
+    body(std::integral_constant<int, kClamp>());
+  } else if (curvature == kAbs) {
+    body(std::integral_constant<int, kAbs>());
+  } else {
+    body(std::integral_constant<int, kRaw>());
+  }
+}
+
 template <class A>
 inline A step_size_of(const StepArgs& a, int64_t row) {
   return A(a.step_sizes != nullptr ? a.step_sizes[row] : a.step_size);
@@ -189,19 +236,12 @@ void step(const StepArgs& a, int threads) {
         return;
       }
       const T* d = row_of<T>(a.diag, a.diag_row, row) + column;
-      const auto run = [&](int curvature) {
+      with_curvature(a.curvature, [&](auto curvature) {
 #pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
           narrow(ozaki_element(widen(x[j]), widen(s[j]), widen(d[j]), h, z[j], curvature), out + j);
         }
-      };
-      if (a.curvature == kClamp) {
-        run(kClamp);
-      } else if (a.curvature == kAbs) {
-        run(kAbs);
-      } else {
-        run(kRaw);
-      }
+      });
     });
   });
 }
@@ -227,23 +267,21 @@ void step_backward(const StepArgs& a, int threads) {
       }
       const T* s = row_of<T>(a.score, a.score_row, row) + column;
       const T* d = row_of<T>(a.diag, a.diag_row, row) + column;
-      alignas(64) StepGrad<A> grads[kBlock];
-      const auto run = [&](int curvature) {
+      alignas(64) A by_score[kBlock], by_diag[kBlock], by_noise[kBlock];
+      with_curvature(a.curvature, [&](auto curvature) {
+#pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
-          grads[j] = ozaki_element_vjp(widen(s[j]), widen(d[j]), h, z[j], curvature, widen(g[j]));
+          const StepGrad<A> grad =
+              ozaki_element_vjp(widen(s[j]), widen(d[j]), h, z[j], curvature, widen(g[j]));
+          by_score[j] = grad.score;
+          by_diag[j] = grad.diag;
+          by_noise[j] = grad.noise;
         }
-      };
-      if (a.curvature == kClamp) {
-        run(kClamp);
-      } else if (a.curvature == kAbs) {
-        run(kAbs);
-      } else {
-        run(kRaw);
-      }
+      });
       for (int64_t j = 0; j < count; ++j) {
-        put(a.grad_score, j, grads[j].score);
-        put(a.grad_diag, j, grads[j].diag);
-        put(a.grad_noise, j, grads[j].noise);
+        put(a.grad_score, j, by_score[j]);
+        put(a.grad_diag, j, by_diag[j]);
+        put(a.grad_noise, j, by_noise[j]);
       }
     });
   });

@@ -25,9 +25,15 @@ struct Pair {
   T a, b;
 };
 
-HOS_HD Words philox(uint64_t counter, uint64_t tag, uint64_t seed) {
-  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32);
-  uint32_t c2 = uint32_t(tag), c3 = uint32_t(tag >> 32);
+// 32 x 32 -> 64 bit product with the low half of a lane.
+struct WideProduct {
+  HOS_HD uint64_t operator()(uint64_t c, uint32_t m) const { return uint64_t(m) * uint32_t(c); }
+};
+
+// Ten rounds on words held in the low halves of 64-bit lanes (one counter, or a vector of them); the
+// high halves carry rubbish that no product reads. This is how the multiplier wants them.
+template <class Lane, class Product>
+HOS_HD void philox_rounds(Lane c[4], uint64_t seed, const Product& product) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -35,16 +41,21 @@ HOS_HD Words philox(uint64_t counter, uint64_t tag, uint64_t seed) {
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
+    const Lane p0 = product(c[0], 0xD2511F53u);
+    const Lane p1 = product(c[2], 0xCD9E8D57u);
+    c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(k0);
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(k1);
+    c[3] = p0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+}
+
+HOS_HD Words philox(uint64_t counter, uint64_t tag, uint64_t seed) {
+  uint64_t c[4] = {counter, counter >> 32, tag, tag >> 32};
+  philox_rounds(c, seed, WideProduct());
+  return {{uint32_t(c[0]), uint32_t(c[1]), uint32_t(c[2]), uint32_t(c[3])}};
 }
 
 // (k + 1/2) / 2^32, rounded once: the halves of k are exact in float.

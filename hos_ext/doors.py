@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("hos_ext", "DEF")
@@ -77,11 +79,8 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if needs_library(tensors):
-            if not functorch_active() and forward_ad._current_level >= 0:
-                raise RuntimeError(
-                    f"{self.name}: forward-mode differentiation does not reach compiled or fake"
-                    " tensors, got an active dual level; call it outside torch.compile"
-                )
+            if forward_ad._current_level >= 0:
+                raise RuntimeError(_no_forward_mode(self.name))
             outputs = self.library(*self.as_tensors(args))
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         if functorch_active() or forward_ad._current_level >= 0:
@@ -102,11 +101,18 @@ class Operator:
         return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
     def as_tensors(self, args: Sequence[Any]) -> list[Any]:
-        """Python scalars as 0-d tensors: as constants in a schema they would recompile."""
+        """Python scalars as 0-d tensors: as constants in a schema they would recompile.
+
+        A product is what torch.compile turns into tensor arithmetic; torch.full would guard on
+        the value of a float and recompile for each.
+        """
         out = list(args)
         for position, dtype in self.scalars.items():
-            if not isinstance(out[position], Tensor):
-                out[position] = torch.full((), out[position], dtype=dtype)
+            value = out[position]
+            if isinstance(value, float | torch.SymFloat):
+                out[position] = torch.ones((), dtype=dtype, device="cpu") * value
+            elif not isinstance(value, Tensor):
+                out[position] = torch.full((), value, dtype=dtype, device="cpu")
         return out
 
     def scatter(self, grads: Sequence[Any], n: int) -> list[Any]:
@@ -196,7 +202,15 @@ def _make_function(op: Operator) -> Any:
         outputs = op(*folded)
         return tuple(o.unflatten(0, (info.batch_size, inner)) for o in outputs), (0,) * len(outputs)
 
-    return _function_class(op.name, forward, setup_context, backward, jvp, vmap)
+    return _function_class(
+        op.name,
+        torch.autograd.Function,
+        forward=forward,
+        setup_context=setup_context,
+        backward=backward,
+        jvp=jvp,
+        vmap=vmap,
+    )
 
 
 def _make_backward_function(op: Operator) -> Any:
@@ -232,20 +246,19 @@ def _make_backward_function(op: Operator) -> Any:
             dims.append(axis)
         return tuple(out), tuple(dims)
 
-    return _function_class(op.name + "_backward", forward, setup_context, refuse, refuse, vmap)
+    return _function_class(
+        op.name + "_backward",
+        torch.autograd.Function,
+        forward=forward,
+        setup_context=setup_context,
+        backward=refuse,
+        jvp=refuse,
+        vmap=vmap,
+    )
 
 
-def _function_class(
-    name: str, forward: Any, setup_context: Any, backward: Any, jvp: Any, vmap: Any
-) -> Any:
-    body = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-        "jvp": staticmethod(jvp),
-        "vmap": staticmethod(vmap),
-    }
-    return type(name, (torch.autograd.Function,), body)
+def _function_class(name: str, base: Any, **methods: Any) -> Any:
+    return type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
 
 
 def _no_second_derivative(name: str) -> str:
@@ -255,16 +268,28 @@ def _no_second_derivative(name: str) -> str:
     )
 
 
+def _no_forward_mode(name: str) -> str:
+    return (
+        f"{name}: forward-mode differentiation does not reach compiled, fake or dispatched tensors,"
+        " got an active dual level; call it outside torch.compile and dispatch modes"
+    )
+
+
 def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any]) -> None:
     """Registers the operator and its backward with torch.library."""
     name, count = op.name, len(op.differentiable)
     outputs = ", ".join(["Tensor"] * returns)
     grads = ", ".join(["Tensor"] * count)
     saved = "".join(f", Tensor saved{i}" for i in range(returns - 1))
+    # The kernels rely on rows that are dense in memory, as `ops` made them.
+    tags = (torch.Tag.needs_fixed_stride_order,)
     LIBRARY.define(
-        f"{name}({schema}) -> ({outputs})" if returns > 1 else f"{name}({schema}) -> Tensor"
+        f"{name}({schema}) -> ({outputs})" if returns > 1 else f"{name}({schema}) -> Tensor",
+        tags=tags,
     )
-    LIBRARY.define(f"{name}_backward(bool[] needs, Tensor grad, {schema}{saved}) -> ({grads})")
+    LIBRARY.define(
+        f"{name}_backward(bool[] needs, Tensor grad, {schema}{saved}) -> ({grads})", tags=tags
+    )
 
     def pack(outputs: tuple[Tensor, ...]) -> Any:
         return outputs if returns > 1 else outputs[0]
@@ -289,18 +314,25 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
         tensors, ctx.others = _split(inputs)
         ctx.count = len(inputs)
         extra = output[1:] if returns > 1 else ()
+        ctx.mark_non_differentiable(*extra)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *extra)
 
-    def formula(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def formula(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * ctx.count
         tensors = ctx.saved_tensors
-        args = [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]]
-        needs = [ctx.needs_input_grad[p] for p in op.differentiable]
-        grads = getattr(torch.ops.hos_ext, name + "_backward")(needs, grad, *args)
+        args = [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]][1:]
+        needs = [ctx.needs_input_grad[p + 1] for p in op.differentiable]
+        grads = op.library_backward(needs, grad, *args)
         kept = [g if n else None for g, n in zip(grads, needs, strict=True)]
-        return tuple(op.scatter(kept, ctx.count))
+        return (None, *op.scatter(kept, ctx.count - 1))
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(_no_second_derivative(name))
+
+    def refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_no_forward_mode(name))
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         outputs, dims = op.function.vmap(info, in_dims, *args)
@@ -310,8 +342,40 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
     LIBRARY.impl(name + "_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hos_ext::{name}", forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"hos_ext::{name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"hos_ext::{name}", formula, setup_context=setup_context, lib=LIBRARY
-    )
-    torch.library.register_autograd(f"hos_ext::{name}_backward", refuse, lib=LIBRARY)
+    _register_autograd(name, setup_context, formula, refuse_forward_mode)
+    _register_autograd(name + "_backward", lambda *_: None, refuse, refuse)
     torch.library.register_vmap(f"hos_ext::{name}", vmap, lib=LIBRARY)
+
+
+def _register_autograd(name: str, setup_context: Any, backward: Any, jvp: Any) -> None:
+    """The autograd kernel of a library operator; its function has one leading argument more.
+
+    torch.library.register_autograd cannot be used: under torch.func.grad (in torch.compile) it
+    raises, and under forward mode it reads as zero.
+    """
+
+    def forward(state: tuple[Any, bool], *args: Any) -> Any:
+        keys, grad_enabled = state
+        # A Function turns both modes of differentiation off: outer transforms still need them.
+        with (
+            torch.set_grad_enabled(grad_enabled),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        # torch.func's transforms are at work already when they reach this kernel: one level each.
+        with enable_single_level_autograd_function():
+            return function.apply((keys, torch.is_grad_enabled()), *args)
+
+    function = _function_class(
+        name + "_library",
+        _SingleLevelFunction,
+        forward=forward,
+        setup_context=setup_context,
+        backward=backward,
+        jvp=jvp,
+    )
+    operator = getattr(torch.ops.hos_ext, name).default
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)

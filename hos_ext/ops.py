@@ -1,32 +1,33 @@
-"""The operators: checks, dispatch to the native kernels, autograd, torch.compile.
+"""The public operators: each checks its input once, flattens it, and calls `native`.
 
-Every public function checks its input once and then takes one of two doors to the same kernel: a
-direct call (or one autograd.Function where a gradient or a torch.func transform is at work), and an
-operator registered with torch.library for torch.compile and fake tensors. Devices without a native
-kernel take the plain-torch path of `reference`, with one warning. Only this file imports `_C`.
+Devices without a native kernel take the plain-torch path of `reference`, with one warning.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C, reference
-from .doors import LIBRARY, Operator, dense_like, functorch_active, is_plain, needs_library
+from . import native, reference
+from .checks import (
+    FLOATING,
+    check_counter,
+    check_int,
+    check_out,
+    check_positive,
+    check_sign,
+    check_tensor,
+    show,
+)
 
 STREAM_STEP, STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_TRAINING = range(4)
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_WIDE = (torch.float32, torch.float64)
 _CURVATURES = {"clamp": 0, "abs": 1, "raw": 2}
 _REDUCTIONS = ("mean", "sum", "none")
-_DSM, _DSM_VR, _D2SM, _D2SM_VR, _D2SM_DIAG, _D2SM_DIAG_VR = range(6)
-_POINTS = {_DSM: 1, _DSM_VR: 2, _D2SM: 1, _D2SM_VR: 3, _D2SM_DIAG: 1, _D2SM_DIAG_VR: 3}
 
 
 def build_info() -> dict[str, Any]:
@@ -36,209 +37,13 @@ def build_info() -> dict[str, Any]:
         version, compiler, cpu_level (instruction set in use), openmp, threads, cuda_built (bool),
         cuda_archs and the version of torch.
     """
-    info = dict(_C.build_info())
+    info = native.module_info()
     info["threads"] = torch.get_num_threads()
     info["torch"] = torch.__version__
     return info
 
 
-# ----------------------------------------------------------------------------- devices and layouts
-
-
-_warned: set[str] = set()
-
-
-def _native(device: torch.device) -> bool:
-    """Whether the kernels serve a device; where not, one warning names the cure."""
-    if device.type == "cpu" or device.type == "meta":
-        return True
-    if device.type == "cuda" and torch.version.hip is None:
-        if not _C.build_info()["cuda_built"]:
-            cure = "reinstall where nvcc is on PATH (HOS_CUDA=ON makes a missing nvcc an error)"
-        elif _C.cuda_driver_too_old() == 0:
-            return True
-        else:
-            cure = f"the CUDA driver ({_C.cuda_driver_too_old()}) is older than the runtime built in: update it"
-    else:
-        cure = "no native kernel exists for it: CPU and CUDA have one"
-    if device.type not in _warned:
-        _warned.add(device.type)
-        warnings.warn(
-            f"hos_ext: device {device.type} takes the plain-torch path; {cure}", stacklevel=4
-        )
-    return False
-
-
-def _queue(device: torch.device) -> tuple[int, int]:
-    """Device index (-1: CPU) and thread count or stream, as the native functions take them."""
-    if device.type == "cpu":
-        return -1, torch.get_num_threads()
-    stream = torch.cuda.current_stream(device)
-    return stream.device.index, stream.cuda_stream
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _view(t: Tensor | None, stacked: bool) -> tuple[int, int, int, int, int]:
-    """Address and strides (point, batch, row, column) of `([points], B, D[, r])`."""
-    if t is None:
-        return (0, 0, 0, 0, 0)
-    strides = t.stride()
-    point = strides[0] if stacked else 0
-    batch, *inner = strides[1:] if stacked else strides
-    if len(inner) == 2:
-        return (t.data_ptr(), point, batch, inner[0], inner[1])
-    return (t.data_ptr(), point, batch, 1, 1)
-
-
-def _flat(t: Tensor, start: int) -> Tensor:
-    """`(..., *dims)` as `(..., D)`, each row contiguous; a copy only where no view has that."""
-    if t.dim() != start + 1:
-        t = t.reshape(*t.shape[:start], math.prod(t.shape[start:]))
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def _flat_factor(factor: Tensor) -> Tensor:
-    """A factor in either memory order (r or D fastest) as it is; any other order copied."""
-    if factor.stride(-1) == 1 or factor.stride(-2) == 1 or factor.shape[-1] == 0:
-        return factor
-    return factor.contiguous()
-
-
-def _values(
-    where: str, name: str, value: Tensor | float, rows: int, device: torch.device
-) -> tuple[float, Tensor | None]:
-    """sigma or step_size for the kernel: a number, or one float64 a row on the device."""
-    if isinstance(value, Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
-        return 0.0, value.detach().to(torch.float64).expand(rows).contiguous()
-    number = float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{where}: {name} must be positive and finite, got {number}")
-    return number, None
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def _show(value: Any) -> str:
-    """What came, for an error message."""
-    if isinstance(value, Tensor):
-        return f"shape {tuple(value.shape)} {value.dtype} on {value.device}"
-    return repr(value)
-
-
-def _check_tensor(
-    where: str,
-    name: str,
-    value: Any,
-    *,
-    like: Tensor | None = None,
-    shape: tuple[int, ...] | None = None,
-    dtypes: Sequence[torch.dtype] = _WIDE,
-    because: str = "",
-) -> None:
-    """A strided tensor of an allowed dtype; as `like` in dtype and device; of a given shape."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{where}: {name} must be strided, got {value.layout}")
-    if value.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{where}: {name} must have dtype {allowed}, got {value.dtype}")
-    if like is not None and value.dtype != like.dtype:
-        raise ValueError(
-            f"{where}: {name} must have dtype {like.dtype}{because}, got {value.dtype}"
-        )
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{where}: {name} must be on {like.device}{because}, got {value.device}")
-    if shape is not None and tuple(value.shape) != shape:
-        raise ValueError(
-            f"{where}: {name} must have shape {shape}{because}, got {tuple(value.shape)}"
-        )
-
-
-def _check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -> Tensor | float:
-    """A positive finite number, or a floating `()` or `(B,)` tensor without gradient."""
-    if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{where}: {name} must be floating, got {value.dtype}")
-        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
-            raise ValueError(
-                f"{where}: {name} must be a float or have shape () or ({rows},), got"
-                f" {tuple(value.shape)}"
-            )
-        if value.requires_grad:
-            raise ValueError(f"{where}: {name} must not require grad, got requires_grad=True")
-        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
-            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
-        return value
-    if isinstance(value, bool) or not isinstance(
-        value, float | int | torch.SymFloat | torch.SymInt
-    ):
-        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    if not (value > 0 and value < math.inf):
-        raise ValueError(f"{where}: {name} must be positive and finite, got {value}")
-    return value
-
-
-def _refuse_row(where: str, name: str, row: int, values: Tensor | None) -> None:
-    """Raises for what the kernel reported: row - 1 is the sample with a bad value."""
-    if row and values is not None:
-        raise ValueError(
-            f"{where}: {name} must be positive and finite, got {values[row - 1].item()} for sample"
-            f" {row - 1}"
-        )
-
-
-def _check_sign(where: str, sign: Any, rank: int, like: Tensor) -> None:
-    """`(r,)` of +-1; the values are read on the CPU only, where that needs no synchronisation."""
-    if sign is None:
-        return
-    _check_tensor(where, "sign", sign, like=like, shape=(rank,), because=" (one for each column)")
-    if sign.requires_grad:
-        raise ValueError(f"{where}: sign must not require grad, got requires_grad=True")
-    plain = not needs_library([sign]) and not functorch_active()
-    if plain and sign.device.type == "cpu" and not bool((sign.abs() == 1).all()):
-        raise ValueError(f"{where}: sign must hold +1 or -1, got {sign.tolist()}")
-
-
-def _check_int(where: str, name: str, value: Any, limit: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
-    if value < 0 or value >= limit:
-        raise ValueError(
-            f"{where}: {name} must be in [0, 2**{limit.bit_length() - 1}), got {value}"
-        )
-
-
-def _check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:
-    """A seed or offset: an int, or a 0-d int64 tensor on the CPU or on the device."""
-    if not isinstance(value, Tensor):
-        _check_int(where, name, value, limit)
-    elif value.dtype != torch.int64 or value.dim() != 0:
-        raise ValueError(
-            f"{where}: {name} must be an int or a 0-d int64 tensor, got {_show(value)}"
-        )
-    elif value.device.type != "cpu" and value.device != device:
-        raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
-
-
 # ------------------------------------------------------------------------------------------- noise
-
-
-def _tag(offset: int, stream: int) -> int:
-    return offset | stream << 56
-
-
-def _counter(value: Tensor | int) -> tuple[int, int]:
-    """(value, 0), or (0, address) for a tensor that the device reads."""
-    if not isinstance(value, Tensor):
-        return value, 0
-    if value.device.type == "cpu":
-        return int(value), 0
-    return 0, value.data_ptr()
 
 
 def _fresh_seed() -> Tensor | int:
@@ -263,85 +68,30 @@ def _draw(
     dtype = dtype or torch.get_default_dtype()
     device = torch.device(device) if device is not None else torch.get_default_device()
     shape = tuple(int(n) for n in shape)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ValueError(f"{where}: dtype must be a floating type, got {dtype}")
     if any(n < 0 for n in shape):
         raise ValueError(f"{where}: shape must not be negative, got {shape}")
-    _check_counter(where, "seed", seed, 2**64, device)
-    _check_counter(where, "offset", offset, 2**56, device)
-    _check_int(where, "first", first, 2**63)
-    _check_int(where, "stream", stream, 2**8)
+    check_counter(where, "seed", seed, 2**64, device)
+    check_counter(where, "offset", offset, 2**56, device)
+    check_int(where, "first", first, 2**63)
+    check_int(where, "stream", stream, 2**8)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or device.type == "meta"
     ):
         seed, offset = (
-            v if isinstance(v, Tensor) else torch.full((), _signed(v), dtype=torch.int64)
+            v if isinstance(v, Tensor) else torch.full((), native.signed(v), dtype=torch.int64)
             for v in (seed, offset)
         )
         return torch.ops.hos_ext.noise(uniform, shape, seed, offset, first, stream, dtype, device)  # type: ignore[no-any-return]
-    return _noise(uniform, shape, seed, offset, first, stream, dtype, device)
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that holds it."""
-    return value if isinstance(value, torch.SymInt) or value < 2**63 else value - 2**64
-
-
-def _noise(
-    uniform: bool,
-    shape: Sequence[int],
-    seed: Tensor | int,
-    offset: Tensor | int,
-    first: int,
-    stream: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    if not _native(device):
+    if not native.has_kernels(device):
         make = reference.uniform if uniform else reference.normal
-        return make(
-            tuple(shape),
-            seed=int(seed) % 2**64,
-            offset=int(offset),
-            first=first,
-            stream=stream,
-            dtype=dtype,
-            device=device,
-        )
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if out.numel() == 0:
-        return out
-    seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
-    start = first * (out.numel() // out.shape[0]) if out.dim() else first
-    _C.noise(
-        *_queue(out.device), _DTYPES[dtype], uniform, out.numel(), seed_value % 2**64,
-        _tag(offset_value, stream), start, seed_address, offset_address, out.data_ptr(),
-    )  # fmt: skip
-    return out
-
-
-LIBRARY.define(
-    "noise(bool uniform, SymInt[] shape, Tensor seed, Tensor offset, SymInt first, int stream,"
-    " ScalarType dtype, Device device) -> Tensor"
-)
-LIBRARY.impl("noise", _noise, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hos_ext::noise", lib=LIBRARY)
-def _noise_fake(
-    uniform: bool,
-    shape: Sequence[int],
-    seed: Tensor,
-    offset: Tensor,
-    first: int,
-    stream: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+        key = int(seed) % 2**64
+        counter = {"offset": int(offset), "first": first, "stream": stream}
+        return make(shape, seed=key, **counter, dtype=dtype, device=device)
+    return native.draw_noise(uniform, shape, seed, offset, first, stream, dtype, device)
 
 
 def normal(
@@ -395,139 +145,6 @@ def uniform(
 # ------------------------------------------------------------------------------------------- steps
 
 
-def _step_forward(
-    x: Tensor,
-    score: Tensor,
-    diag: Tensor | None,
-    noise: Tensor | None,
-    step_size: Tensor | float,
-    seed: Tensor | int,
-    offset: Tensor | int,
-    first: int,
-    curvature: int,
-    out: Tensor | None = None,
-) -> tuple[Tensor]:
-    rows, size = x.shape
-    if out is None:
-        out = x.new_empty((rows, size))
-    where = "langevin_step" if diag is None else "ozaki_step"
-    h, steps = _values(where, "step_size", step_size, rows, x.device)
-    seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
-    bad = _C.step(
-        *_queue(x.device), _DTYPES[x.dtype], rows, size, h, _address(steps), curvature,
-        seed_value % 2**64, offset_value, first * size, seed_address, offset_address,
-        x.data_ptr(), x.stride(0), score.data_ptr(), score.stride(0),
-        _address(diag), 0 if diag is None else diag.stride(0),
-        _address(noise), 0 if noise is None else noise.stride(0), out.data_ptr(), out.stride(0),
-    )  # fmt: skip
-    _refuse_row(where, "step_size", bad, steps)
-    return (out,)
-
-
-def _step_backward(
-    needs: Sequence[bool],
-    grad: Tensor,
-    x: Tensor,
-    score: Tensor,
-    diag: Tensor | None,
-    noise: Tensor | None,
-    step_size: Tensor | float,
-    seed: Tensor | int,
-    offset: Tensor | int,
-    first: int,
-    curvature: int,
-) -> tuple[Tensor | None, ...]:
-    rows, size = x.shape
-    h, steps = _values("step", "step_size", step_size, rows, x.device)
-    grad = grad if grad.stride(-1) == 1 or size <= 1 else grad.contiguous()
-    grads = [x.new_empty((rows, size)) if n else None for n in needs[1:]]
-    seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
-    if any(needs[1:]):
-        _C.step_backward(
-            *_queue(x.device), _DTYPES[x.dtype], rows, size, h, _address(steps), curvature,
-            seed_value % 2**64, offset_value, first * size, seed_address, offset_address,
-            grad.data_ptr(), grad.stride(0), score.data_ptr(), score.stride(0),
-            _address(diag), 0 if diag is None else diag.stride(0),
-            _address(noise), 0 if noise is None else noise.stride(0),
-            *(_address(g) for g in grads),
-        )  # fmt: skip
-    return (grad.clone() if needs[0] else None, *grads)
-
-
-def _step_jvp(tangents: Sequence[Tensor | None], *args: Any) -> Tensor:
-    """The step acts entry by entry: its Jacobian is what backward gives for ones."""
-    grads = _step.call_backward([t is not None for t in tangents], torch.ones_like(args[0]), *args)
-    terms = [g * t for g, t in zip(grads, tangents, strict=True) if t is not None]
-    return torch.stack(terms).sum(0) if terms else torch.zeros_like(args[0])
-
-
-def _step_axis(position: int, args: Sequence[Any]) -> int | None:
-    if position in (0, 1, 2, 3, 4):
-        if position == 3 and args[3] is None:
-            raise RuntimeError(
-                "ozaki_step, langevin_step: noise must be given inside vmap, got noise=None (every"
-                " lane would draw the same)"
-            )
-        return 0
-    return None
-
-
-_step = Operator(
-    "step",
-    "Tensor x, Tensor score, Tensor? diag, Tensor? noise, Tensor step_size, Tensor seed,"
-    " Tensor offset, SymInt first, int curvature",
-    1,
-    forward=_step_forward,
-    backward=_step_backward,
-    jvp=_step_jvp,
-    fake=lambda x, *_: (x.new_empty(x.shape),),
-    differentiable=(0, 1, 2, 3),
-    batch_axis=_step_axis,
-    scalars={4: torch.float64, 5: torch.int64, 6: torch.int64},
-)
-
-
-def _check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """`out` is as x, needs no gradient, and overlaps an input wholly or not at all."""
-    _check_tensor(where, "out", out, like=x, shape=tuple(x.shape), dtypes=tuple(_DTYPES))
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (out, *inputs.values())
-    ):
-        raise ValueError(
-            f"{where}: out must not be combined with inputs that require grad, got one"
-        )
-    if out.numel() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"{where}: out must not overlap itself, got strides {out.stride()}")
-    for name, value in inputs.items():
-        if value is not None and _overlaps_partly(out, value):
-            raise ValueError(
-                f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
-                " other strides"
-            )
-
-
-def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
-        return False
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    if start_a == start_b and a.stride() == b.stride():
-        return False
-    spans = [
-        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
-        for t in (a, b)
-    ]
-    if start_a + spans[0] <= start_b or start_b + spans[1] <= start_a:
-        return False
-    # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
-    row, size = a.stride(0), a.numel() // a.shape[0]
-    if a.stride()[0] == b.stride()[0] and a[0].is_contiguous() and b[0].is_contiguous():
-        gap = (start_b - start_a) // a.element_size() % max(row, 1)
-        return not (gap >= size and row - gap >= size)
-    return True
-
-
 def _take_step(
     where: str,
     x: Tensor,
@@ -541,45 +158,51 @@ def _take_step(
     curvature: str,
     out: Tensor | None,
 ) -> Tensor:
-    _check_tensor(where, "x", x, dtypes=tuple(_DTYPES))
-    if x.dim() < 2:
-        raise ValueError(f"{where}: x must have shape (B, *dims), got {tuple(x.shape)}")
-    shape = tuple(x.shape)
-    for name, value in (("score", score), ("diag", diag), ("noise", noise)):
-        if value is not None:
-            _check_tensor(
-                where, name, value, like=x, shape=shape, dtypes=tuple(_DTYPES), because=" like x"
-            )
-    step_size = _check_positive(where, "step_size", step_size, shape[0], x)
+    direct = native.is_direct(x, score, diag, noise, out)
+    if not direct:
+        _check_step_tensors(where, x, score, diag, noise)
+    shape = x.shape
+    step_size = check_positive(where, "step_size", step_size, shape[0], x)
     if curvature not in _CURVATURES:
         raise ValueError(f"{where}: curvature must be clamp, abs or raw, got {curvature!r}")
-    _check_int(where, "first", first, 2**63)
-    _check_counter(where, "offset", offset, 2**56, x.device)
+    check_int(where, "first", first, 2**63)
+    check_counter(where, "offset", offset, 2**56, x.device)
     if noise is not None and seed is not None:
-        raise ValueError(f"{where}: seed must be None where noise is given, got {_show(seed)}")
+        raise ValueError(f"{where}: seed must be None where noise is given, got {show(seed)}")
     if noise is not None:
         seed = 0
     elif seed is None:
         seed = _fresh_seed()
     else:
-        _check_counter(where, "seed", seed, 2**64, x.device)
-        seed = seed if isinstance(seed, Tensor) else _signed(seed)
-    inputs = {"x": x, "score": score, "diag": diag, "noise": noise}
-    direct = out is not None and not needs_library([x, out]) and not functorch_active()
-    if out is not None:
-        _check_out(where, out, x, inputs if direct else {})
-    if not _native(x.device):
-        result = _reference_step(x, score, diag, step_size, noise, seed, offset, first, curvature)
-        return result if out is None else out.copy_(result)
-    flat = [None if t is None else _flat(t, 1) for t in (x, score, diag, noise)]
+        check_counter(where, "seed", seed, 2**64, x.device)
+        seed = seed if isinstance(seed, Tensor) else native.signed(seed)
     rest = (step_size, seed, offset, first, _CURVATURES[curvature])
-    if out is None:
-        result = _step(*flat, *rest)[0]
-        return result if result.shape == shape else result.view(shape)
-    if direct and out.view(shape).is_contiguous():
-        _step_forward(*flat, *rest, out.view(flat[0].shape))  # type: ignore[arg-type, union-attr]
-        return out
-    return out.copy_(_step(*flat, *rest)[0].view(shape))
+    if direct:
+        return native.step_into(
+            torch.empty_like(x) if out is None else out, x, score, diag, noise, *rest
+        )
+    if out is not None:
+        check_out(where, out, x, {"x": x, "score": score, "diag": diag, "noise": noise})
+    if not native.has_kernels(x.device):
+        result = _reference_step(x, score, diag, step_size, noise, seed, offset, first, curvature)
+    else:
+        flat = [None if t is None else native.flat_rows(t, 1) for t in (x, score, diag, noise)]
+        result = native.step(*flat, *rest)[0]
+        result = result if result.shape == shape else result.view(shape)
+    return result if out is None else out.copy_(result)
+
+
+def _check_step_tensors(
+    where: str, x: Tensor, score: Tensor, diag: Tensor | None, noise: Tensor | None
+) -> None:
+    check_tensor(where, "x", x, dtypes=FLOATING)
+    if x.dim() < 2:
+        raise ValueError(f"{where}: x must have shape (B, *dims), got {tuple(x.shape)}")
+    for name, value in (("score", score), ("diag", diag), ("noise", noise)):
+        if value is not None or name == "score":
+            check_tensor(
+                where, name, value, like=x, shape=tuple(x.shape), dtypes=FLOATING, because=" like x"
+            )
 
 
 def _reference_step(
@@ -594,7 +217,9 @@ def _reference_step(
     curvature: str,
 ) -> Tensor:
     if noise is None:
-        noise = _noise(False, x.shape, seed, offset, first, STREAM_STEP, x.dtype, x.device)
+        noise = native.draw_noise(
+            False, x.shape, seed, offset, first, STREAM_STEP, x.dtype, x.device
+        )
     if diag is None:
         return reference.langevin_step(x, score, step_size, noise)
     return reference.ozaki_step(x, score, diag, step_size, noise, curvature)
@@ -684,105 +309,7 @@ def ozaki_step(
 
 # ------------------------------------------------------------------------------------------ losses
 
-_NAMES = (
-    "dsm_loss",
-    "dsm_vr_loss",
-    "d2sm_loss",
-    "d2sm_vr_loss",
-    "d2sm_diag_loss",
-    "d2sm_diag_vr_loss",
-)
-
-
-def _loss_call(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The native arguments that forward and backward share; and the tensor of sigmas in them."""
-    stacked = _POINTS[kind] > 1
-    batch, size = noise.shape
-    number, sigmas = _values(_NAMES[kind], "sigma", sigma, batch, noise.device)
-    call = (
-        *_queue(noise.device), _DTYPES[noise.dtype], kind, batch, size,
-        0 if factor is None else factor.shape[-1], score.shape[0] if stacked else 1,
-        _view(score, stacked), _view(diag, stacked), _view(factor, stacked), _view(noise, False),
-        number, _address(sigmas), _address(sign),
-    )  # fmt: skip
-    return call, sigmas
-
-
-def _loss_forward(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
-    noise, factor = args[3], args[2]
-    rank = 0 if factor is None else factor.shape[-1]
-    call, sigmas = _loss_call(kind, *args)
-    loss = noise.new_empty(noise.shape[0])
-    saved = noise.new_empty((noise.shape[0], _C.saved_size(kind, rank)))
-    row = _C.loss(*call, saved.data_ptr(), loss.data_ptr())
-    _refuse_row(_NAMES[kind], "sigma", row, sigmas)
-    return loss, saved
-
-
-def _loss_fake(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
-    noise, factor = args[3], args[2]
-    columns = 1 + (0 if factor is None else factor.shape[-1])
-    grams = {_D2SM: 1, _D2SM_VR: 2}.get(kind, 0)
-    size = grams * columns * columns + (_POINTS[kind] * columns if grams else 0)
-    return noise.new_empty(noise.shape[0]), noise.new_empty((noise.shape[0], size))
-
-
-def _loss_backward(
-    needs: Sequence[bool], grad: Tensor, kind: int, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    args, saved = rest[:-1], rest[-1]
-    score, diag, factor = args[:3]
-    call, _sigmas = _loss_call(kind, *args)
-    grads = [None if t is None else dense_like(t) for t in (score, diag, factor)]
-    _C.loss_backward(
-        *call, saved.data_ptr(), grad.data_ptr(), grad.stride(0),
-        _address(grads[0]), _address(grads[1]), _view(grads[2], _POINTS[kind] > 1),
-    )  # fmt: skip
-    return tuple(grads)
-
-
-def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tensor:
-    """The gradients of the per-sample losses, dotted with the tangents."""
-    ones = (
-        torch.ones_like(rest[3][:, 0]) if rest[3].shape[1] else rest[3].new_zeros(rest[3].shape[0])
-    )
-    grads = _loss.call_backward([t is not None for t in tangents], ones, kind, *rest)
-    axis = 1 if _POINTS[kind] > 1 else 0
-    total = torch.zeros_like(ones)
-    for grad, tangent in zip(grads, tangents, strict=True):
-        if tangent is not None:
-            total = total + (grad * tangent).movedim(axis, 0).flatten(1).sum(1)
-    return total
-
-
-def _loss_axis(position: int, args: Sequence[Any]) -> int | None:
-    if position in (1, 2, 3):
-        return 1 if _POINTS[args[0]] > 1 else 0
-    return 0 if position in (4, 5, 7) else None
-
-
-_loss = Operator(
-    "loss",
-    "int kind, Tensor score, Tensor? diag, Tensor? factor, Tensor noise, Tensor sigma, Tensor? sign",
-    2,
-    forward=_loss_forward,
-    backward=_loss_backward,
-    jvp=_loss_jvp,
-    fake=_loss_fake,
-    differentiable=(1, 2, 3),
-    batch_axis=_loss_axis,
-    scalars={5: torch.float64},
-)
-
-_REFERENCE_LOSSES = (
+_REFERENCE: tuple[Callable[..., Tensor], ...] = (
     reference.dsm_loss,
     reference.dsm_vr_loss,
     reference.d2sm_loss,
@@ -802,13 +329,13 @@ def _evaluate_loss(
     sign: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    where, points = _NAMES[kind], _POINTS[kind]
+    where, points = native.LOSS_NAMES[kind], native.POINTS[kind]
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
     score, diag, factor, noise, sign = _under_autocast(
         where, points, score, diag, factor, noise, sign
     )
-    _check_tensor(where, "noise", noise)
+    check_tensor(where, "noise", noise)
     if noise.dim() < 2:
         raise ValueError(f"{where}: noise must have shape (B, *dims), got {tuple(noise.shape)}")
     if noise.requires_grad:
@@ -816,41 +343,38 @@ def _evaluate_loss(
     shape = tuple(noise.shape)
     batch, size = shape[0], math.prod(shape[1:])
     stack = (points,) if points > 1 else ()
-    _check_tensor(where, "score", score, like=noise, because=" like noise")
+    check_tensor(where, "score", score, like=noise, because=" like noise")
     allowed = [(p, *shape) for p in ((2, 3) if points == 3 else (2,))] if stack else [shape]
     if tuple(score.shape) not in allowed:
         raise ValueError(
-            f"{where}: score must have shape {' or '.join(map(str, allowed))}, got {tuple(score.shape)}"
+            f"{where}: score must have shape {' or '.join(map(str, allowed))}, got"
+            f" {tuple(score.shape)}"
         )
-    if kind > _DSM_VR:
-        _check_tensor(
-            where, "diag", diag, like=noise, shape=(*stack, *shape), because=" like noise"
-        )
+    if kind > native.DSM_VR:
+        check_tensor(where, "diag", diag, like=noise, shape=(*stack, *shape), because=" like noise")
     if factor is not None:
-        _check_tensor(where, "factor", factor, like=noise, because=" like noise")
+        check_tensor(where, "factor", factor, like=noise, because=" like noise")
         expected = (*stack, batch, size)
         if factor.dim() != len(expected) + 1 or tuple(factor.shape[:-1]) != expected:
             raise ValueError(
                 f"{where}: factor must have shape ({', '.join(map(str, expected))}, r), got"
                 f" {tuple(factor.shape)}"
             )
-    _check_sign(where, sign, 0 if factor is None else factor.shape[-1], noise)
-    sigma = _check_positive(where, "sigma", sigma, batch, noise)
+    sign = check_sign(where, sign, 0 if factor is None else factor.shape[-1], noise)
+    sigma = check_positive(where, "sigma", sigma, batch, noise)
     lead = len(stack) + 1
     flat = (
-        _flat(score, lead),
-        None if diag is None else _flat(diag, lead),
-        None if factor is None else _flat_factor(factor),
-        _flat(noise, 1),
+        native.flat_rows(score, lead),
+        None if diag is None else native.flat_rows(diag, lead),
+        None if factor is None else native.flat_factor(factor),
+        native.flat_rows(noise, 1),
     )
-    if _native(noise.device):
-        loss = _loss(kind, *flat, sigma, sign)[0]
+    if native.has_kernels(noise.device):
+        loss = native.loss(kind, *flat, sigma, sign)[0]
     else:
-        given = [t for t in flat[:3] if t is not None] + [flat[3]]
-        extra = () if kind not in (_D2SM, _D2SM_VR) else (sign,)
-        if kind in (_D2SM, _D2SM_VR):
-            given = list(flat)
-        loss = _REFERENCE_LOSSES[kind](*given, sigma, *extra)
+        low_rank = kind in (native.D2SM, native.D2SM_VR)
+        given = [t for t in flat if low_rank or t is not None]
+        loss = _REFERENCE[kind](*given, sigma, *((sign,) if low_rank else ()))
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -898,13 +422,13 @@ def dsm_loss(
     Reference:
         Meng et al. 2021, Eq. 3.  Plain version: reference.dsm_loss.
     """
-    return _evaluate_loss(_DSM, score, None, None, noise, sigma, None, reduction)
+    return _evaluate_loss(native.DSM, score, None, None, noise, sigma, None, reduction)
 
 
 def dsm_vr_loss(
     score: Tensor, noise: Tensor, sigma: Tensor | float, *, reduction: str = "mean"
 ) -> Tensor:
-    """Variance-reduced denoising score matching: `dsm_loss` - (2/sigma) <s(clean), z> - |z|^2/sigma^2.
+    """Variance-reduced denoising score matching, Eq. 3 - (2/sigma) <s(clean), z> - |z|^2/sigma^2.
 
     Args:
         score: s at alpha x + sigma z and at alpha x, stacked. Shape (2, B, *dims).
@@ -920,7 +444,7 @@ def dsm_vr_loss(
     Reference:
         Meng et al. 2021, Eq. 32.  Plain version: reference.dsm_vr_loss.
     """
-    return _evaluate_loss(_DSM_VR, score, None, None, noise, sigma, None, reduction)
+    return _evaluate_loss(native.DSM_VR, score, None, None, noise, sigma, None, reduction)
 
 
 def d2sm_loss(
@@ -933,10 +457,10 @@ def d2sm_loss(
     sign: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Second-order denoising score matching |psi + C|^2 - |C|^2, psi = s2 + s s^T, C = (I - z z^T)/sigma^2.
+    """Second-order denoising score matching |psi + C|^2 - |C|^2.
 
-    Fits s2 = diag(d) + U diag(sign) U^T to the Hessian of log p without forming a D x D matrix:
-    O(D r^2) work, O(D r) memory.
+    psi = s2 + s s^T, C = (I - z z^T) / sigma^2. Fits s2 = diag(d) + U diag(sign) U^T to the Hessian
+    of log p without forming a D x D matrix: O(D r^2) work, O(D r) memory.
 
     Args:
         score: s at alpha x + sigma z. Shape (B, *dims); float32 or float64. Units 1/data.
@@ -958,7 +482,7 @@ def d2sm_loss(
     Reference:
         Meng et al. 2021, Eq. 13.  Plain version: reference.d2sm_loss.
     """
-    return _evaluate_loss(_D2SM, score, diag, factor, noise, sigma, sign, reduction)
+    return _evaluate_loss(native.D2SM, score, diag, factor, noise, sigma, sign, reduction)
 
 
 def d2sm_vr_loss(
@@ -996,7 +520,7 @@ def d2sm_vr_loss(
     Reference:
         Meng et al. 2021, Eq. 33.  Plain version: reference.d2sm_vr_loss.
     """
-    return _evaluate_loss(_D2SM_VR, score, diag, factor, noise, sigma, sign, reduction)
+    return _evaluate_loss(native.D2SM_VR, score, diag, factor, noise, sigma, sign, reduction)
 
 
 def d2sm_diag_loss(
@@ -1024,7 +548,7 @@ def d2sm_diag_loss(
     Reference:
         Meng et al. 2021, Eq. 17.  Plain version: reference.d2sm_diag_loss.
     """
-    return _evaluate_loss(_D2SM_DIAG, score, diag, None, noise, sigma, None, reduction)
+    return _evaluate_loss(native.D2SM_DIAG, score, diag, None, noise, sigma, None, reduction)
 
 
 def d2sm_diag_vr_loss(
@@ -1052,131 +576,28 @@ def d2sm_diag_vr_loss(
     Reference:
         Meng et al. 2021, Eq. 17 and 33.  Plain version: reference.d2sm_diag_vr_loss.
     """
-    return _evaluate_loss(_D2SM_DIAG_VR, score, diag, None, noise, sigma, None, reduction)
+    return _evaluate_loss(native.D2SM_DIAG_VR, score, diag, None, noise, sigma, None, reduction)
 
 
 # ----------------------------------------------------------------------------------------- Hessian
 
 
-def _assemble_forward(diag: Tensor, factor: Tensor, sign: Tensor | None) -> tuple[Tensor]:
-    batch, size, rank = factor.shape
-    out = diag.new_empty((batch, size, size))
-    _C.assemble(
-        *_queue(diag.device), _DTYPES[diag.dtype], batch, size, rank, _view(diag, False),
-        _view(factor, False), _address(sign), out.data_ptr(), out.stride(0), out.stride(1),
-    )  # fmt: skip
-    return (out,)
-
-
-def _weighted(factor: Tensor, sign: Tensor | None) -> Tensor:
-    return factor if sign is None else factor * sign
-
-
-def _assemble_backward(
-    needs: Sequence[bool], grad: Tensor, diag: Tensor, factor: Tensor, sign: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grad_factor = None
-    if needs[1]:
-        grad_factor = dense_like(factor)
-        grad_factor.copy_(torch.matmul(grad + grad.mT, _weighted(factor, sign)))
-    return (grad.diagonal(0, -2, -1).clone() if needs[0] else None, grad_factor)
-
-
-def _assemble_jvp(
-    tangents: Sequence[Tensor | None], diag: Tensor, factor: Tensor, sign: Tensor | None
-) -> Tensor:
-    out = torch.zeros_like(diag).unsqueeze(-1).expand(*diag.shape, diag.shape[-1])
-    if tangents[1] is not None:
-        half = tangents[1] @ _weighted(factor, sign).mT
-        out = out + half + half.mT
-    return out if tangents[0] is None else out + torch.diag_embed(tangents[0])
-
-
-_assemble = Operator(
-    "assemble_hessian",
-    "Tensor diag, Tensor factor, Tensor? sign",
-    1,
-    forward=_assemble_forward,
-    backward=_assemble_backward,
-    jvp=_assemble_jvp,
-    fake=lambda diag, factor, sign: (diag.new_empty((*diag.shape, diag.shape[-1])),),
-    differentiable=(0, 1),
-    batch_axis=lambda position, args: None if position == 2 else 0,
-    scalars={},
-)
-
-
-def _matvec_forward(diag: Tensor, factor: Tensor, v: Tensor, sign: Tensor | None) -> tuple[Tensor]:
-    batch, size, rank = factor.shape
-    out = v.new_empty(v.shape)
-    _C.matvec(
-        *_queue(v.device), _DTYPES[v.dtype], batch, size, rank, v.shape[2], _view(diag, False),
-        _view(factor, False), _view(v, False), _address(sign), out.data_ptr(),
-    )  # fmt: skip
-    return (out,)
-
-
-def _matvec_backward(
-    needs: Sequence[bool],
-    grad: Tensor,
-    diag: Tensor,
-    factor: Tensor,
-    v: Tensor,
-    sign: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    grad_factor = None
-    if needs[1]:
-        weighted = _weighted(factor, sign)
-        inner = torch.baddbmm(grad @ (v.mT @ weighted), v, grad.mT @ weighted)
-        grad_factor = dense_like(factor).copy_(inner)
-    return (
-        (grad * v).sum(-1) if needs[0] else None,
-        grad_factor,
-        _matvec_forward(diag, factor, grad, sign)[0] if needs[2] else None,
-    )
-
-
-def _matvec_jvp(
-    tangents: Sequence[Tensor | None], diag: Tensor, factor: Tensor, v: Tensor, sign: Tensor | None
-) -> Tensor:
-    out = torch.zeros_like(v)
-    if tangents[0] is not None:
-        out = out + tangents[0].unsqueeze(-1) * v
-    if tangents[1] is not None:
-        weighted = _weighted(factor, sign)
-        out = out + tangents[1] @ (weighted.mT @ v) + weighted @ (tangents[1].mT @ v)
-    return out if tangents[2] is None else out + _matvec(diag, factor, tangents[2], sign)[0]
-
-
-_matvec = Operator(
-    "hessian_matvec",
-    "Tensor diag, Tensor factor, Tensor v, Tensor? sign",
-    1,
-    forward=_matvec_forward,
-    backward=_matvec_backward,
-    jvp=_matvec_jvp,
-    fake=lambda diag, factor, v, sign: (v.new_empty(v.shape),),
-    differentiable=(0, 1, 2),
-    batch_axis=lambda position, args: None if position == 3 else 0,
-    scalars={},
-)
-
-
-def _check_low_rank(where: str, diag: Tensor, factor: Tensor | None, sign: Tensor | None) -> Tensor:
-    """The factor after checking; rank 0 for None."""
-    _check_tensor(where, "diag", diag)
+def _check_low_rank(
+    where: str, diag: Tensor, factor: Tensor | None, sign: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The factor (rank 0 for None) and the sign, checked."""
+    check_tensor(where, "diag", diag)
     if diag.dim() != 2:
         raise ValueError(f"{where}: diag must have shape (B, D), got {tuple(diag.shape)}")
     if factor is None:
         factor = diag.new_empty((*diag.shape, 0))
-    _check_tensor(where, "factor", factor, like=diag, because=" like diag")
+    check_tensor(where, "factor", factor, like=diag, because=" like diag")
     if factor.dim() != 3 or factor.shape[:2] != diag.shape:
         raise ValueError(
             f"{where}: factor must have shape ({diag.shape[0]}, {diag.shape[1]}, r), got"
             f" {tuple(factor.shape)}"
         )
-    _check_sign(where, sign, factor.shape[-1], diag)
-    return factor
+    return factor, check_sign(where, sign, factor.shape[-1], diag)
 
 
 def assemble_hessian(diag: Tensor, factor: Tensor | None, *, sign: Tensor | None = None) -> Tensor:
@@ -1197,10 +618,10 @@ def assemble_hessian(diag: Tensor, factor: Tensor | None, *, sign: Tensor | None
     Reference:
         Meng et al. 2021, section 3.3.  Plain version: reference.assemble_hessian.
     """
-    factor = _check_low_rank("assemble_hessian", diag, factor, sign)
-    if not _native(diag.device):
+    factor, sign = _check_low_rank("assemble_hessian", diag, factor, sign)
+    if not native.has_kernels(diag.device):
         return reference.assemble_hessian(diag, factor, sign)
-    return _assemble(_flat(diag, 1), _flat_factor(factor), sign)[0]
+    return native.assemble(native.flat_rows(diag, 1), native.flat_factor(factor), sign)[0]
 
 
 def hessian_matvec(
@@ -1223,14 +644,15 @@ def hessian_matvec(
         Meng et al. 2021, section 3.3.  Plain version: reference.hessian_matvec.
     """
     where = "hessian_matvec"
-    factor = _check_low_rank(where, diag, factor, sign)
-    _check_tensor(where, "v", v, like=diag, because=" like diag")
+    factor, sign = _check_low_rank(where, diag, factor, sign)
+    check_tensor(where, "v", v, like=diag, because=" like diag")
     if v.dim() not in (2, 3) or v.shape[:2] != diag.shape:
         raise ValueError(
-            f"{where}: v must have shape ({diag.shape[0]}, {diag.shape[1]}[, k]), got {tuple(v.shape)}"
+            f"{where}: v must have shape ({diag.shape[0]}, {diag.shape[1]}[, k]), got"
+            f" {tuple(v.shape)}"
         )
-    if not _native(diag.device):
+    if not native.has_kernels(diag.device):
         return reference.hessian_matvec(diag, factor, v, sign)
     columns = v.unsqueeze(-1) if v.dim() == 2 else v
-    out = _matvec(_flat(diag, 1), _flat_factor(factor), columns, sign)[0]
+    out = native.matvec(native.flat_rows(diag, 1), native.flat_factor(factor), columns, sign)[0]
     return out.squeeze(-1) if v.dim() == 2 else out

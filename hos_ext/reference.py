@@ -198,8 +198,8 @@ def dsm_loss(score: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def dsm_vr_loss(score: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """Eq. 32: Eq. 3 - (2 / sigma) <s(clean), z> - |z|^2 / sigma^2, from the difference of scores."""
-    noisy, clean = score
+    """Eq. 32: Eq. 3 - (2/sigma) <s(clean), z> - |z|^2/sigma^2, from the difference of scores."""
+    noisy, clean = score.unbind()
     scaled = noise / _per_sample(sigma, noise)
     return (noisy.square() + 2 * (noisy - clean) * scaled).sum(-1)
 

@@ -1,0 +1,165 @@
+"""Checks of user input: one clear error that names the argument, the rule and what came.
+
+Every public operator checks once, here; the native functions only trust what has been checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .doors import functorch_active, needs_library
+
+WIDE = (torch.float32, torch.float64)
+FLOATING = (*WIDE, torch.float16, torch.bfloat16)
+
+
+def show(value: Any) -> str:
+    """What came, for an error message."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)} {value.dtype} on {value.device}"
+    return repr(value)
+
+
+def check_tensor(
+    where: str,
+    name: str,
+    value: Any,
+    *,
+    like: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtypes: Sequence[torch.dtype] = WIDE,
+    because: str = "",
+) -> None:
+    """A strided tensor of an allowed dtype; as `like` in dtype and device; of a given shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{where}: {name} must be strided, got {value.layout}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{where}: {name} must have dtype {allowed}, got {value.dtype}")
+    if like is not None and value.dtype != like.dtype:
+        raise ValueError(
+            f"{where}: {name} must have dtype {like.dtype}{because}, got {value.dtype}"
+        )
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{where}: {name} must be on {like.device}{because}, got {value.device}")
+    if shape is not None and tuple(value.shape) != shape:
+        raise ValueError(
+            f"{where}: {name} must have shape {shape}{because}, got {tuple(value.shape)}"
+        )
+
+
+def check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -> Any:
+    """A positive finite number, or a floating `()` or `(B,)` tensor without gradient."""
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{where}: {name} must be floating, got {value.dtype}")
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
+            raise ValueError(
+                f"{where}: {name} must be a float or have shape () or ({rows},), got"
+                f" {tuple(value.shape)}"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{where}: {name} must not require grad, got requires_grad=True")
+        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
+            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
+        return value
+    if value.__class__ is not float and (
+        isinstance(value, bool)
+        or not isinstance(value, float | int | torch.SymFloat | torch.SymInt)
+    ):
+        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+    if not (value > 0 and value < math.inf):
+        raise ValueError(f"{where}: {name} must be positive and finite, got {value}")
+    return value
+
+
+def refuse_row(where: str, name: str, row: int, values: Tensor | None) -> None:
+    """Raises for what the kernel reported: row - 1 is the sample with a bad value."""
+    if row and values is not None:
+        raise ValueError(
+            f"{where}: {name} must be positive and finite, got {values[row - 1].item()} for sample"
+            f" {row - 1}"
+        )
+
+
+def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
+    """`(r,)` of +-1, made contiguous; the values are read on the CPU only (elsewhere it would wait)."""
+    if sign is None:
+        return None
+    check_tensor(where, "sign", sign, like=like, shape=(rank,), because=" (one for each column)")
+    if sign.requires_grad:
+        raise ValueError(f"{where}: sign must not require grad, got requires_grad=True")
+    plain = not needs_library([sign]) and not functorch_active()
+    if plain and sign.device.type == "cpu" and not bool((sign.abs() == 1).all()):
+        raise ValueError(f"{where}: sign must hold +1 or -1, got {sign.tolist()}")
+    contiguous: Tensor = sign.contiguous()
+    return contiguous
+
+
+def check_int(where: str, name: str, value: Any, limit: int) -> None:
+    if value.__class__ is not int and (
+        isinstance(value, bool) or not isinstance(value, int | torch.SymInt)
+    ):
+        raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
+    if value < 0 or value >= limit:
+        raise ValueError(
+            f"{where}: {name} must be in [0, 2**{limit.bit_length() - 1}), got {value}"
+        )
+
+
+def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:
+    """A seed or offset: an int, or a 0-d int64 tensor on the CPU or on the device."""
+    if not isinstance(value, Tensor):
+        check_int(where, name, value, limit)
+    elif value.dtype != torch.int64 or value.dim() != 0:
+        raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
+    elif value.device.type != "cpu" and value.device != device:
+        raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
+
+
+def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """`out` is as x, needs no gradient, and overlaps an input wholly or not at all."""
+    check_tensor(where, "out", out, like=x, shape=tuple(x.shape), dtypes=FLOATING)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (out, *inputs.values())
+    ):
+        raise ValueError(
+            f"{where}: out must not be combined with inputs that require grad, got one"
+        )
+    if out.numel() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"{where}: out must not overlap itself, got strides {out.stride()}")
+    if needs_library([out]) or functorch_active():
+        return  # no addresses to compare: the result is copied into out
+    for name, value in inputs.items():
+        if value is not None and _overlaps_partly(out, value):
+            raise ValueError(
+                f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
+                " other strides"
+            )
+
+
+def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if start_a == start_b and a.stride() == b.stride():
+        return False
+    spans = [
+        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+        for t in (a, b)
+    ]
+    if start_a + spans[0] <= start_b or start_b + spans[1] <= start_a:
+        return False
+    # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
+    row, size = a.stride(0), a.numel() // a.shape[0]
+    if a.stride()[0] == b.stride()[0] and a[0].is_contiguous() and b[0].is_contiguous():
+        gap = (start_b - start_a) // a.element_size() % max(row, 1)
+        return not (gap >= size and row - gap >= size)
+    return True

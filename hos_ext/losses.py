@@ -1,0 +1,340 @@
+"""Training objectives: noise a batch once, visit the model once, call the operators.
+
+Networks speak in scaled quantities (`models`), and sigma^4 loss(s1, d, U, sigma) =
+loss(sigma s1, sigma^2 d, sigma U, 1): the operators are called at sigma = 1 with (score, c - 1,
+factor), without a rescaling pass over the factor. Equation numbers are those of Meng et al. 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .tweedie import Scores
+
+_STREAM_TRAINING = 3  # of `ops.normal`: apart from steps, acceptances and posterior samples
+_HALF = (torch.float16, torch.bfloat16)
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+Model = Callable[[Tensor, Tensor | float], Scores]
+
+
+@overload
+def score_matching_loss(
+    model: Model,
+    x: Tensor,
+    sigma: Tensor | float,
+    *,
+    alpha: Tensor | float = ...,
+    gamma: float = ...,
+    variance_reduction: bool = ...,
+    first_order: Literal["antithetic", "vr", "plain"] = ...,
+    diagonal: bool = ...,
+    scale_free: bool = ...,
+    detach_score: bool = ...,
+    noise: Tensor | None = ...,
+    seed: Tensor | int | None = ...,
+    offset: Tensor | int = ...,
+    first: int = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def score_matching_loss(
+    model: Model,
+    x: Tensor,
+    sigma: Tensor | float,
+    *,
+    alpha: Tensor | float = ...,
+    gamma: float = ...,
+    variance_reduction: bool = ...,
+    first_order: Literal["antithetic", "vr", "plain"] = ...,
+    diagonal: bool = ...,
+    scale_free: bool = ...,
+    detach_score: bool = ...,
+    noise: Tensor | None = ...,
+    seed: Tensor | int | None = ...,
+    offset: Tensor | int = ...,
+    first: int = ...,
+    reduction: Literal["mean", "sum", "none"] = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def score_matching_loss(
+    model: Model,
+    x: Tensor,
+    sigma: Tensor | float,
+    *,
+    alpha: Tensor | float = 1.0,
+    gamma: float = 1.0,
+    variance_reduction: bool = True,
+    first_order: Literal["antithetic", "vr", "plain"] = "antithetic",
+    diagonal: bool = False,
+    scale_free: bool = True,
+    detach_score: bool = True,
+    noise: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int = 0,
+    first: int = 0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Joint first- and second-order denoising score matching: second + gamma * first.
+
+    The batch is noised once, x~ = alpha x + sigma z, and the model is called once with every point
+    that the two terms need: alpha x + sigma z always, alpha x - sigma z for variance reduction or
+    first_order="antithetic", alpha x for variance reduction or first_order="vr".
+
+    Args:
+        model: `model(x, sigma) -> Scores` in scaled quantities (see `models`), smooth in x when
+            variance is reduced. Must give each row the same value in any batch.
+        x: clean samples. Shape (B, *dims). Data units.
+        sigma: noise standard deviation, > 0 (on an accelerator a tensor is not checked for it, as
+            that would wait for the device). Float or shape (B,). Data units.
+        alpha: signal scale. Float or shape (B,). 1 in the paper; sqrt(1 - sigma^2) for VP.
+        gamma: weight of the first-order term, >= 0.
+        variance_reduction: the second-order term by Eq. 33 (half of it), three points; its gradient
+            has bounded variance as sigma -> 0. False: Eq. 13 at one point, variance sigma^-4
+            (before the weight of scale_free).
+        first_order: "antithetic": Eq. 3 averaged over +z and -z; "vr": Eq. 32; "plain": Eq. 3.
+        diagonal: the second-order term fits diag s2 alone (Eq. 17); needs a model without factor.
+        scale_free: terms times sigma^4 and sigma^2, so that every noise level has the same weight.
+            False: as in the paper; the smallest sigma then outweighs all others.
+        detach_score: in the second-order term s1 is given, as Theorem 2 assumes. False lets a
+            restricted s2 pull s1 off: gradient 4 (psi_model - psi) s1 at the true s1.
+        noise: standard normal draw z, shape, dtype and device of x. None draws it.
+        seed: key of the draw, an int or a 0-d int64 tensor. None takes one from torch's default
+            generator.
+        offset: second key, such as the step number; likewise.
+        first: global index of row 0: ranks and micro-batches then draw what one batch would.
+        reduction: "mean" or "sum" over the batch, or "none".
+        return_terms: also return {"first": ..., "second": ...}: the terms without gamma, reduced
+            alike, detached.
+
+    Returns:
+        The loss: a scalar, or (B,) with reduction="none", summed over entries; or (loss, terms).
+        Parts that do not depend on the model are left out: |C|^2 of the second term, and for "vr"
+        |z|^2 of the first, so both can be negative. No units when scale_free, else
+        1/data^4 (gamma 1/data^2). Half-precision outputs are raised to float32 for plain losses.
+
+    Raises:
+        TypeError: model does not return Scores.
+        ValueError: shapes, dtypes or devices disagree, or a value breaks the rules above; with
+            several points, active dropout (its masks differ between the points); with variance
+            reduction, half precision or autocast (rounding is divided by sigma^2).
+
+    Reference:
+        Meng et al. 2021, arXiv:2111.04726, Eq. 3, 13-17, 32, 33.
+    """
+    name = "score_matching_loss"
+    if first_order not in ("antithetic", "vr", "plain"):
+        raise ValueError(
+            f"{name}: first_order must be 'antithetic', 'vr' or 'plain', got {first_order!r}"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not gamma >= 0:
+        raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: x must be floating point of shape (B, *dims), "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    _check_level(name, "sigma", sigma, x, positive=True)
+    _check_level(name, "alpha", alpha, x, positive=False)
+    reduced = variance_reduction or first_order == "vr"
+    if reduced:
+        _refuse_half(name, x)
+    if reduced or first_order == "antithetic":
+        _refuse_dropout(name, model)
+
+    if noise is None:
+        if seed is None:  # kept a tensor: reading it would break a compiled graph
+            seed = torch.randint(2**63 - 1, ())
+        noise = ops.normal(
+            x.shape,
+            seed=seed,
+            offset=offset,
+            first=first,
+            stream=_STREAM_TRAINING,
+            dtype=x.dtype,
+            device=x.device,
+        )
+    elif noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
+        raise ValueError(
+            f"{name}: noise must have shape {tuple(x.shape)}, dtype {x.dtype} and device "
+            f"{x.device} like x, got {tuple(noise.shape)}, {noise.dtype}, {noise.device}"
+        )
+
+    centre, shift = _column(alpha, x) * x, _column(sigma, x) * noise
+    stacked = [centre + shift]
+    if variance_reduction or first_order == "antithetic":
+        stacked.append(centre - shift)
+    if reduced:
+        stacked.append(centre)
+    count = len(stacked)
+    points = torch.cat(stacked)
+    levels = sigma.expand(x.shape[:1]).repeat(count) if isinstance(sigma, Tensor) else sigma
+    scores = model(points, levels)
+    _check_scores(name, scores, points, diagonal)
+    for key, value in (("score", scores.score), ("c", scores.c), ("factor", scores.factor)):
+        if reduced and value is not None and value.dtype in _HALF:
+            raise ValueError(
+                f"{name}: variance reduction needs float32 or float64, got {key} {value.dtype}"
+            )
+
+    with torch.autocast(x.device.type, enabled=False):
+        z = _wide(noise).flatten(1)
+        score = _wide(scores.score).reshape(count, *z.shape)
+        diag = _wide(scores.c).reshape(count, *z.shape) - 1
+        factor = None
+        if scores.factor is not None:
+            factor = _wide(scores.factor)
+            factor = factor.reshape(count, *z.shape, factor.shape[-1])
+        given = score.detach() if detach_score else score
+        terms = {
+            "first": _first_order(score, z, first_order),
+            "second": _second_order(
+                given, diag, factor, z, scores.sign, variance_reduction, diagonal
+            ),
+        }
+        if not scale_free:
+            level = sigma.to(z.dtype) if isinstance(sigma, Tensor) else sigma
+            terms = {"first": terms["first"] / level**2, "second": terms["second"] / level**4}
+        loss = _reduce(terms["second"] + gamma * terms["first"], reduction)
+        if not return_terms:
+            return loss
+        return loss, {key: _reduce(term.detach(), reduction) for key, term in terms.items()}
+
+
+def _first_order(score: Tensor, z: Tensor, kind: str) -> Tensor:
+    """sigma^2 times Eq. 3 or 32, per sample. score: points +, [-], [clean], each `(B, D)`."""
+    if kind == "antithetic":
+        both = ops.dsm_loss(score[:2].flatten(0, 1), torch.cat([z, -z]), 1.0, reduction="none")
+        return both.reshape(2, z.shape[0]).mean(0)
+    if kind == "vr":
+        return ops.dsm_vr_loss(torch.stack([score[0], score[-1]]), z, 1.0, reduction="none")
+    return ops.dsm_loss(score[0], z, 1.0, reduction="none")
+
+
+def _second_order(
+    score: Tensor,
+    diag: Tensor,
+    factor: Tensor | None,
+    z: Tensor,
+    sign: Tensor | None,
+    variance_reduction: bool,
+    diagonal: bool,
+) -> Tensor:
+    """sigma^4 times Eq. 13 or 17, or its variance-reduced form, per sample."""
+    if variance_reduction:
+        if diagonal:
+            return ops.d2sm_diag_vr_loss(score, diag, z, 1.0, reduction="none")
+        return ops.d2sm_vr_loss(score, diag, factor, z, 1.0, sign=sign, reduction="none")
+    if diagonal:
+        return ops.d2sm_diag_loss(score[0], diag[0], z, 1.0, reduction="none")
+    columns = None if factor is None else factor[0]
+    return ops.d2sm_loss(score[0], diag[0], columns, z, 1.0, sign=sign, reduction="none")
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _wide(value: Tensor) -> Tensor:
+    """float32 in place of half precision, else as it is."""
+    return value.float() if value.dtype in _HALF else value
+
+
+def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
+    """A `(B,)` value, shaped to broadcast against `x (B, *dims)` and in its dtype."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _check_level(
+    function: str, name: str, value: Tensor | float, x: Tensor, *, positive: bool
+) -> None:
+    """sigma and alpha: a float or `(B,)`, without gradient, positive or finite."""
+    rule = "positive and finite" if positive else "finite"
+    if not isinstance(value, Tensor):
+        if not (0 if positive else -torch.inf) < value < torch.inf:
+            raise ValueError(f"{function}: {name} must be {rule}, got {value}")
+        return
+    if value.shape not in ((), x.shape[:1]):
+        raise ValueError(
+            f"{function}: {name} must be a float or have shape ({x.shape[0]},), "
+            f"got shape {tuple(value.shape)}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(f"{function}: {name} must not require grad, got requires_grad=True")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        good = (value > (0 if positive else -torch.inf)) & (value < torch.inf)
+        if not good.all():
+            raise ValueError(f"{function}: {name} must be {rule}, got {value[~good].flatten()[0]}")
+
+
+def _refuse_half(name: str, x: Tensor) -> None:
+    """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
+    if x.dtype in _HALF:
+        raise ValueError(f"{name}: variance reduction needs float32 or float64, got x {x.dtype}")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in _HALF:
+        raise ValueError(
+            f"{name}: variance reduction needs float32 or float64, got autocast to "
+            f"{torch.get_autocast_dtype(kind)}"
+        )
+
+
+def _refuse_dropout(name: str, model: Model) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for path, module in model.named_modules():
+        if module.training and isinstance(module, _DROPOUT) and module.p > 0:
+            raise ValueError(
+                f"{name}: dropout must be off when several points are visited (its masks differ "
+                f"between them), got p = {module.p} in {path or type(module).__name__!r}"
+            )
+
+
+def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> None:
+    if not isinstance(scores, Scores):
+        raise TypeError(f"{name}: model must return Scores, got {type(scores).__name__}")
+    shape = tuple(points.shape)
+    for key, value in (("score", scores.score), ("c", scores.c)):
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name}: model must return {key} of shape {shape}, got {tuple(value.shape)}"
+            )
+    if scores.factor is None:
+        return
+    size = points.shape[1:].numel()
+    if scores.factor.dim() != 3 or tuple(scores.factor.shape[:2]) != (shape[0], size):
+        raise ValueError(
+            f"{name}: model must return factor of shape ({shape[0]}, {size}, r), "
+            f"got {tuple(scores.factor.shape)}"
+        )
+    if diagonal:
+        raise ValueError(
+            f"{name}: diagonal=True needs a model without factor (rank 0), "
+            f"got rank {scores.factor.shape[2]}"
+        )

@@ -1,0 +1,506 @@
+"""Training a second-order score model on digits, its checkpoints, and how good it came out.
+
+`train` is the loop: a fixed number of steps of `score_matching_loss` on one CPU process, EMA
+weights returned. Every random choice is a function of (seed, step, row), so that a run repeats.
+`evaluate` gives the figures of the report on held-out digits. Engines: accelerate, safetensors,
+rich (extra `app`), `torch.optim.swa_utils`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import swa_utils
+
+from . import data, diagnostics, ops
+from .losses import score_matching_loss
+from .models import MLP
+from .samplers import sample
+from .tweedie import Posterior, Scores, UnscaledScores, posterior
+
+Model = Callable[[Tensor, Tensor | float], Scores]
+
+_FORMAT = "hos_ext digits model 1"
+_STREAM_ORDER, _STREAM_SIGMA, _STREAM_NOISE = 32, 33, 34
+# Seeds of what is held fixed while models are compared: noise on validation and test digits.
+_VALIDATION_OFFSET, _TEST_OFFSET = 1, 2
+
+# The demonstration's model. Chosen on the validation digits: see CHANGELOG for what was tried.
+DIGITS_MODEL: dict[str, Any] = {
+    "rank": 16,
+    "width": 384,
+    "depth": 3,
+    "sigma_data": 0.7,
+    "c_min": 0.01,
+}
+SIGMA_RANGE = (0.1, 1.2)
+
+
+class History(NamedTuple):
+    """Means over the steps up to `step`; validation loss of the EMA weights there."""
+
+    step: int
+    loss: float
+    first: float
+    second: float
+    learning_rate: float
+    validation: float
+
+
+def build_model(settings: dict[str, Any], *, seed: int = 0) -> MLP:
+    """The MLP of the digits: one shared trunk with three heads, from settings such as DIGITS_MODEL.
+
+    SiLU is smooth, as the variance-reduced loss needs it. The seed is that of the first weights;
+    torch's own generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MLP(data.SHAPE, trunk="shared", activation=functional.silu, **settings)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+def batch_rows(n: int, batch_size: int, *, seed: int, step: int) -> Tensor:
+    """Rows of the batch of `step` >= 0: a fresh permutation of 0 ... n - 1 for each epoch."""
+    start = step * batch_size
+    epochs = range(start // n, (start + batch_size - 1) // n + 1)
+    orders = [
+        ops.uniform((n,), seed=seed, offset=e, stream=_STREAM_ORDER, dtype=torch.float64).argsort()
+        for e in epochs
+    ]
+    skip = start - epochs[0] * n
+    return torch.cat(orders)[skip : skip + batch_size]
+
+
+def draw_sigma(n: int, sigma_range: tuple[float, float], *, seed: int, offset: int = 0) -> Tensor:
+    """Noise levels, log-uniform over sigma_range. Shape (n,), float32."""
+    low, high = map(math.log, sigma_range)
+    u = ops.uniform((n,), seed=seed, offset=offset, stream=_STREAM_SIGMA, dtype=torch.float64)
+    return (low + (high - low) * u).exp().float()
+
+
+def train(
+    model: nn.Module,
+    digits: data.Digits,
+    *,
+    steps: int,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    weight_decay: float = 0.1,
+    ema_decay: float = 0.998,
+    warm_up: int = 100,
+    max_grad_norm: float = 20.0,
+    sigma_range: tuple[float, float] = SIGMA_RANGE,
+    seed: int = 0,
+    save: Callable[[nn.Module, int], str] | None = None,
+    save_every: int = 500,
+    progress: bool = False,
+) -> tuple[nn.Module, list[History]]:
+    """Trains `model` by `score_matching_loss` (variance-reduced, scale-free) on distorted digits.
+
+    AdamW (no decay on biases), linear warm-up then a cosine to zero, clipped gradients, exponential
+    moving average of the weights. In every batch half of the digits are as scanned and half
+    distorted (`data.distort`), all are dequantised afresh, and noise levels are log-uniform.
+
+    Args:
+        model: `model(x, sigma) -> Scores`, on the CPU. Trained in place.
+        digits: grey levels; `train` is trained on, `validation` gives the curve only.
+        steps: optimiser steps, >= 1.
+        batch_size: digits in a step.
+        learning_rate: after the warm-up.
+        weight_decay: of the weight matrices.
+        ema_decay: of the average, >= 0 and < 1. Early on it is lowered to (1 + t) / (10 + t).
+        warm_up: steps; at most a tenth of all.
+        max_grad_norm: longer gradients are scaled down to it.
+        sigma_range: smallest and largest sigma, data units.
+        seed: of every random choice here.
+        save: called as save(ema_model, step) at step 0, every `save_every` steps and at the end;
+            returns the place, for messages.
+        save_every: steps between checkpoints.
+        progress: shows loss, rate and time left; needs rich.
+
+    Returns:
+        The EMA model, and about 50 History rows.
+
+    Raises:
+        ValueError: an argument out of range.
+        RuntimeError: the loss or its gradient stopped being finite (names the step, the term and
+            the last checkpoint), or an extra is missing.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("save_every", save_every)):
+        if value < 1:
+            raise ValueError(f"train: {name} must be at least 1, got {value}")
+    if not 0 < sigma_range[0] <= sigma_range[1] < math.inf:
+        raise ValueError(f"train: sigma_range must be positive and increasing, got {sigma_range}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"train: ema_decay must be in [0, 1), got {ema_decay}")
+    try:
+        accelerate = import_module("accelerate")
+    except ImportError as error:
+        raise RuntimeError(
+            "train: needs accelerate, install it with: pip install hos_ext[app]"
+        ) from error
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    warm_up = max(1, min(warm_up, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: min((t + 1) / warm_up, 1.0) * (1 + math.cos(math.pi * t / steps)) / 2,
+    )
+
+    def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+        n = int(count)
+        return new.lerp(old, min(ema_decay, (1 + n) / (10 + n)))
+
+    # float32 throughout: variance reduction divides rounding errors by sigma^2.
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
+    ema = swa_utils.AveragedModel(model, avg_fn=average)
+    network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+
+    history: list[History] = []
+    window = max(1, steps // 50)
+    sums, held = {"loss": 0.0, "first": 0.0, "second": 0.0}, 0
+    # A place that cannot be written is found before the work, not after.
+    kept = "none was written" if save is None else f"{save(ema.module, 0)} (step 0)"
+    with _progress_bar(progress, steps) as show:
+        for step in range(1, steps + 1):
+            rows = batch_rows(len(digits.train), batch_size, seed=seed, step=step - 1)
+            grey = digits.train[rows]
+            half = len(grey) // 2
+            bent = data.distort(grey[:half], seed=seed, offset=step)
+            x = data.dequantise(torch.cat([bent, grey[half:]]), seed=seed, offset=step)
+            sigma = draw_sigma(len(x), sigma_range, seed=seed, offset=step)
+            loss, terms = score_matching_loss(
+                network, x, sigma, seed=seed, offset=step, return_terms=True
+            )
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            values = {"loss": float(loss.detach())} | {k: float(v) for k, v in terms.items()}
+            _check_finite(values | {"gradient": float(norm)}, step, kept)
+            optimizer.step()
+            schedule.step()
+            ema.update_parameters(model)
+
+            for key in sums:
+                sums[key] += values[key]
+            held += 1
+            if step % window == 0 or step == steps:
+                mean = {key: value / held for key, value in sums.items()}
+                rate = schedule.get_last_lr()[0]
+                history.append(
+                    History(
+                        step=step,
+                        learning_rate=rate,
+                        validation=validation_loss(ema, digits, sigma_range, seed=seed),
+                        **mean,
+                    )
+                )
+                sums, held = dict.fromkeys(sums, 0.0), 0
+            if save is not None and (step % save_every == 0 or step == steps):
+                kept = f"{save(ema.module, step)} (step {step})"
+            show(step, values["loss"])
+    return ema.module, history
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Model, digits: data.Digits, sigma_range: tuple[float, float], *, seed: int
+) -> float:
+    """`score_matching_loss` on the validation digits under noise that stays the same."""
+    x = data.dequantise(digits.validation, seed=seed, offset=0)
+    sigma = draw_sigma(len(x), sigma_range, seed=seed, offset=0)
+    return float(score_matching_loss(model, x, sigma, seed=seed, offset=0))
+
+
+def _check_finite(values: dict[str, float], step: int, kept: str) -> None:
+    names = {"first": "the first-order term", "second": "the second-order term"}
+    names |= {"loss": "the sum of the terms", "gradient": "the norm of the gradient"}
+    for key in ("first", "second", "loss", "gradient"):
+        if not math.isfinite(values[key]):
+            raise RuntimeError(
+                f"train: {names[key]} must stay finite, got {values[key]} at step {step}; "
+                f"last good checkpoint: {kept}"
+            )
+
+
+@contextmanager
+def _progress_bar(wanted: bool, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Yields the function to call after each step, with the step and its loss."""
+    if not wanted:
+        yield lambda step, loss: None
+        return
+    try:
+        from rich import progress
+    except ImportError as error:
+        raise RuntimeError(
+            "train: progress=True needs rich, install it with: pip install hos_ext[app]"
+        ) from error
+    columns = (
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]:.1f}"),
+        progress.TextColumn("{task.fields[rate]:.1f} steps/s"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
+    )
+    start = time.perf_counter()
+    smooth = math.nan
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("training", total=steps, loss=math.nan, rate=0.0)
+
+        def show(step: int, loss: float) -> None:
+            nonlocal smooth
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+            rate = step / (time.perf_counter() - start)
+            bar.update(task, completed=step, loss=smooth, rate=rate)
+
+        yield show
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: a temporary file beside it, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    folder: Path | str,
+    model: nn.Module,
+    settings: dict[str, Any],
+    *,
+    step: int,
+    recalibration: float = 1.0,
+) -> str:
+    """Writes config.json and model.safetensors; no pickle.
+
+    What stays the same during a run is in config.json, what changes (weights, step, recalibration)
+    in model.safetensors, each replaced by one rename: a run killed at any moment leaves a pair that
+    loads. The second carries a digest of the first, so that files of two runs do not mix.
+
+    Args:
+        folder: made if need be.
+        model: its state_dict is written.
+        settings: what `build_model` takes under "model", and anything else of the run; plain JSON.
+        step: training steps so far.
+        recalibration: scalar for the posterior covariance, see `recalibrate`.
+
+    Returns:
+        The folder, as a string.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise RuntimeError(
+            "save_checkpoint: needs safetensors, install it with: pip install hos_ext[app]"
+        ) from error
+    config = json.dumps({"format": _FORMAT} | settings, indent=2) + "\n"
+    metadata = {
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+        "step": str(step),
+        "recalibration": repr(recalibration),
+    }
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    write_whole(Path(folder) / "config.json", config.encode())
+    write_whole(Path(folder) / "model.safetensors", save(tensors, metadata))
+    return str(folder)
+
+
+def load_checkpoint(folder: Path | str) -> tuple[MLP, dict[str, Any]]:
+    """Reads what `save_checkpoint` wrote.
+
+    Returns:
+        The model, in eval mode, and its settings with "step" and "recalibration" added.
+
+    Raises:
+        ValueError: a file is missing, truncated or foreign, or the two do not belong together.
+        RuntimeError: safetensors is missing.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise RuntimeError(
+            "load_checkpoint: needs safetensors, install it with: pip install hos_ext[app]"
+        ) from error
+    where = "load_checkpoint: folder must hold"
+    config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    for path in (config, weights):
+        if not path.is_file():
+            raise ValueError(f"{where} {path.name}, got {folder} without it")
+    text = config.read_bytes()
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} a whole config.json, got {config}: {error}") from None
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != _FORMAT:
+        raise ValueError(f"{where} a config.json of format {_FORMAT!r}, got {found!r} in {config}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{where} a whole model.safetensors, got {weights}: {error}") from None
+    if metadata.get("config") != hashlib.sha256(text).hexdigest():
+        raise ValueError(f"{where} files of one run, got another run's config.json in {folder}")
+    model = build_model(settings["model"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where} the weights of its model, got {weights}: {reason}") from None
+    extra = {"step": int(metadata["step"]), "recalibration": float(metadata["recalibration"])}
+    return model.eval(), settings | extra
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+class Denoised(NamedTuple):
+    """Held-out digits at one noise level: clean and noisy (n, 8, 8), and the posteriors."""
+
+    sigma: float
+    clean: Tensor
+    noisy: Tensor
+    posterior: Posterior
+
+
+@torch.no_grad()
+def denoise(model: Model, grey: Tensor, sigma: float, *, seed: int) -> Denoised:
+    """Dequantises digits, adds noise of level sigma, and gives the posterior of what was there."""
+    clean = data.dequantise(grey, seed=seed, offset=_TEST_OFFSET)
+    noisy = clean + sigma * ops.normal(
+        clean.shape, seed=seed, offset=_TEST_OFFSET, stream=_STREAM_NOISE
+    )
+    return Denoised(sigma, clean, noisy, posterior(noisy, model(noisy, sigma), sigma))
+
+
+@torch.no_grad()
+def recalibrate(
+    model: Model, grey: Tensor, sigma_range: tuple[float, float] = SIGMA_RANGE, *, seed: int
+) -> float:
+    """One scalar a for every noise level: a C is calibrated at tau = sigma / 2 on these digits.
+
+    Levels are log-uniform over sigma_range. In units of sigma every level has the same tau = 1/2,
+    and scaled scores stay what they are, so that one call of `recalibration_factor` pools them.
+    """
+    clean = data.dequantise(grey, seed=seed, offset=_VALIDATION_OFFSET)
+    sigma = draw_sigma(len(clean), sigma_range, seed=seed, offset=_VALIDATION_OFFSET)
+    noise = ops.normal(clean.shape, seed=seed, offset=_VALIDATION_OFFSET, stream=_STREAM_NOISE)
+    unit = clean / sigma.view(-1, 1, 1)
+    scores = model(clean + sigma.view(-1, 1, 1) * noise, sigma)
+    return diagnostics.recalibration_factor(unit, posterior(unit + noise, scores, 1.0), tau=0.5)
+
+
+def denoising_errors(result: Denoised) -> dict[str, float]:
+    """Mean squared error of a pixel, noisy and denoised, in squared data units."""
+    noisy = (result.noisy - result.clean).square().mean()
+    denoised = (result.posterior.mean - result.clean).square().mean()
+    return {"sigma": result.sigma, "mse_noisy": float(noisy), "mse_denoised": float(denoised)}
+
+
+def calibration_figures(result: Denoised, recalibration: float) -> dict[str, float]:
+    """`diagnostics.calibration` as it is and, with tau = sigma / 2, as a predictive check."""
+    raw, tau = result.posterior, result.sigma / 2
+    scaled = raw.recalibrated(recalibration)
+    figures = diagnostics.calibration(result.clean, raw)
+    predictive = diagnostics.calibration(result.clean, raw, tau=tau)["mahalanobis"]
+    recalibrated = diagnostics.calibration(result.clean, scaled, tau=tau)["mahalanobis"]
+    return {
+        "sigma": result.sigma,
+        **figures,
+        "predictive": predictive,
+        "predictive_recalibrated": recalibrated,
+        "n": len(result.clean),
+    }
+
+
+def run_chains(
+    model: Model,
+    init: Tensor,
+    sigma: float,
+    *,
+    method: str,
+    step_size: float,
+    n_steps: int,
+    burn_in: int,
+    thin: int = 1,
+    seed: int,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Chains of the density of noisy digits at one sigma, with their figures.
+
+    Args:
+        model: its unscaled scores drive the chains.
+        init: one start for each chain. Shape (chain, 8, 8).
+        sigma, method, step_size, n_steps, burn_in, thin, seed: as in `samplers.sample`.
+
+    Returns:
+        draws (chain, draw, 8, 8), and {"method", "step_size", "min_ess", "us_per_step"}: the
+        smallest effective sample size of any pixel, all chains together, and the time of one step
+        of all chains, network included.
+
+    Raises:
+        RuntimeError: chains diverged.
+    """
+
+    def score_fn(x: Tensor) -> UnscaledScores:
+        return model(x, sigma).unscaled(sigma)
+
+    sample(score_fn, init, method=method, step_size=step_size, n_steps=3, seed=seed)  # warm-up
+    start = time.perf_counter()
+    chains = sample(
+        score_fn,
+        init,
+        method=method,
+        step_size=step_size,
+        n_steps=n_steps,
+        burn_in=burn_in,
+        thin=thin,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - start
+    diverged = int(chains.stats["diverged"].sum())
+    if diverged:
+        raise RuntimeError(
+            f"run_chains: step_size must keep the chains finite, got {step_size} with which "
+            f"{diverged} of {len(init)} {method} chains diverged"
+        )
+    return chains.draws, {
+        "method": method,
+        "step_size": step_size,
+        "min_ess": diagnostics.min_ess(chains.draws),
+        "us_per_step": 1e6 * seconds / (burn_in + n_steps),
+    }

@@ -1,0 +1,134 @@
+"""`hos-ext demo --quick`: the files, the numbers twice, the report and what it tells to do next."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from hos_ext import cli, plots, training
+
+SCHEMA = {
+    "denoise": {"sigma", "mse_noisy", "mse_denoised"},
+    "calibration": {
+        "sigma",
+        "mahalanobis",
+        "trace_ratio",
+        "predictive",
+        "predictive_recalibrated",
+        "n",
+    },
+    "sampling": {"method", "step_size", "min_ess", "us_per_step"},
+}
+TIMES = ("us_per_step", "seconds", "steps_per_second", "total_seconds")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.run(["demo", "--quick", "--seed", "3"]) == 0
+    return folder / "demo"
+
+
+@pytest.fixture(scope="module")
+def metrics(demo):
+    return json.loads((demo / "metrics.json").read_text())
+
+
+def _without_times(value):
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def test_demo_writes_report_metrics_figures_and_checkpoint(demo):
+    assert sorted(path.name for path in demo.iterdir()) == [
+        "calibration.png",
+        "chains.png",
+        "checkpoint",
+        "denoise-0.2.png",
+        "denoise-0.4.png",
+        "denoise-0.8.png",
+        "metrics.json",
+        "report.html",
+        "spread.png",
+        "training.png",
+    ]
+    assert training.load_checkpoint(demo / "checkpoint")[1]["seed"] == 3
+
+
+def test_demo_metrics_have_exactly_the_documented_keys(metrics):
+    assert set(metrics) == {*SCHEMA, "train"}
+    for name, keys in SCHEMA.items():
+        assert all(set(row) == keys for row in metrics[name])
+    assert [row["sigma"] for row in metrics["denoise"]] == [0.2, 0.4, 0.8]
+    assert [row["sigma"] for row in metrics["calibration"]] == [0.2, 0.4, 0.8]
+    assert {row["method"] for row in metrics["sampling"]} == {"langevin", "ozaki"}
+    assert metrics["calibration"][0]["n"] == metrics["train"]["n_test"] == 360
+    assert metrics["train"]["rank"] == 16
+
+
+def test_demo_with_the_same_seed_gives_the_same_numbers(metrics, tmp_path):
+    assert cli.run(["demo", "--quick", "--seed", "3", "--out", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert _without_times(again) == _without_times(metrics)
+
+
+def test_report_is_self_contained_and_readable_on_a_phone(demo):
+    page = (demo / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 7
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page
+    assert "url(" not in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert str(demo.parent) not in page
+
+
+def test_report_shows_the_numbers_of_the_metrics(demo, metrics):
+    page = (demo / "report.html").read_text()
+    shown = [row[key] for name, keys in SCHEMA.items() for row in metrics[name] for key in keys]
+    for value in shown:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        assert text in page
+    assert f"{metrics['train']['recalibration']:.3f}" in page
+
+
+def test_report_says_whether_the_posteriors_are_calibrated():
+    good = [{"predictive_recalibrated": 1.0}, {"predictive_recalibrated": 1.24}]
+    text = " ".join(plots._verdict(good).split())
+    assert "Yes: the recalibrated predictive figure lies within 0.8 to 1.25 at every" in text
+    for bad in (0.79, 1.26, float("nan")):
+        assert "Not yet" in plots._verdict([*good, {"predictive_recalibrated": bad}])
+
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        ((0.9, 1.1), "0.90 to 1.10: C is about right"),
+        ((0.9, 1.6), "0.90 to 1.60: in directions that C calls nearly certain, errors are larger"),
+        ((0.5, 1.1), "0.50 to 1.10: C is too wide"),
+    ],
+)
+def test_report_says_what_the_raw_figures_mean(figures, text):
+    assert text in plots._meaning([{"mahalanobis": value} for value in figures])
+
+
+def test_report_commands_and_example_work_as_printed(demo, monkeypatch, capsys):
+    page = (demo / "report.html").read_text()
+    commands, example = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    monkeypatch.chdir(demo.parent)
+    capsys.readouterr()
+    exec(compile(example.replace("&quot;", '"'), "example", "exec"), {})
+    assert "torch.Size([8, 8, 8])" in capsys.readouterr().out
+    assert len(example.strip().splitlines()) <= 12
+    short = {
+        "sample": ["--steps", "4", "--chains", "2"],
+        "train": ["--steps", "2", "--width", "8"],
+    }
+    for line in commands.splitlines():
+        words = shlex.split(line)[1:]
+        assert cli.run(words + short.get(words[0], [])) == 0

@@ -1,0 +1,364 @@
+"""Effective sample size, R-hat and calibration against known laws and dense float64 oracles."""
+
+import sys
+
+import pytest
+import torch
+
+from hos_ext.diagnostics import calibration, ess, min_ess, r_hat, recalibration_factor
+from hos_ext.dplr import DPLR
+from hos_ext.tweedie import Posterior, UnscaledScores, posterior
+
+
+def ar1(rho, chains, n, *dims, seed=0):
+    """Stationary AR(1) chains of unit variance; rho broadcasts against dims."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, chains, *dims, generator=generator, dtype=torch.float64)
+    rho = torch.as_tensor(rho, dtype=torch.float64)
+    x = [noise[0]]
+    for z in noise[1:]:
+        x.append(rho * x[-1] + (1 - rho**2).sqrt() * z)
+    return torch.stack(x, 1)
+
+
+# ------------------------------------------------------------------------------------------ chains
+
+
+@pytest.mark.parametrize("method", ["bulk", "mean"])
+def test_ess_of_ar1_chains_is_the_known_one(method):
+    rho = torch.tensor([[0.0, 0.6], [0.9, -0.4]])
+    draws = ar1(rho, 12, 2000, 2, 2)
+    expected = 24_000 * (1 - rho) / (1 + rho)
+    got = ess(draws, method=method)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected.double(), rtol=0.12, atol=0)
+    assert min_ess(draws, method=method) == float(got.min())
+
+
+def test_ess_methods_differ_as_their_targets_do():
+    draws = ar1(-0.6, 4, 3000)
+    assert float(ess(draws, method="bulk")) > 3 * 12_000
+    # x^2 of an AR(1) has correlation rho^2: the sign that helps the mean does not help the spread.
+    assert float(ess(draws, method="sd")) == pytest.approx(12_000 * 0.64 / 1.36, rel=0.15)
+    assert float(ess(draws, method="tail")) < float(ess(draws, method="bulk"))
+
+
+def test_ess_and_r_hat_keep_the_shape_and_the_order_of_dims():
+    draws = ar1(0.3, 3, 60, 2, 5)
+    whole, ratio = ess(draws), r_hat(draws)
+    assert whole.shape == ratio.shape == (2, 5)
+    assert torch.equal(whole[1, 3], ess(draws[:, :, 1, 3]))
+    assert torch.equal(ratio[1, 3], r_hat(draws[:, :, 1, 3]))
+    assert ess(draws.float().requires_grad_()).dtype == torch.float64
+
+
+def test_chains_come_first():
+    """Chains around different places: few effective draws and a large R-hat."""
+    draws = ar1(0.0, 4, 500) + 10 * torch.arange(4.0)[:, None]
+    assert float(ess(draws)) < 10
+    assert float(r_hat(draws)) > 2
+    together = ar1(0.0, 4, 500)
+    assert float(ess(together)) > 1500
+    assert float(r_hat(together)) < 1.01
+
+
+def test_r_hat_splits_chains_and_sees_a_common_drift():
+    draws = ar1(0.0, 4, 400) + torch.linspace(-2, 2, 400)
+    assert float(r_hat(draws)) > 1.3
+
+
+@pytest.mark.parametrize("n", [40, 41])
+def test_r_hat_matches_a_naive_one(n):
+    """Rank-normalised split R-hat, the larger one of bulk and folded, from its definition."""
+    draws = ar1(0.8, 3, n, 2)
+
+    def split_r_hat(values):
+        m = values.numel()
+        ranks = values.flatten().argsort().argsort().double() + 1
+        z = torch.special.ndtri((ranks - 3 / 8) / (m + 1 / 4)).reshape(values.shape)
+        within = z.var(1).mean()
+        length = z.shape[1]
+        total = (length - 1) / length * within + z.mean(1).var()
+        return (total / within).sqrt()
+
+    expected = []
+    for d in range(2):
+        half = n // 2
+        pieces = torch.cat([draws[:, :half, d], draws[:, -half:, d]])
+        middle = pieces.flatten().sort().values[[pieces.numel() // 2 - 1, pieces.numel() // 2]]
+        folded = (pieces - middle.mean()).abs()
+        expected.append(max(split_r_hat(pieces), split_r_hat(folded)))
+    torch.testing.assert_close(r_hat(draws), torch.stack(expected), rtol=1e-9, atol=0)
+
+
+def test_dimensions_without_meaning_give_nan_and_harm_no_other():
+    draws = ar1(0.5, 3, 100, 4)
+    good_ess, good_r_hat = ess(draws), r_hat(draws)
+    draws[0, 7, 1] = torch.nan
+    draws[1, 9, 2] = torch.inf
+    draws[..., 3] = 5.0
+    for got, good in ((ess(draws), good_ess), (r_hat(draws), good_r_hat)):
+        assert got[0] == good[0]
+        assert got[1:].isnan().all()
+    assert torch.tensor(min_ess(draws)).isnan()
+    assert ess(draws[..., 3]).isnan()
+
+
+def test_chains_that_stand_still_have_an_infinite_r_hat():
+    draws = torch.arange(3.0)[:, None].expand(3, 50)
+    assert float(r_hat(draws)) == torch.inf
+
+
+@pytest.mark.parametrize("function", [ess, r_hat])
+def test_chain_diagnostics_without_arviz_name_the_extra(function, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
+    with pytest.raises(RuntimeError) as error:
+        function(torch.zeros(2, 8))
+    assert str(error.value) == (
+        f"{function.__name__}: needs arviz-stats, install it with: pip install hos_ext[app]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda: ess(torch.zeros(2, 8), method="median"),
+            ValueError,
+            "ess: method must be one of 'bulk', 'tail', 'mean', 'sd', got 'median'",
+        ),
+        (
+            lambda: ess(torch.zeros(2, 3, 5)),
+            ValueError,
+            "ess: draws must have shape (chain, draw, *dims), chain >= 1, draw >= 4, got (2, 3, 5)",
+        ),
+        (
+            lambda: ess(torch.zeros(8)),
+            ValueError,
+            "ess: draws must have shape (chain, draw, *dims), chain >= 1, draw >= 4, got (8,)",
+        ),
+        (
+            lambda: r_hat(torch.zeros(1, 8)),
+            ValueError,
+            "r_hat: draws must have shape (chain, draw, *dims), chain >= 2, draw >= 4, got (1, 8)",
+        ),
+        (
+            lambda: r_hat(torch.zeros(2, 8, dtype=torch.int64)),
+            TypeError,
+            "r_hat: draws must be a floating-point tensor, got torch.int64",
+        ),
+        (
+            lambda: ess([[1.0]]),
+            TypeError,
+            "ess: draws must be a floating-point tensor, got list",
+        ),
+    ],
+)
+def test_chain_diagnostics_refuse(call, kind, message):
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value) == message
+
+
+# ------------------------------------------------------------------------------------- calibration
+
+
+def random_posterior(n, d, r, *, sign=None, seed=0):
+    """N(m, C) with random parts, and an x drawn from it (for sign None)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mean, diag, factor = normal(n, d), normal(n, d).square() + 0.05, normal(n, d, r) / 2
+    if sign is not None:
+        diag = diag + 20  # positive definite in spite of the columns that subtract
+    covariance = DPLR(diag, factor, sign)
+    x = mean + diag.sqrt() * normal(n, d) + (factor @ normal(n, r, 1)).squeeze(-1)
+    return x, Posterior(mean, covariance)
+
+
+@pytest.mark.parametrize("sign", [None, torch.tensor([1.0, -1.0, 1.0])])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 4.0])
+def test_calibration_matches_dense_algebra(tau, sign):
+    x, fit = random_posterior(9, 6, 3, sign=sign)
+    dense = torch.stack([c.diag() for c in fit.covariance.diag])
+    weight = torch.eye(3).double() if sign is None else sign.double().diag()
+    dense = dense + fit.covariance.factor @ weight @ fit.covariance.factor.mT
+    inverse = torch.linalg.inv(dense + tau**2 * torch.eye(6).double())
+    e = x - fit.mean
+    form = torch.einsum("bi,bij,bj->b", e, inverse, e)
+    expected = (form + tau**2 * inverse.diagonal(dim1=1, dim2=2).sum(1)).mean() / 6
+    ratio = (e.square().sum(1).mean() + 6 * tau**2) / (
+        dense.diagonal(dim1=1, dim2=2).sum(1).mean() + 6 * tau**2
+    )
+    got = calibration(x, fit, tau=tau)
+    assert got["mahalanobis"] == pytest.approx(float(expected), rel=1e-10)
+    assert got["trace_ratio"] == pytest.approx(float(ratio), rel=1e-10)
+    assert list(got) == ["mahalanobis", "trace_ratio"]
+
+
+def test_predictive_calibration_is_the_mean_over_drawn_noise():
+    tau, n, d = 0.7, 50_000, 4
+    x, fit = random_posterior(1, d, 2)
+    torch.manual_seed(1)
+    inverse = torch.linalg.inv(fit.covariance.dense()[0] + tau**2 * torch.eye(d).double())
+    e = x - fit.mean + tau * torch.randn(n, d, dtype=torch.float64)
+    form = (e @ inverse * e).sum(1) / d
+    error = float(form.std()) / n**0.5
+    assert abs(calibration(x, fit, tau=tau)["mahalanobis"] - float(form.mean())) < 5 * error
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_exact_posteriors_are_calibrated_and_mis_scaled_ones_are_caught(tau):
+    n, d = 4000, 8
+    x, fit = random_posterior(n, d, 3)
+    five_errors = 5 * (2 / (n * d)) ** 0.5
+    exact = calibration(x, fit, tau=tau)
+    assert abs(exact["mahalanobis"] - 1) < five_errors
+    assert abs(exact["trace_ratio"] - 1) < 0.1
+    for a in (0.5, 2.0):
+        wrong = calibration(x, fit.recalibrated(a), tau=tau)
+        assert (wrong["mahalanobis"] - 1) * (1 - a) > 0.1
+        assert (wrong["trace_ratio"] - 1) * (1 - a) > 0.1
+    assert calibration(x, fit.recalibrated(0.5))["mahalanobis"] == pytest.approx(
+        2 * calibration(x, fit)["mahalanobis"]
+    )
+
+
+def test_a_wrong_direction_shows_in_mahalanobis_but_not_in_the_trace():
+    x, fit = random_posterior(4000, 8, 3)
+    turned = Posterior(fit.mean, DPLR(fit.covariance.diag.flip(1), fit.covariance.factor.flip(1)))
+    wrong = calibration(x, turned)
+    assert abs(wrong["trace_ratio"] - 1) < 0.1
+    assert wrong["mahalanobis"] > 2
+
+
+def test_the_posterior_of_a_gaussian_from_its_scores_is_calibrated():
+    """The whole way: x0 of a Gaussian, noised; exact s1 and s2; Tweedie; calibration."""
+    torch.manual_seed(3)
+    n, d, alpha, sigma = 5000, 5, 0.8, 0.6
+    spread = torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    x0 = spread.sqrt() * torch.randn(n, d, dtype=torch.float64)
+    noisy = alpha * x0 + sigma * torch.randn(n, d, dtype=torch.float64)
+    precision = 1 / (alpha**2 * spread + sigma**2)
+    scores = UnscaledScores(-precision * noisy, (-precision).expand(n, d), None)
+    fit = posterior(noisy, scores.scaled(sigma), sigma, alpha)
+    for tau in (0.0, sigma / 2):
+        figures = calibration(x0, fit, tau=tau)
+        assert abs(figures["mahalanobis"] - 1) < 5 * (2 / (n * d)) ** 0.5
+        assert abs(figures["trace_ratio"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("a", [1e-3, 0.4, 1.0, 30.0])
+def test_recalibration_factor_makes_the_figure_one(tau, a):
+    x, fit = random_posterior(200, 6, 2)
+    wrong = fit.recalibrated(a)
+    factor = recalibration_factor(x, wrong, tau=tau)
+    assert calibration(x, wrong.recalibrated(factor), tau=tau)["mahalanobis"] == pytest.approx(
+        1, abs=2e-6
+    )
+    assert factor * a == pytest.approx(recalibration_factor(x, fit, tau=tau), rel=5e-6)
+
+
+def test_recalibration_factor_without_tau_maximises_the_likelihood():
+    x, fit = random_posterior(50, 6, 2)
+    best = recalibration_factor(x, fit.recalibrated(0.3))
+    e = x - fit.mean
+
+    def log_likelihood(a):
+        law = torch.distributions.MultivariateNormal(
+            torch.zeros(6).double(), fit.covariance.scale(0.3 * a).dense()
+        )
+        return float(law.log_prob(e).sum())
+
+    assert log_likelihood(best) > max(log_likelihood(best * 1.01), log_likelihood(best / 1.01))
+
+
+def test_calibration_takes_images_and_float32():
+    x, fit = random_posterior(30, 6, 2)
+    shaped = Posterior(fit.mean.reshape(30, 2, 3), fit.covariance)
+    assert calibration(x.reshape(30, 2, 3), shaped, tau=0.2) == calibration(x, fit, tau=0.2)
+    narrow = Posterior(fit.mean.float(), fit.covariance.to(torch.float32))
+    assert calibration(x.float(), narrow)["mahalanobis"] == pytest.approx(
+        calibration(x, fit)["mahalanobis"], rel=1e-4
+    )
+
+
+def test_nan_in_the_data_gives_nan():
+    x, fit = random_posterior(5, 4, 1)
+    x[2, 1] = torch.nan
+    figures = calibration(x, fit, tau=0.1)
+    assert torch.tensor(list(figures.values())).isnan().all()
+
+
+def _refused(x=None, tau=0.0, **parts):
+    good, fit = random_posterior(3, 4, 1)
+    mean = parts.get("mean", fit.mean)
+    covariance = DPLR(parts.get("diag", fit.covariance.diag), fit.covariance.factor)
+    return (mean if x == "mean" else good if x is None else x), Posterior(mean, covariance), tau
+
+
+BOTH = (calibration, recalibration_factor)
+LIKE = "x must be (3, 4) torch.float64 on cpu like posterior.mean, got "
+
+
+@pytest.mark.parametrize(
+    ("functions", "case", "kind", "message"),
+    [
+        (BOTH, {"x": 3}, TypeError, "x must be a tensor, got int"),
+        (BOTH, {"x": torch.ones(3, 5)}, ValueError, LIKE + "(3, 5) torch.float32 on cpu"),
+        (BOTH, {"x": torch.ones(3, 4)}, ValueError, LIKE + "(3, 4) torch.float32 on cpu"),
+        (
+            BOTH,
+            {"x": torch.ones(3, 4, device="meta").double()},
+            ValueError,
+            LIKE + "(3, 4) torch.float64 on meta",
+        ),
+        (BOTH, {"tau": -0.1}, ValueError, "tau must be >= 0 and finite, got -0.1"),
+        (BOTH, {"tau": float("nan")}, ValueError, "tau must be >= 0 and finite, got nan"),
+        (
+            BOTH[1:],
+            {"x": "mean"},
+            ValueError,
+            "x - posterior.mean must be finite and not all zero, got mean square 0.0",
+        ),
+        (
+            BOTH[1:],
+            {"diag": torch.tensor([1.0, -1.0, 1.0]).double()[:, None].expand(3, 4)},
+            ValueError,
+            "posterior.covariance must be positive definite",
+        ),
+    ],
+)
+def test_calibration_refuses(functions, case, kind, message):
+    x, fit, tau = _refused(**case)
+    for function in functions:
+        with pytest.raises(kind) as error:
+            function(x, fit, tau=tau)
+        assert str(error.value) == f"{function.__name__}: {message}"
+
+
+def test_recalibration_factor_refuses_what_no_factor_calibrates():
+    fit = Posterior(torch.zeros(3, 4).double(), random_posterior(3, 4, 1)[1].covariance)
+    x = torch.full_like(fit.mean, 2.0**-100)
+    with pytest.raises(ValueError, match=r"^recalibration_factor") as error:
+        recalibration_factor(x, fit, tau=0.1)
+    assert str(error.value) == (
+        "recalibration_factor: x must be calibrated by a factor in 1e-27 ... 1e27, got mean square "
+        f"{2.0**-200} of x - posterior.mean"
+    )
+
+
+def test_calibration_refuses_another_posterior():
+    x, fit = random_posterior(3, 4, 1)
+    with pytest.raises(TypeError) as error:
+        calibration(x, tuple(fit))
+    assert str(error.value) == "calibration: posterior must be a tweedie.Posterior, got tuple"
+
+
+def test_calibration_refuses_an_empty_batch():
+    fit = Posterior(torch.ones(0, 4), DPLR(torch.ones(0, 4)))
+    with pytest.raises(ValueError, match=r"^calibration: x must have shape \(B, \*dims\), B >= 1"):
+        calibration(torch.ones(0, 4), fit)

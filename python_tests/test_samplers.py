@@ -1,0 +1,482 @@
+"""Chains: the law each step keeps, the same chains however they are cut, and every error."""
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hos_ext import ops
+from hos_ext.samplers import Chains, sample
+from hos_ext.tweedie import UnscaledScores
+
+SPREAD = torch.tensor([0.05, 0.4, 1.0, 3.0], dtype=torch.float64)  # variances, a diagonal Gaussian
+CORRELATED = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+MEAN = 0.7
+
+
+def gaussian(covariance: Tensor, mean: float = 0.0):
+    """score_fn of N(mean, covariance), row by row: the rows beside a row do not change its bits."""
+    precision = torch.linalg.inv(covariance)
+
+    def score_fn(x):
+        p = precision.to(x)
+        score = -((x - mean).unsqueeze(-1) * p).sum(-2)
+        return UnscaledScores(score, -p.diagonal().expand_as(x), None)
+
+    return score_fn
+
+
+def affine_map(score_fn, d, method, step_size):
+    """A and the noise's square root G of the step x' = A x + b + G z, read off `sample` itself."""
+    start = torch.cat([torch.zeros(1, d), torch.eye(d)]).double()
+    options = {"method": method, "step_size": step_size, "n_steps": 1}
+    # One call for each row: rows of one call would differ in noise.
+    ends = [sample(score_fn, row[None], seed=3, **options).draws[0, 0] for row in start]
+    a = torch.stack([end - ends[0] for end in ends[1:]], 1)
+    n = 2 * d + 1
+    pushed = sample(score_fn, torch.zeros(n, d).double(), seed=5, **options).draws[:, 0]
+    z = ops.normal((n, d), seed=5, offset=0, dtype=torch.float64)
+    solution = torch.linalg.lstsq(torch.cat([z, torch.ones(n, 1).double()], 1), pushed).solution
+    return a, solution[:d].T
+
+
+def stationary(a, g):
+    """C of C = A C A^T + G G^T, solved as a linear system."""
+    d = len(a)
+    left = torch.eye(d * d, dtype=a.dtype) - torch.kron(a, a)
+    return torch.linalg.solve(left, (g @ g.T).flatten()).reshape(d, d)
+
+
+# ------------------------------------------------------------------------------------ the law kept
+
+
+@pytest.mark.parametrize("covariance", [SPREAD.diag(), CORRELATED], ids=["diagonal", "correlated"])
+def test_langevin_keeps_the_closed_form_biased_covariance(covariance):
+    h = 0.04
+    p = torch.linalg.inv(covariance)
+    eye = torch.eye(len(p), dtype=p.dtype)
+    a, g = affine_map(gaussian(covariance, MEAN), len(p), "langevin", h)
+    torch.testing.assert_close(a, eye - h * p)
+    torch.testing.assert_close(g, (2 * h) ** 0.5 * eye)
+    expected = covariance @ torch.linalg.inv(eye - h * p / 2)
+    torch.testing.assert_close(stationary(a, g), expected)
+
+
+@pytest.mark.parametrize("h", [1e-3, 0.3, 5.0])
+def test_ozaki_keeps_a_diagonal_gaussian_exactly_at_any_step_size(h):
+    a, g = affine_map(gaussian(SPREAD.diag(), MEAN), 4, "ozaki", h)
+    torch.testing.assert_close(a, torch.exp(-h / SPREAD).diag())
+    torch.testing.assert_close(stationary(a, g), SPREAD.diag())
+
+
+@pytest.mark.parametrize(
+    ("eps", "variance", "correlation"),
+    [(0.05, 0.950, 0.888), (0.5, 0.729, 0.715), (2, 0.960, 0.047)],
+)
+def test_ozaki_on_a_correlated_gaussian_has_the_known_bias(eps, variance, correlation):
+    p = torch.linalg.inv(CORRELATED)
+    h = eps / 2
+    a, g = affine_map(gaussian(CORRELATED), 2, "ozaki", h)
+    m = -torch.expm1(-h * p.diagonal()) / p.diagonal()
+    torch.testing.assert_close(a, torch.eye(2).double() - m.diag() @ p)
+    s = -torch.expm1(-2 * h * p.diagonal()) / p.diagonal()
+    torch.testing.assert_close(g @ g.T, s.diag())
+    c = stationary(a, g)
+    assert float(c[0, 0]) == pytest.approx(variance, abs=6e-4)
+    assert float(c[0, 1] / c[0, 0]) == pytest.approx(correlation, abs=6e-4)
+
+
+@pytest.mark.parametrize(("method", "h"), [("langevin", 0.08), ("ozaki", 0.5)])
+def test_chains_reach_the_stationary_mean_and_variance(method, h):
+    """Monte Carlo with error bars, 5 standard errors; Langevin's bias here is 4 - 400 of them."""
+    n, variance = 20_000, torch.tensor([0.05, 0.4], dtype=torch.float64)
+    init = torch.full((n, 2), MEAN).double()
+    chains = sample(
+        gaussian(variance.diag(), MEAN),
+        init,
+        method=method,
+        step_size=h,
+        n_steps=20,
+        seed=1,
+        thin=20,
+    )
+    a = 1 - h / variance if method == "langevin" else torch.exp(-h / variance)
+    law = variance / (1 - h / variance / 2) if method == "langevin" else variance
+    law = law * (1 - a**40)  # started at the mean, without spread
+    x = chains.draws[:, 0]
+    assert ((x.mean(0) - MEAN).abs() < 5 * (law / n).sqrt()).all()
+    assert ((x.var(0) - law).abs() < 5 * law * (2 / n) ** 0.5).all()
+
+
+@pytest.mark.parametrize("sign", [None, torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])])
+def test_ozaki_uses_the_diagonal_of_the_whole_hessian(sign):
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2).double()
+    factor = torch.randn(3, 4, 5).double()
+    diag = -torch.rand(3, 2, 2).double() * 30
+    weight = torch.eye(5).double() if sign is None else sign.double().diag()
+    full = torch.diag_embed(diag.flatten(1)) + factor @ weight @ factor.mT
+    whole = full.diagonal(dim1=1, dim2=2).reshape(3, 2, 2)
+    options = {"method": "ozaki", "step_size": 0.2, "n_steps": 1, "seed": 0}
+    split = sample(lambda x: UnscaledScores(-x, diag, factor, sign), x, **options)
+    joined = sample(lambda x: UnscaledScores(-x, whole, None), x, **options)
+    torch.testing.assert_close(split.draws, joined.draws, rtol=1e-12, atol=1e-12)
+
+
+def test_curvature_reaches_the_step():
+    x = torch.ones(4, 3).double()
+    up = torch.full_like(x, 2.0)
+    ends = {}
+    for curvature in ("clamp", "abs", "raw"):
+        options = {"method": "ozaki", "step_size": 0.3, "n_steps": 1, "seed": 0}
+        chains = sample(lambda x: UnscaledScores(x, up, None), x, curvature=curvature, **options)
+        expected = ops.ozaki_step(x, x, up, 0.3, seed=0, curvature=curvature)
+        assert torch.equal(chains.draws[:, 0], expected)
+        ends[curvature] = chains.draws
+    assert not torch.equal(ends["clamp"], ends["abs"])
+    assert not torch.equal(ends["abs"], ends["raw"])
+
+
+# --------------------------------------------------------------------------------- the same chains
+
+
+def run(init=None, **options) -> Chains:
+    options = {"step_size": 0.1, "n_steps": 12, "seed": 7, "method": "ozaki"} | options
+    return sample(gaussian(SPREAD.diag()), init, **options)
+
+
+@pytest.fixture
+def init():
+    return torch.linspace(-1, 1, 7 * 4).reshape(7, 4)
+
+
+@pytest.mark.parametrize("method", ["langevin", "ozaki"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 50])
+def test_chunks_do_not_change_the_chains(init, method, chunk_size):
+    step_size = torch.linspace(0.01, 0.05, 7)
+    options = {"method": method, "step_size": step_size, "n_steps": 5, "burn_in": 2}
+    whole = run(init, **options)
+    cut = run(init, chunk_size=chunk_size, **options)
+    assert torch.equal(whole.draws, cut.draws)
+    assert torch.equal(whole.state["x"], cut.state["x"])
+
+
+def test_score_fn_sees_at_most_chunk_size_rows(init):
+    rows = []
+
+    def score_fn(x):
+        rows.append(len(x))
+        assert not torch.is_grad_enabled()
+        return -x
+
+    chains = sample(score_fn, init, step_size=0.1, n_steps=2, burn_in=1, chunk_size=3)
+    assert rows == [3] * 3 + [3] * 3 + [1] * 3
+    assert chains.stats["n_score_evaluations"] == 3
+
+
+@pytest.mark.parametrize("thin", [1, 7])
+def test_a_resumed_run_continues_exactly(init, thin):
+    whole = run(init, n_steps=100, burn_in=3, thin=thin)
+    first = run(init, n_steps=60, burn_in=3, thin=thin)
+    second = run(state=first.state, n_steps=40, thin=thin, seed=None)
+    assert torch.equal(torch.cat([first.draws, second.draws], 1), whole.draws)
+    torch.testing.assert_close(second.state, whole.state, rtol=0, atol=0)
+    again = run(state=first.state, n_steps=40, thin=thin)
+    assert torch.equal(again.draws, second.draws)
+
+
+def test_state_survives_torch_save(init, tmp_path):
+    first = run(init)
+    torch.save(first.state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert torch.equal(run(state=loaded).draws, run(state=first.state).draws)
+
+
+def test_first_chain_gives_the_chains_of_a_larger_run(init):
+    whole = run(init)
+    assert torch.equal(run(init[:3]).draws, whole.draws[:3])
+    part = run(init[3:], first_chain=3)
+    assert torch.equal(part.draws, whole.draws[3:])
+    resumed = run(state=part.state, first_chain=3)
+    assert torch.equal(resumed.draws, run(state=whole.state).draws[3:])
+
+
+def test_thinning_keeps_every_thin_th_state_after_the_burn_in(init):
+    every = run(init, n_steps=17)
+    assert every.draws.shape == (7, 17, 4)
+    thinned = run(init, burn_in=3, n_steps=14, thin=4)
+    assert torch.equal(thinned.draws, every.draws[:, 3:].unflatten(0, (7,))[:, 3::4])
+    assert thinned.draws.shape == (7, 3, 4)
+    assert torch.equal(thinned.state["x"], every.draws[:, -1])
+    assert thinned.state["since_draw"] == 2
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_init_is_not_changed_and_draws_share_no_memory(init, n_steps):
+    before = init.clone()
+    chains = run(init, n_steps=n_steps)
+    assert torch.equal(init, before)
+    end = chains.draws[:, -1].clone()
+    chains.state["x"].zero_()
+    assert torch.equal(chains.draws[:, -1], end)
+
+
+def test_init_may_be_expanded_and_permuted():
+    wide = torch.ones(1, 3, 2, 4).expand(5, 3, 2, 4).permute(0, 3, 1, 2)
+    chains = sample(lambda x: -x, wide, step_size=0.1, n_steps=3, seed=0)
+    plain = sample(lambda x: -x, wide.contiguous(), step_size=0.1, n_steps=3, seed=0)
+    assert chains.draws.shape == (5, 3, 4, 3, 2)
+    assert torch.equal(chains.draws, plain.draws)
+
+
+def test_langevin_takes_a_tensor_or_scores(init):
+    plain = sample(lambda x: -x, init, step_size=0.1, n_steps=3, seed=0)
+    scores = sample(
+        lambda x: UnscaledScores(-x, -torch.ones_like(x), None),
+        init,
+        step_size=0.1,
+        n_steps=3,
+        seed=0,
+    )
+    assert torch.equal(plain.draws, scores.draws)
+    assert plain.stats["method"] == "langevin"
+
+
+def test_step_size_may_be_a_number_or_a_tensor(init):
+    runs = [
+        sample(lambda x: -x, init, step_size=h, n_steps=3, seed=0)
+        for h in (0.5, torch.tensor(0.5), torch.full((7,), 0.5))
+    ]
+    assert torch.equal(runs[0].draws, runs[1].draws)
+    assert torch.equal(runs[0].draws, runs[2].draws)
+    assert runs[0].stats["step_size"] == 0.5
+
+
+def test_seed_none_follows_torch_manual_seed(init):
+    torch.manual_seed(11)
+    one, two = run(init, seed=None), run(init, seed=None)
+    torch.manual_seed(11)
+    assert torch.equal(run(init, seed=None).draws, one.draws)
+    assert not torch.equal(one.draws, two.draws)
+    assert torch.equal(run(init, seed=one.state["seed"]).draws, one.draws)
+
+
+def test_no_chains_and_no_steps_are_legal(init):
+    assert run(init[:0]).draws.shape == (0, 12, 4)
+    nothing = run(init, n_steps=0)
+    assert nothing.draws.shape == (7, 0, 4)
+    assert torch.equal(nothing.state["x"], init)
+    warm = run(init, n_steps=0, burn_in=5)
+    assert torch.equal(warm.state["x"], run(init, n_steps=5).draws[:, -1])
+
+
+# ------------------------------------------------------------------------------------- divergences
+
+
+def test_a_diverged_chain_stays_non_finite_is_counted_and_harms_no_other(init):
+    bad = init.clone()
+    bad[2, 1] = float("nan")
+    options = {"step_size": 0.1, "n_steps": 12, "seed": 7}
+    healthy, chains = (sample(lambda x: -x, start, **options) for start in (init, bad))
+    assert chains.stats["diverged"].tolist() == [False, False, True] + [False] * 4
+    assert chains.stats["divergences"].tolist() == [0, 0, 12] + [0] * 4
+    assert chains.draws[2].isfinite().all(0).tolist() == [True, False, True, True]
+    assert not chains.draws[2, :, 1].isfinite().any()
+    others = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(chains.draws[others], healthy.draws[others])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_every_non_finite_value_is_a_divergence(value):
+    init = torch.zeros(3, 5)
+    init[1, 4] = value
+    chains = sample(torch.zeros_like, init, step_size=0.1, n_steps=3, seed=0)
+    assert chains.stats["divergences"].tolist() == [0, 3, 0]
+    assert chains.stats["diverged"].tolist() == [False, True, False]
+
+
+def test_large_half_precision_states_are_no_divergence():
+    init = torch.full((2, 800), 200.0, dtype=torch.float16)  # the sum exceeds float16
+    chains = sample(torch.zeros_like, init, step_size=0.1, n_steps=2, seed=0)
+    assert chains.draws.dtype == torch.float16
+    assert chains.stats["divergences"].tolist() == [0, 0]
+
+
+def test_an_unstable_step_size_is_reported_as_divergence():
+    init = torch.ones(3, 2)
+    step_size = torch.tensor([0.1, 100.0, 0.1])
+    chains = sample(lambda x: -x, init, step_size=step_size, n_steps=60, seed=0, chunk_size=2)
+    finite = chains.draws.isfinite().all(2)
+    assert torch.equal(chains.stats["divergences"], (~finite).sum(1))
+    assert 0 < int(chains.stats["divergences"][1]) < 60
+    assert chains.stats["diverged"].tolist() == [False, True, False]
+
+
+def test_raw_curvature_that_overflows_counts_as_divergence():
+    chains = sample(
+        lambda x: UnscaledScores(x, torch.full_like(x, 1e4), None),
+        torch.ones(2, 3),
+        method="ozaki",
+        step_size=1.0,
+        n_steps=1,
+        curvature="raw",
+        seed=0,
+    )
+    assert chains.stats["diverged"].tolist() == [True, True]
+
+
+# ---------------------------------------------------------------------------------------- progress
+
+
+def test_progress_shows_the_method_and_all_steps(init, capsys):
+    pytest.importorskip("rich")
+    shown = run(init, progress=True, chunk_size=3)
+    assert torch.equal(shown.draws, run(init).draws)
+    out = capsys.readouterr().out
+    assert "ozaki" in out
+    assert "100%" in out
+
+
+def test_progress_without_rich_names_the_extra(init, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(RuntimeError) as error:
+        run(init, progress=True)
+    assert str(error.value) == (
+        "sample: progress=True needs rich, install it with: pip install hos_ext[app]"
+    )
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+class Triple(NamedTuple):
+    score: Tensor
+    diag: Tensor
+    factor: None
+
+
+STATE = {"x": torch.ones(2, 3), "step": 5, "since_draw": 0, "seed": 7, "first_chain": 4}
+X = torch.ones(2, 3)
+NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for method 'ozaki', got "
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"method": "leapfrog"},
+            ValueError,
+            "method must be one of 'langevin', 'ozaki', got 'leapfrog'",
+        ),
+        (
+            {"curvature": "square"},
+            ValueError,
+            "curvature must be one of 'clamp', 'abs', 'raw', got 'square'",
+        ),
+        ({"n_steps": -1}, ValueError, "n_steps must be at least 0, got -1"),
+        ({"n_steps": 2.0}, TypeError, "n_steps must be an integer, got float"),
+        ({"n_steps": True}, TypeError, "n_steps must be an integer, got bool"),
+        ({"burn_in": -3}, ValueError, "burn_in must be at least 0, got -3"),
+        ({"thin": 0}, ValueError, "thin must be at least 1, got 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"first_chain": -1}, ValueError, "first_chain must be at least 0, got -1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 2**64}, ValueError, "seed must be below 2**64, got 18446744073709551616"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
+        ({"step_size": 0.0}, ValueError, "step_size must be positive and finite, got 0.0"),
+        ({"step_size": float("nan")}, ValueError, "step_size must be positive and finite, got nan"),
+        (
+            {"step_size": torch.tensor([1.0, float("inf")])},
+            ValueError,
+            "step_size must be positive and finite, got inf",
+        ),
+        (
+            {"step_size": torch.ones(3)},
+            ValueError,
+            "step_size must be a float or have shape (2,), got shape (3,)",
+        ),
+        (
+            {"step_size": torch.ones(2, device="meta")},
+            ValueError,
+            "step_size must be on cpu like x, got meta",
+        ),
+        ({"step_size": "0.1"}, TypeError, "step_size must be a float or a tensor, got str"),
+        ({"init": None}, ValueError, "exactly one of init and state must be given, got neither"),
+        ({"state": STATE}, ValueError, "exactly one of init and state must be given, got both"),
+        ({"init": [[1.0]]}, TypeError, "init must be a tensor, got list"),
+        (
+            {"init": torch.ones(3)},
+            ValueError,
+            "init must have shape (chain, *dims) with at least one entry in a chain, got (3,)",
+        ),
+        (
+            {"init": torch.ones(3, 0)},
+            ValueError,
+            "init must have shape (chain, *dims) with at least one entry in a chain, got (3, 0)",
+        ),
+        (
+            {"init": torch.ones(2, 3, dtype=torch.int64)},
+            TypeError,
+            "init must be floating point, got torch.int64",
+        ),
+        (
+            {"init": None, "state": {"x": 1}},
+            TypeError,
+            "state must be the state of Chains, got keys ['x']",
+        ),
+        ({"init": None, "state": 3}, TypeError, "state must be the state of Chains, got int"),
+        (
+            {"init": None, "state": STATE, "seed": 8},
+            ValueError,
+            "seed must be None or 7 as in state, got 8",
+        ),
+        (
+            {"init": None, "state": STATE, "first_chain": 2},
+            ValueError,
+            "first_chain must be 0 or 4 as in state, got 2",
+        ),
+        (
+            {"score_fn": lambda x: x[:, 1:]},
+            ValueError,
+            "score from score_fn must have shape (2, 3) like x, got (2, 2)",
+        ),
+        (
+            {"score_fn": lambda x: x.double()},
+            ValueError,
+            "score from score_fn must be torch.float32 on cpu like x, got torch.float64 on cpu",
+        ),
+        (
+            {"score_fn": lambda x: x.to("meta")},
+            ValueError,
+            "score from score_fn must be torch.float32 on cpu like x, got torch.float32 on meta",
+        ),
+        (
+            {"score_fn": lambda x: None},
+            TypeError,
+            "score from score_fn must be a tensor, got NoneType",
+        ),
+        (
+            {"score_fn": lambda x: -x, "method": "ozaki"},
+            TypeError,
+            NEEDS_SCORES + "Tensor",
+        ),
+        (
+            {"score_fn": lambda x: Triple(-x, -x, None), "method": "ozaki"},
+            TypeError,
+            NEEDS_SCORES + "Triple",
+        ),
+        (
+            {"score_fn": lambda x: UnscaledScores(-x, -x[:, :1], None), "method": "ozaki"},
+            ValueError,
+            "diag from score_fn must have shape (2, 3) like x, got (2, 1)",
+        ),
+    ],
+)
+def test_sample_refuses(options, kind, message):
+    options = {"score_fn": lambda x: -x, "init": X, "step_size": 0.1, "n_steps": 2} | options
+    score_fn, init = options.pop("score_fn"), options.pop("init")
+    with pytest.raises(kind) as error:
+        sample(score_fn, init, **options)
+    assert str(error.value) == f"sample: {message}"
