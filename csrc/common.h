@@ -117,7 +117,7 @@ HOS_HD float phi1_prime(float y, float e, float p) {
   s = mul_add(s, t, 3.3333333e-1f);
   s = mul_add(s, t, 5.0e-1f);
   const bool near = y <= 1.0f && y >= -1.0f;
-  const float far = ((e - p) + 1.0f) / (near ? 1.0f : y);
+  const float far = ((e + 1.0f) - p) / (near ? 1.0f : y);
   return near ? s : far;
 }
 
@@ -131,7 +131,7 @@ HOS_HD double phi1_prime(double y, double e, double p) {
     }
     return s;
   }
-  return ((e - p) + 1.0) / y;
+  return ((e + 1.0) - p) / y;
 }
 
 }  // namespace HOS_ISA

@@ -32,8 +32,10 @@ def is_plain(t: Tensor) -> bool:
 
 
 def needs_library(tensors: Sequence[Tensor]) -> bool:
-    """Compiling, fake, meta or otherwise dispatched tensors go through torch.library."""
+    """Compiled, traced, fake, meta or otherwise dispatched tensors go through torch.library."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace
         return True
     return not all(map(is_plain, tensors))
 
@@ -52,6 +54,7 @@ class Operator:
     backward(needs, grad, *args, *saved) -> a gradient for each argument in `differentiable`.
     jvp(tangents, *args, *saved) -> the tangent of the first output.
     batch_axis(position, args) -> the batch axis of an argument, or None where it has none.
+    label(args) -> the name of the public function, for messages.
     """
 
     def __init__(
@@ -67,9 +70,12 @@ class Operator:
         differentiable: Sequence[int],
         batch_axis: Callable[[int, Sequence[Any]], int | None],
         scalars: dict[int, torch.dtype],
+        label: Callable[[Sequence[Any]], str] | None = None,
     ) -> None:
         self.name, self.forward, self.backward, self.jvp = name, forward, backward, jvp
         self.differentiable, self.batch_axis, self.scalars = differentiable, batch_axis, scalars
+        self.label = label or (lambda args: name)
+        self.arguments = [declared.split()[-1] for declared in schema.split(", ")]
         self.function = _make_function(self)
         self.backward_function = _make_backward_function(self)
         _register(self, schema, returns, fake)
@@ -80,12 +86,10 @@ class Operator:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if needs_library(tensors):
             if forward_ad._current_level >= 0:
-                raise RuntimeError(_no_forward_mode(self.name))
+                raise RuntimeError(_no_forward_mode(self.label(args)))
             outputs = self.library(*self.as_tensors(args))
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        if functorch_active() or forward_ad._current_level >= 0:
-            return self.function.apply(*args)  # type: ignore[no-any-return]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
             return self.function.apply(*args)  # type: ignore[no-any-return]
         return self.forward(*args)
 
@@ -94,7 +98,7 @@ class Operator:
         tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
         if needs_library(tensors):
             grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
-        elif functorch_active() or any(t.requires_grad for t in tensors):
+        elif functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
             grads = self.backward_function.apply(tuple(needs), grad, *args)
         else:
             grads = self.backward(needs, grad, *args)
@@ -143,8 +147,8 @@ class Operator:
             if axis is None:
                 if dim is not None:
                     raise RuntimeError(
-                        f"{self.name}: vmap over argument {position} is not supported (it has no"
-                        " batch axis)"
+                        f"{self.label(args)}: {self.arguments[position]} must be the same in all"
+                        " lanes of vmap, got a batch of it"
                     )
                 out.append(arg)
                 continue
@@ -157,6 +161,49 @@ class Operator:
                 arg = arg.movedim(dim, axis)
             out.append(arg.flatten(axis, axis + 1))
         return out, inner
+
+    def vmap(self, call: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+        """One call of the operator for all lanes: outputs, and the axes of the lanes in them."""
+        folded, inner = self.fold(info.batch_size, in_dims, args)
+        outputs = call(*folded)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        lanes = tuple(o.unflatten(0, (info.batch_size, inner)) for o in outputs)
+        return lanes, (0,) * len(lanes)
+
+    def vmap_backward(
+        self,
+        call: Any,
+        info: Any,
+        in_dims: Sequence[Any],
+        needs: Sequence[bool],
+        grad: Tensor,
+        args: Sequence[Any],
+    ) -> Any:
+        """As `vmap`; in_dims begins at grad. Gradients not needed are empty."""
+        if in_dims[0] is None:
+            lead = grad.expand(info.batch_size, *grad.shape)
+        else:
+            lead = grad.movedim(in_dims[0], 0)
+        if all(dim is None for dim in in_dims[1:]):  # jacrev: nothing but the gradient differs
+            each = [call(needs, g, *args) for g in lead.unbind(0)]
+            axes: list[int | None] = [0 if n else None for n in needs]
+            grads = [torch.stack(g) if n else None for g, n in zip(zip(*each), needs, strict=True)]
+        else:
+            folded, inner = self.fold(info.batch_size, in_dims[1:], args)
+            axes = [
+                self.batch_axis(p, args) or 0 if n else None
+                for p, n in zip(self.differentiable, needs, strict=True)
+            ]
+            grads = [
+                None if axis is None else g.unflatten(axis, (info.batch_size, inner))
+                for g, axis in zip(call(needs, lead.flatten(0, 1), *folded), axes, strict=True)
+            ]
+        return tuple(grad.new_empty(0) if g is None else g for g in grads), tuple(axes)
+
+
+def _tracked(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records what happens to the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _split(args: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
@@ -194,13 +241,16 @@ def _make_function(op: Operator) -> Any:
 
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         args = saved(ctx)
-        chosen = [tangents[p] for p in op.differentiable]
+        for position, tangent in enumerate(tangents):
+            if tangent is not None and position not in op.differentiable:
+                raise ValueError(
+                    f"{op.label(args)}: {op.arguments[position]} must not carry a tangent, got one"
+                )
+        chosen = [_materialized(tangents[p]) for p in op.differentiable]
         return (op.jvp(chosen, *args), *(None for _ in args[ctx.count :]))
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        folded, inner = op.fold(info.batch_size, in_dims, args)
-        outputs = op(*folded)
-        return tuple(o.unflatten(0, (info.batch_size, inner)) for o in outputs), (0,) * len(outputs)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return op.vmap(op, info, in_dims, args)
 
     return _function_class(
         op.name,
@@ -221,38 +271,18 @@ def _make_backward_function(op: Operator) -> Any:
         return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+        ctx.label = op.label(inputs[2:])
 
-    def refuse(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_no_second_derivative(op.name))
-
-    def vmap(info: Any, in_dims: tuple[Any, ...], needs: Any, *rest: Any) -> tuple[Any, Any]:
-        grad, args = rest[0], rest[1:]
-        folded, inner = op.fold(info.batch_size, in_dims[2:], args)
-        lead = (
-            grad.movedim(in_dims[1], 0)
-            if in_dims[1] is not None
-            else grad.expand(info.batch_size, *grad.shape)
-        )
-        grads = op.call_backward(needs, lead.flatten(0, 1), *folded)
-        out, dims = [], []
-        for position, g in zip(op.differentiable, grads, strict=True):
-            if g is None:
-                out.append(lead.new_empty(0))
-                dims.append(None)
-                continue
-            axis = op.batch_axis(position, args) or 0
-            out.append(g.unflatten(axis, (info.batch_size, inner)))
-            dims.append(axis)
-        return tuple(out), tuple(dims)
+    def vmap(info: Any, in_dims: tuple[Any, ...], needs: Any, grad: Tensor, *args: Any) -> Any:
+        return op.vmap_backward(op.call_backward, info, in_dims[1:], needs, grad, args)
 
     return _function_class(
         op.name + "_backward",
         torch.autograd.Function,
         forward=forward,
         setup_context=setup_context,
-        backward=refuse,
-        jvp=refuse,
+        backward=_refuse,
+        jvp=_refuse,
         vmap=vmap,
     )
 
@@ -261,11 +291,22 @@ def _function_class(name: str, base: Any, **methods: Any) -> Any:
     return type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-def _no_second_derivative(name: str) -> str:
-    return (
-        f"{name}: double backward is not supported, got a request for the derivative of its"
+def _materialized(tangent: Tensor | None) -> Tensor | None:
+    """A tangent with memory: forward mode makes zeros that have none."""
+    if tangent is None or not tangent._is_zerotensor():
+        return tangent
+    return torch.zeros(tangent.shape, dtype=tangent.dtype, device=tangent.device)
+
+
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        f"{ctx.label}: double backward is not supported, got a request for the derivative of its"
         " gradient; use hos_ext.reference for second derivatives"
     )
+
+
+def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(_no_forward_mode(ctx.label))
 
 
 def _no_forward_mode(name: str) -> str:
@@ -311,8 +352,9 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors, ctx.others = _split(inputs)
-        ctx.count = len(inputs)
+        args = inputs[1:]
+        tensors, ctx.others = _split(args)
+        ctx.count, ctx.label = len(args), op.label(args)
         extra = output[1:] if returns > 1 else ()
         ctx.mark_non_differentiable(*extra)
         ctx.set_materialize_grads(False)
@@ -320,31 +362,34 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
 
     def formula(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * ctx.count
+            return (None,) * (ctx.count + 1)
         tensors = ctx.saved_tensors
-        args = [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]][1:]
+        args = [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]]
         needs = [ctx.needs_input_grad[p + 1] for p in op.differentiable]
         grads = op.library_backward(needs, grad, *args)
         kept = [g if n else None for g, n in zip(grads, needs, strict=True)]
-        return (None, *op.scatter(kept, ctx.count - 1))
+        return (None, *op.scatter(kept, ctx.count))
 
-    def refuse(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_no_second_derivative(name))
+    def setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.label = op.label(inputs[3:])
 
-    def refuse_forward_mode(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_no_forward_mode(name))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        outputs, axes = op.vmap(op.library, info, in_dims, args)
+        return pack(outputs), pack(axes)
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        outputs, dims = op.function.vmap(info, in_dims, *args)
-        return pack(outputs), pack(dims)
+    def vmap_backward(
+        info: Any, in_dims: tuple[Any, ...], needs: Any, grad: Tensor, *args: Any
+    ) -> Any:
+        return op.vmap_backward(op.library_backward, info, in_dims[1:], needs, grad, args)
 
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     LIBRARY.impl(name + "_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hos_ext::{name}", forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"hos_ext::{name}_backward", backward_fake, lib=LIBRARY)
-    _register_autograd(name, setup_context, formula, refuse_forward_mode)
-    _register_autograd(name + "_backward", lambda *_: None, refuse, refuse)
+    _register_autograd(name, setup_context, formula, _refuse_forward_mode)
+    _register_autograd(name + "_backward", setup_backward_context, _refuse, _refuse)
     torch.library.register_vmap(f"hos_ext::{name}", vmap, lib=LIBRARY)
+    torch.library.register_vmap(f"hos_ext::{name}_backward", vmap_backward, lib=LIBRARY)
 
 
 def _register_autograd(name: str, setup_context: Any, backward: Any, jvp: Any) -> None:

@@ -263,16 +263,13 @@ class DPLR:
         if not signed:
             z1, z2 = noise[..., :size], noise[..., size:]
             return root * z1 + (self.factor @ z2.permute(1, 2, 0)).permute(2, 0, 1)
-        # I + V S V^T with V = U / sqrt(d) = Q R: its root is I + Q W (sqrt(1 + L) - 1) (Q W)^T
-        # where R S R^T = W L W^T.
-        q, r = torch.linalg.qr(self.factor / root.unsqueeze(-1))
-        lam, w = torch.linalg.eigh(self._weigh(r) @ r.mT)
+        # With V S V^T = Q diag(lam) Q^T the root of I + V S V^T is I + Q (sqrt(1 + lam) - 1) Q^T.
+        basis, lam = _low_rank_eigh(self.factor / root.unsqueeze(-1), self._signs())
         slack = 64 * torch.finfo(self.dtype).eps * lam.abs().amax(-1, keepdim=True)
         if bool((lam < -1 - slack).any()):
             raise ValueError(
                 "DPLR.sample: the matrix must be positive semidefinite, got a negative eigenvalue"
             )
-        basis = q @ w
         gain = ((1 + lam).clamp_min(0).sqrt() - 1).unsqueeze(-1)
         z = noise.permute(1, 2, 0)
         draws: Tensor = root * (z + basis @ (gain * (basis.mT @ z))).permute(2, 0, 1)
@@ -283,17 +280,17 @@ class DPLR:
     def eigh(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues and their eigenvectors, without a D x D matrix for large D.
 
-        Rational Krylov steps (M solved by Woodbury just above a Ritz value) with Rayleigh-Ritz,
-        in float64; the result is certified by an inertia count, which finds any eigenvalue that
-        the iteration missed. For D <= 64, or when k and r are not small beside D, `dense()` and
-        LAPACK. Deterministic: each vector's entry of largest modulus is positive.
+        Rational Krylov steps, then inverse iteration, by Woodbury solves in float64; the result
+        is certified by counting eigenvalues (Sylvester's law), which finds any that the iteration
+        missed. For D <= 64, or when k and r are not small beside D, `dense()` and LAPACK.
+        Deterministic: each vector's entry of largest modulus is positive.
 
         Args:
             k: 1 <= k <= D.
 
         Returns:
-            values: shape (B, k), descending; residuals are 1e-12 of the matrix norm in float64.
-                Differentiable.
+            values: shape (B, k), descending, in float64 to 1e-11 of max |d| + |U|^2 also where
+                eigenvalues cluster. Differentiable.
             vectors: shape (B, D, k), orthonormal columns. Not differentiable.
 
         Raises:
@@ -318,34 +315,43 @@ class DPLR:
         return values.to(self.dtype), vectors.to(self.dtype)
 
     def _leading_vectors(self, k: int) -> Tensor:
-        """The k leading eigenvectors (1, D, k) of a batch of one in float64, for `eigh`.
-
-        Converged vectors are locked: Rayleigh-Ritz cannot tell them from polluted vectors of the
-        same eigenvalue, whose Ritz values differ by the square of the pollution only.
-        """
+        """The k leading eigenvectors (1, D, k) of a batch of one in float64, for `eigh`."""
         size = self.diag.shape[1]
-        # The spectral norm is at most max |d| + |U^T U|_F.
-        norm = self.diag.abs().max() + torch.linalg.matrix_norm(self.factor.mT @ self.factor).max()
-        tolerance = float(_TOLERANCE * norm) or _TOLERANCE
-        largest = self.diagonal().topk(k).indices
-        units = torch.zeros_like(self.diag[0]).expand(k, size).scatter(1, largest.mT, 1.0).mT
-        basis = torch.cat([self.factor, units.unsqueeze(0)], -1)
-        locked, values = self.diag.new_empty((1, size, 0)), self.diag.new_empty((1, 0))
-        for attempt in range(300):
-            ritz, vectors, residual = self._rayleigh_ritz(basis, locked, 2 * k)
-            done = residual[0] <= tolerance
-            locked = torch.cat([locked, vectors[..., done]], -1)
-            values = torch.cat([values, ritz[:, done]], -1)
-            vectors, ritz, residual = vectors[..., ~done], ritz[:, ~done], residual[:, ~done]
-            # Distance kept from eigenvalues: nearer, a solve loses its digits.
-            margin = 1e3 * tolerance
-            if values.shape[1] < k:
-                shift, source = ritz[:, 0] + residual[:, 0].clamp_min(margin), vectors
+        # Orthogonal columns: cancelling or dependent ones would cost the solves their digits.
+        columns, weight = _low_rank_eigh(self.factor, self._signs())
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        kept = weight[0].abs() > 1e-15 * largest
+        columns, weight = columns[..., kept], weight[0, kept]
+        matrix = DPLR(self.diag, columns * weight.abs().sqrt(), weight.sign())
+        norm = float(self.diag.abs().max()) + largest or 1.0
+        tolerance = _TOLERANCE * norm
+        rough = 1e-5 * norm
+        units = torch.zeros(1, size, k, dtype=self.dtype, device=self.device)
+        units.scatter_(1, self.diagonal().topk(k).indices.unsqueeze(1), 1.0)
+        basis = torch.cat([columns, units], -1)
+        for attempt in range(100):
+            ritz, vectors, residual = matrix._rayleigh_ritz(basis, 2 * k)
+            worst = max(residual[:k])
+            if worst > rough:
+                # Rational Krylov: M solved just above the first Ritz value that is not near.
+                j = next(j for j in range(k) if residual[j] > rough)
+                step = matrix._solve_near(ritz[j], max(residual[j], 1e-2 * rough), vectors)
+                for _ in range(2):  # twice: one pass leaves the rounding of near parallels
+                    step = step - vectors @ (vectors.mT @ step)
+                    step = step / step.norm(dim=1, keepdim=True).clamp_min(1e-300)
+                basis = torch.cat([vectors, step], -1)
+            elif worst > tolerance:
+                # Inverse iteration, each vector by itself. The basis must not keep the old ones:
+                # Rayleigh-Ritz mixes vectors of close eigenvalues, pure with polluted alike.
+                near = [max(residual[j], tolerance) / 4 for j in range(k)]
+                steps = [
+                    matrix._solve_near(ritz[j], near[j], vectors[..., j : j + 1]) for j in range(k)
+                ]
+                basis = torch.cat(steps, -1)
             else:
-                top, order = values.sort(descending=True)
-                missed = self._highest_missed(top[0, :k] + 10 * tolerance, 2 * norm)
+                missed = matrix._first_missed([x + 10 * tolerance for x in ritz[:k]], 2 * norm)
                 if missed is None:
-                    return locked[..., order[0, :k]]
+                    return vectors[..., :k]
                 fresh = ops.normal(
                     (1, size, k),
                     seed=0,
@@ -354,36 +360,35 @@ class DPLR:
                     dtype=self.dtype,
                     device=self.device,
                 )
-                shift, source = missed + margin, torch.cat([vectors, fresh], -1)
-            gap = shift - self.diag
-            least = torch.full_like(gap, margin / 10)
-            gap = torch.where(gap.abs() < least, torch.copysign(least, gap), gap)
-            step = DPLR(gap, self.factor, -self._signs())._woodbury(source)[0]
-            basis = torch.cat([vectors, step], -1)
-        raise RuntimeError("DPLR.eigh: no convergence in 300 steps")
+                basis = torch.cat([vectors, matrix._solve_near(missed, tolerance, fresh)], -1)
+        raise RuntimeError("DPLR.eigh: no convergence in 100 steps")
 
-    def _rayleigh_ritz(
-        self, basis: Tensor, locked: Tensor, keep: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading Ritz values (1, m), vectors and residual norms, orthogonal to the locked."""
-        for _ in range(2):  # twice: one pass leaves the rounding of nearly parallel columns
-            basis = torch.linalg.qr(basis - locked @ (locked.mT @ basis))[0]
+    def _rayleigh_ritz(self, basis: Tensor, keep: int) -> tuple[list[float], Tensor, list[float]]:
+        """Leading Ritz values, vectors (1, D, m) and residual norms, for a batch of one."""
+        basis = torch.linalg.qr(basis)[0]
         product = self.matvec(basis)
-        product = product - locked @ (locked.mT @ product)
         projected = basis.mT @ product
         values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
         values, rotation = values[..., -keep:].flip(-1), rotation[..., -keep:].flip(-1)
         vectors = basis @ rotation
         residual = (product @ rotation - vectors * values.unsqueeze(1)).norm(dim=1)
-        return values, vectors, residual
+        return values[0].tolist(), vectors, residual[0].tolist()
 
-    def _highest_missed(self, limits: Tensor, high: Tensor) -> Tensor | None:
-        """An upper bound, close by, of the first eigenvalue above its limit, for a batch of one.
+    def _solve_near(self, value: float, distance: float, x: Tensor) -> Tensor:
+        """(value + distance - M)^-1 x, columns normalised; poles are kept distance / 10 away."""
+        gap = value + distance - self.diag
+        least = torch.full_like(gap, distance / 10)
+        gap = torch.where(gap.abs() < least, torch.copysign(least, gap), gap)
+        out = DPLR(gap, self.factor, -self._signs())._woodbury(x)[0]
+        return out / out.norm(dim=1, keepdim=True).clamp_min(1e-300)
 
-        Eigenvalue number j (from 0) is at most limits[j] if at most j eigenvalues exceed that;
+    def _first_missed(self, limits: list[float], high: float) -> float | None:
+        """The first eigenvalue above its limit, for a batch of one, by counts and bisection.
+
+        Eigenvalue number j (from 0) is at most limits[j] if at most j eigenvalues exceed that.
         None if this holds for all.
         """
-        for j, low in enumerate(limits.unbind()):
+        for j, low in enumerate(limits):
             if int(self._count_above(low)) > j:
                 for _ in range(50):
                     middle = (low + high) / 2
@@ -450,6 +455,13 @@ class DPLR:
         inner = (torch.linalg.eigvalsh(capacity) < 0).sum(-1)
         count: Tensor = (diag > 0).sum(-1) + inner - (weight < 0).sum()
         return count
+
+
+def _low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (B, D, m) and lam (B, m), m = min(D, r), with U diag(sign) U^T = Q diag(lam) Q^T."""
+    q, r = torch.linalg.qr(factor)
+    lam, rotation = torch.linalg.eigh((r * sign) @ r.mT)
+    return q @ rotation, lam
 
 
 def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:

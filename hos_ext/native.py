@@ -320,6 +320,7 @@ step = Operator(
     differentiable=(0, 1, 2, 3),
     batch_axis=_step_axis,
     scalars={4: torch.float64, 5: torch.int64, 6: torch.int64},
+    label=lambda args: "langevin_step" if args[2] is None else "ozaki_step",
 )
 
 
@@ -413,6 +414,7 @@ loss = Operator(
     differentiable=(1, 2, 3),
     batch_axis=_loss_axis,
     scalars={5: torch.float64},
+    label=lambda args: LOSS_NAMES[args[0]],
 )
 
 # ----------------------------------------------------------------------------------------- Hessian

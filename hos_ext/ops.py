@@ -177,10 +177,11 @@ def _take_step(
         check_counter(where, "seed", seed, 2**64, x.device)
         seed = seed if isinstance(seed, Tensor) else native.signed(seed)
     rest = (step_size, seed, offset, first, _CURVATURES[curvature])
+    if direct and out is None:
+        return native.step_into(torch.empty_like(x), x, score, diag, noise, *rest)
     if direct:
-        return native.step_into(
-            torch.empty_like(x) if out is None else out, x, score, diag, noise, *rest
-        )
+        torch.autograd.graph.increment_version(out)  # autograd must see the change in place
+        return native.step_into(out, x, score, diag, noise, *rest)
     if out is not None:
         check_out(where, out, x, {"x": x, "score": score, "diag": diag, "noise": noise})
     if not native.has_kernels(x.device):
