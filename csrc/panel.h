@@ -68,7 +68,7 @@ inline void pack(const T* source, int64_t row, int64_t column, int64_t n, int64_
       T* to = panel + i * stride;
       int64_t k = 0;
       for (; k < whole; k += W) store(to + k, load(from + k));
-      if (rank > 0 && i * row + whole + W <= last) {  // the tail as one vector; what lies behind is cleared
+      if (whole < rank && i * row + whole + W <= last) {  // the tail as one vector; what lies behind is cleared
         store(to + k, load(from + k));
       } else {
         for (; k < rank; ++k) to[k] = from[k];

@@ -29,7 +29,7 @@ CHAIN_SIGMA = 0.4
 # 2, and its variance too large by the factor 1 / (1 - h / (2 sigma^2)) where data do not vary.
 STEP_SIZES = (0.1, 1.0)
 DEFAULT_STEP_SIZE = {"langevin": 0.1, "ozaki": 1.0}
-DEMO_STEPS = 2400
+DEMO_STEPS = 4000
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,15 +97,21 @@ def _app() -> Any:
         seed: seed = 0,
         steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEMO_STEPS,
         rank: Annotated[int, typer.Option(min=0, help="Columns of the low-rank part.")] = 16,
-        width: Annotated[int, typer.Option(min=1, help="Hidden width.")] = 384,
-        depth: Annotated[int, typer.Option(min=1, help="Hidden layers.")] = 3,
+        width: Annotated[int, typer.Option(min=1, help="Hidden width of the score network.")] = 384,
+        depth: Annotated[int, typer.Option(min=1, help="Its hidden layers.")] = 3,
+        head_width: Annotated[int, typer.Option(min=1, help="Hidden width for s2.")] = 256,
         batch_size: Annotated[int, typer.Option(min=1, help="Digits in a step.")] = 128,
         learning_rate: Annotated[float, typer.Option(help="After warm-up.")] = 4e-3,
         weight_decay: Annotated[float, typer.Option(help="Of the weights.")] = 0.1,
         save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     ) -> None:
         """Train a model; write a run folder with checkpoint, metrics and training curve."""
-        model = training.DIGITS_MODEL | {"rank": rank, "width": width, "depth": depth}
+        model = training.DIGITS_MODEL | {
+            "rank": rank,
+            "width": width,
+            "depth": depth,
+            "head_width": head_width,
+        }
         options = {
             "batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -120,9 +126,10 @@ def _app() -> Any:
             out / "metrics.json",
             {"train": figures, "history": [row._asdict() for row in history]},
         )
+        factor = figures["recalibration"]
         console.print(
-            f"{figures['steps']} steps in {figures['seconds']:.0f} s, validation loss "
-            f"{figures['validation_loss']:.1f}, recalibration {figures['recalibration']:.3f}"
+            f"{figures['steps']} steps in {figures['seconds']:.0f} s, validation error "
+            f"{figures['validation_error']:.3f} sigma^2, recalibration factor {factor:.3f}"
         )
         console.print(f"next: {_program()} denoise {out}")
 
@@ -300,6 +307,7 @@ def _fit(
         "sigma_range": list(training.SIGMA_RANGE),
         "loss": history[-1].loss,
         "validation_loss": history[-1].validation,
+        "validation_error": history[-1].validation_first / 64,
         "recalibration": factor,
         "seconds": seconds,
         "steps_per_second": steps / seconds,
@@ -327,9 +335,9 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = DEMO_STEPS, quick: bool =
     started = time.perf_counter()
     settings = dict(training.DIGITS_MODEL)
     options: dict[str, Any] = {}
-    chains, chain_steps, burn_in = 32, 2000, 200
+    chains, chain_steps, burn_in = 32, 1000, 200
     if quick:
-        settings |= {"width": 64, "depth": 2}
+        settings |= {"width": 64, "head_width": 64, "depth": 2}
         options = {"batch_size": 32}
         steps, chains, chain_steps, burn_in = min(steps, 40), 8, 20, 2
     console.print(f"Training a rank-{settings['rank']} second-order model on 8x8 digits")
@@ -434,13 +442,13 @@ def next_commands(out: Path) -> str:
 def example(out: Path) -> str:
     """The Python example that the report of `out` ends with."""
     return f"""import torch
-from hos_ext import data, training, tweedie
+from hos_ext import data, posterior, training
 
 model, settings = training.load_checkpoint("{(out / "checkpoint").as_posix()}")
 digits = data.load_digits(seed=settings["seed"])
 x = data.dequantise(digits.test[:8], seed=1)
 noisy = x + 0.4 * torch.randn_like(x)
 with torch.no_grad():
-    posterior = tweedie.posterior(noisy, model(noisy, 0.4), 0.4)
-values, vectors = posterior.principal_components(4)
-print(posterior.mean.shape, posterior.std.mean(), values[0])"""
+    result = posterior(noisy, model(noisy, 0.4), 0.4)
+values, vectors = result.principal_components(4)
+print(result.mean.shape, result.std.mean(), values[0])"""

@@ -2,8 +2,8 @@
 
 Eager calls go straight to the kernel, or through one autograd.Function where a gradient or a
 torch.func transform is at work; torch.compile, fake tensors and dispatch modes go through an
-operator registered with torch.library. The second door costs twenty times the first, and its
-autograd reads as zero under forward mode: hence both, made by one helper from one description.
+operator registered with torch.library. The second door costs several times the first and has no
+forward mode (it raises): hence both, made by one helper from one description.
 """
 
 from __future__ import annotations
@@ -18,12 +18,25 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# The vmap of torch.autograd.grad(is_grads_batched=True), which torch.func knows nothing of.
+_LEGACY_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 LIBRARY = torch.library.Library("hos_ext", "DEF")
 
 
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp) is at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def _levels(kind: Any) -> int:
+    """How many torch.func transforms of a kind are at work."""
+    levels = torch._C._functorch.get_interpreter_stack() if functorch_active() else None
+    return sum(level.key() == kind for level in levels or ())
+
+
+def vmap_active() -> bool:
+    """Whether a torch.func.vmap is at work."""
+    return _levels(torch._C._functorch.TransformType.Vmap) > 0
 
 
 def is_plain(t: Tensor) -> bool:
@@ -45,6 +58,11 @@ def dense_like(t: Tensor) -> Tensor:
     if t.dim() >= 3 and t.stride(-2) == 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
         return t.new_empty(t.mT.shape).mT
     return t.new_empty(t.shape)
+
+
+def _gradient_like(name: str, t: Tensor) -> Tensor:
+    """The memory that a backward gives its gradient: dense, in the order of a factor."""
+    return dense_like(t) if name == "factor" else t.new_empty(t.shape)
 
 
 class Operator:
@@ -72,7 +90,8 @@ class Operator:
         scalars: dict[int, torch.dtype],
         label: Callable[[Sequence[Any]], str] | None = None,
     ) -> None:
-        self.name, self.forward, self.backward, self.jvp = name, forward, backward, jvp
+        self.name, self.forward = name, forward
+        self.backward, self.jvp = _without_autocast(backward), _without_autocast(jvp)
         self.differentiable, self.batch_axis, self.scalars = differentiable, batch_axis, scalars
         self.label = label or (lambda args: name)
         self.arguments = [declared.split()[-1] for declared in schema.split(", ")]
@@ -96,7 +115,7 @@ class Operator:
     def call_backward(self, needs: Sequence[bool], grad: Tensor, *args: Any) -> tuple[Any, ...]:
         """The gradients of the differentiable arguments, None where not needed."""
         tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
-        if needs_library(tensors):
+        if needs_library(tensors) or torch._C._dispatch_keys(grad).has(_LEGACY_VMAP):
             grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
         elif functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
             grads = self.backward_function.apply(tuple(needs), grad, *args)
@@ -114,7 +133,7 @@ class Operator:
         for position, dtype in self.scalars.items():
             value = out[position]
             if isinstance(value, float | torch.SymFloat):
-                out[position] = torch.ones((), dtype=dtype, device="cpu") * value
+                out[position] = torch.ones((), dtype=dtype, device="cpu") * value  # type: ignore[operator]
             elif not isinstance(value, Tensor):
                 out[position] = torch.full((), value, dtype=dtype, device="cpu")
         return out
@@ -133,11 +152,10 @@ class Operator:
             for p, a in enumerate(args)
             if isinstance(a, Tensor) and self.batch_axis(p, args) is not None
         )
-        axis = self.batch_axis(lead, args) or 0
         shape = list(args[lead].shape)
         if in_dims[lead] is not None:
             shape.pop(in_dims[lead])
-        inner = shape[axis]
+        inner = shape[self.batch_axis(lead, args) or 0]
         out = []
         for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
             axis = self.batch_axis(position, args)
@@ -185,9 +203,9 @@ class Operator:
         else:
             lead = grad.movedim(in_dims[0], 0)
         if all(dim is None for dim in in_dims[1:]):  # jacrev: nothing but the gradient differs
-            each = [call(needs, g, *args) for g in lead.unbind(0)]
-            axes: list[int | None] = [0 if n else None for n in needs]
-            grads = [torch.stack(g) if n else None for g, n in zip(zip(*each), needs, strict=True)]
+            each = zip(*(call(needs, g, *args) for g in lead.unbind(0)), strict=True)
+            axes = [0 if n else None for n in needs]
+            grads = [torch.stack(g) if n else None for g, n in zip(each, needs, strict=True)]
         else:
             folded, inner = self.fold(info.batch_size, in_dims[1:], args)
             axes = [
@@ -233,7 +251,7 @@ def _make_function(op: Operator) -> Any:
         tensors = ctx.saved_tensors
         return [*_merge(tensors[: ctx.count], ctx.others), *tensors[ctx.count :]]
 
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * ctx.count
         needs = [ctx.needs_input_grad[p] for p in op.differentiable]
@@ -241,12 +259,18 @@ def _make_function(op: Operator) -> Any:
 
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         args = saved(ctx)
+        if _levels(torch._C._functorch.TransformType.Jvp) > 1:
+            # The outer tangents of what follows would be lost without a word.
+            raise RuntimeError(
+                f"{op.label(args)}: forward mode twice is not supported, got jvp inside jvp; use"
+                " hos_ext.reference for second derivatives"
+            )
         for position, tangent in enumerate(tangents):
             if tangent is not None and position not in op.differentiable:
                 raise ValueError(
                     f"{op.label(args)}: {op.arguments[position]} must not carry a tangent, got one"
                 )
-        chosen = [_materialized(tangents[p]) for p in op.differentiable]
+        chosen = [tangents[p] for p in op.differentiable]
         return (op.jvp(chosen, *args), *(None for _ in args[ctx.count :]))
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -291,11 +315,17 @@ def _function_class(name: str, base: Any, **methods: Any) -> Any:
     return type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-def _materialized(tangent: Tensor | None) -> Tensor | None:
-    """A tangent with memory: forward mode makes zeros that have none."""
-    if tangent is None or not tangent._is_zerotensor():
-        return tangent
-    return torch.zeros(tangent.shape, dtype=tangent.dtype, device=tangent.device)
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Derivatives in the precision of their arguments: autocast would round matrix products."""
+
+    def call(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return call
 
 
 def _refuse(ctx: Any, *_: Any) -> Any:
@@ -347,7 +377,7 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
 
     def backward_fake(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(
-            dense_like(args[p]) if n else grad.new_empty(0)
+            _gradient_like(op.arguments[p], args[p]) if n else grad.new_empty(0)
             for p, n in zip(op.differentiable, needs, strict=True)
         )
 
@@ -360,7 +390,7 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *extra)
 
-    def formula(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def formula(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * (ctx.count + 1)
         tensors = ctx.saved_tensors

@@ -199,8 +199,8 @@ class DPLR:
         zero, NaN where it is negative."""
         diag, _, capacity, weight = self._capacity()
         sign, logabs = torch.linalg.slogdet(capacity)
+        value: Tensor = diag.abs().log().sum(-1) + logabs
         sign = sign * diag.sign().prod(-1) * weight.prod()
-        value = diag.abs().log().sum(-1) + logabs
         value = value.masked_fill(sign < 0, torch.nan)
         # More zeros than columns: singular, which rounding in the capacity matrix would hide.
         singular = (self.diag == 0).sum(-1) > self.rank
@@ -380,7 +380,8 @@ class DPLR:
         least = torch.full_like(gap, distance / 10)
         gap = torch.where(gap.abs() < least, torch.copysign(least, gap), gap)
         out = DPLR(gap, self.factor, -self._signs())._woodbury(x)[0]
-        return out / out.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        length: Tensor = out.norm(dim=1, keepdim=True)
+        return out / length.clamp_min(1e-300)
 
     def _first_missed(self, limits: list[float], high: float) -> float | None:
         """The first eigenvalue above its limit, for a batch of one, by counts and bisection.

@@ -7,6 +7,7 @@ The only importer of `_C`, whose functions take addresses, sizes and strides. Te
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -66,10 +67,23 @@ def has_kernels(device: torch.device) -> bool:
     return False
 
 
+# GNU OpenMP waits for ever in a forked child for the threads of its parent: run serially there.
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
 def _queue(t: Tensor) -> tuple[int, int]:
     """Device index (-1: CPU) and thread count or stream, as the native functions take them."""
     if t.is_cpu:
-        return -1, torch.get_num_threads()
+        return -1, 1 if _forked else torch.get_num_threads()
     stream = torch.cuda.current_stream(t.device)
     return stream.device.index, stream.cuda_stream
 
@@ -150,7 +164,7 @@ def draw_noise(
     device: torch.device,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=device)
-    if out.numel() == 0:
+    if out.numel() == 0 or out.is_meta:
         return out
     seed_value, seed_address = _counter(seed)
     offset_value, offset_address = _counter(offset)
@@ -195,6 +209,7 @@ def is_direct(x: Tensor, *others: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
         or functorch_active()
         or forward_ad._current_level >= 0
         or x.__class__ is not Tensor
@@ -297,12 +312,16 @@ def _step_jvp(tangents: Sequence[Tensor | None], *args: Any) -> Tensor:
     return torch.stack(terms).sum(0) if terms else torch.zeros_like(args[0])
 
 
+def _step_label(args: Sequence[Any]) -> str:
+    return "langevin_step" if args[2] is None else "ozaki_step"
+
+
 def _step_axis(position: int, args: Sequence[Any]) -> int | None:
     if position in (0, 1, 2, 3, 4):
         if position == 3 and args[3] is None:
             raise RuntimeError(
-                "ozaki_step, langevin_step: noise must be given inside vmap, got noise=None (every"
-                " lane would draw the same)"
+                f"{_step_label(args)}: noise must be given inside vmap, got noise=None (every lane"
+                " would draw the same)"
             )
         return 0
     return None
@@ -320,7 +339,7 @@ step = Operator(
     differentiable=(0, 1, 2, 3),
     batch_axis=_step_axis,
     scalars={4: torch.float64, 5: torch.int64, 6: torch.int64},
-    label=lambda args: "langevin_step" if args[2] is None else "ozaki_step",
+    label=_step_label,
 )
 
 
@@ -392,7 +411,8 @@ def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tenso
     total = torch.zeros_like(ones)
     for grad, tangent in zip(grads, tangents, strict=True):
         if tangent is not None:
-            total = total + (grad * tangent).movedim(axis, 0).flatten(1).sum(1)
+            others = [i for i in range(grad.dim()) if i != axis]
+            total = total + (grad * tangent).sum(others)
     return total
 
 
@@ -502,12 +522,14 @@ def _matvec_jvp(
     tangents: Sequence[Tensor | None], diag: Tensor, factor: Tensor, v: Tensor, sign: Tensor | None
 ) -> Tensor:
     out = torch.zeros_like(v)
+    weighted = _weighted(factor, sign)
     if tangents[0] is not None:
         out = out + tangents[0].unsqueeze(-1) * v
     if tangents[1] is not None:
-        weighted = _weighted(factor, sign)
         out = out + tangents[1] @ (weighted.mT @ v) + weighted @ (tangents[1].mT @ v)
-    return out if tangents[2] is None else out + matvec(diag, factor, tangents[2], sign)[0]
+    if tangents[2] is not None:
+        out = out + diag.unsqueeze(-1) * tangents[2] + factor @ (weighted.mT @ tangents[2])
+    return out
 
 
 matvec = Operator(

@@ -23,6 +23,7 @@ from .checks import (
     check_tensor,
     show,
 )
+from .doors import needs_library, vmap_active
 
 STREAM_STEP, STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_TRAINING = range(4)
 
@@ -46,12 +47,17 @@ def build_info() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- noise
 
 
-def _fresh_seed() -> Tensor | int:
+def _fresh_seed(where: str) -> Tensor | int:
     """A seed from torch's default generator; a tensor inside a graph."""
-    if torch.compiler.is_compiling():
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    if needs_library([]):
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    if vmap_active():
+        raise RuntimeError(
+            f"{where}: noise must be given inside vmap, got noise=None (every lane would draw the"
+            " same)"
+        )
     with torch._C._DisableFuncTorch():
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def _draw(
@@ -66,7 +72,7 @@ def _draw(
     device: torch.device | str | None,
 ) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
-    device = torch.device(device) if device is not None else torch.get_default_device()
+    device = torch.empty(0).device if device is None else torch.device(device)
     shape = tuple(int(n) for n in shape)
     if dtype not in FLOATING:
         raise ValueError(f"{where}: dtype must be a floating type, got {dtype}")
@@ -76,13 +82,11 @@ def _draw(
     check_counter(where, "offset", offset, 2**56, device)
     check_int(where, "first", first, 2**63)
     check_int(where, "stream", stream, 2**8)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or device.type == "meta"
-    ):
+    if needs_library([t for t in (seed, offset) if isinstance(t, Tensor)]) or device.type == "meta":
         seed, offset = (
-            v if isinstance(v, Tensor) else torch.full((), native.signed(v), dtype=torch.int64)
+            v
+            if isinstance(v, Tensor)
+            else torch.full((), native.signed(v), dtype=torch.int64, device="cpu")
             for v in (seed, offset)
         )
         return torch.ops.hos_ext.noise(uniform, shape, seed, offset, first, stream, dtype, device)  # type: ignore[no-any-return]
@@ -172,14 +176,14 @@ def _take_step(
     if noise is not None:
         seed = 0
     elif seed is None:
-        seed = _fresh_seed()
+        seed = _fresh_seed(where)
     else:
         check_counter(where, "seed", seed, 2**64, x.device)
         seed = seed if isinstance(seed, Tensor) else native.signed(seed)
     rest = (step_size, seed, offset, first, _CURVATURES[curvature])
-    if direct and out is None:
-        return native.step_into(torch.empty_like(x), x, score, diag, noise, *rest)
     if direct:
+        if out is None:
+            return native.step_into(torch.empty_like(x), x, score, diag, noise, *rest)
         torch.autograd.graph.increment_version(out)  # autograd must see the change in place
         return native.step_into(out, x, score, diag, noise, *rest)
     if out is not None:

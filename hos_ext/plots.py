@@ -206,28 +206,23 @@ def chains_figure(rows: Sequence[tuple[str, Tensor]], *, columns: int = 8) -> Fi
 
 
 def training_figure(history: Sequence[History]) -> Figure:
-    """Loss over the steps: mean over a window of training, and of EMA weights on validation.
+    """Denoising error over the steps, in units of sigma^2: training, and EMA weights on validation.
 
-    The losses leave out a constant, so that they are negative; lower is better. The first tenth of
-    the rows, on the way down from the start, may lie outside.
+    The first-order term over the number of pixels: the mean of (x - m)^2 / sigma^2 over the noise
+    levels. 1 is the noisy digit itself. The first fifth of the rows may lie outside.
     """
     figure = _figure(2.5)
     ax = figure.subplots()
     steps = [row.step for row in history]
-    ax.plot(steps, [row.loss for row in history], color=_GREY, lw=1.2, label="training digits")
-    ax.plot(
-        steps,
-        [row.validation for row in history],
-        color=_BLUE,
-        lw=1.6,
-        label="validation digits, EMA",
-    )
-    settled = history[len(history) // 10 :]
-    values = [value for row in settled for value in (row.loss, row.validation)]
-    margin = 0.05 * (max(values) - min(values)) or 1.0
-    ax.set_ylim(min(values) - margin, max(values) + margin)
+    training = [row.first / 64 for row in history]
+    held_out = [row.validation_first / 64 for row in history]
+    ax.plot(steps, training, color=_GREY, lw=1.2, label="training digits")
+    ax.plot(steps, held_out, color=_BLUE, lw=1.6, label="validation digits, averaged weights")
+    settled = training[len(history) // 5 :] + held_out[len(history) // 5 :]
+    margin = 0.05 * (max(settled) - min(settled)) or 0.05
+    ax.set_ylim(min(settled) - margin, max(settled) + margin)
     ax.set_xlabel("step", fontsize=8)
-    ax.set_ylabel("loss", fontsize=8)
+    ax.set_ylabel("squared error / sigma²", fontsize=8)
     ax.tick_params(labelsize=8)
     ax.legend(fontsize=8, frameon=False)
     return figure
@@ -291,12 +286,13 @@ figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .4rem; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; vertical-align: bottom; overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
+th, td { overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .scroll { overflow-x: auto; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
-  overflow-x: auto; font-size: .82rem; line-height: 1.45; overflow-wrap: normal; }
+  white-space: pre-wrap; font-size: .8rem; line-height: 1.45; }
 """
 
 
@@ -341,7 +337,7 @@ def report(
             ["noise levels", f"sigma {low:g} to {high:g}"],
             ["parameters", f"{trained['parameters']:,}"],
             ["steps", f"{trained['steps']:,} of {trained['batch_size']} digits"],
-            ["time", f"{trained['seconds']:.0f} s with {trained['threads']} threads"],
+            ["time", f"{trained['seconds']:.0f} s, threads: {trained['threads']}"],
             ["seed", trained["seed"]],
         ],
     )
@@ -366,24 +362,13 @@ def report(
         for i, row in enumerate(metrics["denoise"])
     )
     calibration = _table(
-        [
-            "sigma",
-            "Mahala&shy;nobis",
-            "recal.",
-            "trace ratio",
-            "recal.",
-            "predic&shy;tive",
-            "recal.",
-        ],
+        ["sigma", "Mahalanobis", "trace ratio", "predictive"],
         [
             [
                 f"{row['sigma']:g}",
-                row["mahalanobis"],
-                row["mahalanobis"] / factor,
-                row["trace_ratio"],
-                row["trace_ratio"] / factor,
-                row["predictive"],
-                row["predictive_recalibrated"],
+                f"{row['mahalanobis']:.4g} → {row['mahalanobis'] / factor:.4g}",
+                f"{row['trace_ratio']:.4g} → {row['trace_ratio'] / factor:.4g}",
+                f"{row['predictive']:.4g} → {row['predictive_recalibrated']:.4g}",
             ]
             for row in metrics["calibration"]
         ],
@@ -399,9 +384,9 @@ def report(
 <h1>Second-order scores of handwritten digits</h1>
 {warning}
 <p>A network learned the score of noisy digits together with its derivative, the Hessian of the log
-density as diagonal plus rank {trained["rank"]} (Meng et al. 2021, joint loss with variance
-reduction). One evaluation then gives the denoised digit and the covariance of what is not known
-about it.</p>
+density as diagonal plus rank {trained["rank"]}, by denoising score matching of first and second
+order (Meng et al. 2021; the second-order target is centred at the learned mean). One evaluation
+then gives the denoised digit and the covariance of what is not known about it.</p>
 {training}
 {_embedded(images["training"], "loss over training steps", _CURVE)}
 
@@ -419,8 +404,8 @@ those of the training digits.</p>
 cautious. <em>Mahalanobis</em> counts all directions alike, also those in which C is tiny and which
 the loss hardly sees. <em>Trace ratio</em> sees the total variance only. <em>Predictive</em> is the
 Mahalanobis figure with noise of sigma/2 added to both sides: it asks about the directions that
-matter. {_meaning(metrics["calibration"])} "recal." is after one scalar, {factor:.3f}, fitted on the
-validation digits over all noise levels, has multiplied every C.</p>
+matter. {_meaning(metrics["calibration"])} Behind each arrow: after one scalar, {factor:.3f}, fitted
+on the validation digits over all noise levels, has multiplied every C.</p>
 {_embedded(images["calibration"], "calibration at three noise levels", _COVERAGE)}
 
 <h2>Sampling</h2>
@@ -455,9 +440,9 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_CURVE = """Grey: training digits, half of them distorted a little. Blue: the averaged weights on
-the validation digits, always under the same noise. Lower is better; a blue curve that turned up
-again would be overfitting."""
+_CURVE = """Denoising error while training. Grey: training digits, half of them distorted a little.
+Blue: the averaged weights on the validation digits, always under the same noise. A blue curve that
+turned up again would be overfitting."""
 
 _SEE = (
     """The standard deviation is bright along the edges of the strokes (the white line is the
@@ -479,8 +464,7 @@ above it they are too hot. A large Langevin step inflates every pixel, and its E
 of the wrong density; Ozaki keeps to the line at the same step size."""
 
 _CHAINS = """First row: where the chains start. Below: their last states, denoised by the network.
-Look for clean digits, and for starts that became another digit; small steps stay near where they
-started."""
+Look for clean digits, and for starts that became another digit."""
 
 
 def _verdict(rows: Sequence[dict[str, float]]) -> str:

@@ -342,7 +342,7 @@ def hessian_from_jacobian(
     if half == 0 or jacobian.dim() % 2 == 0 or dims != jacobian.shape[1 + half :]:
         got = tuple(jacobian.shape)
         raise ValueError(f"{where}: jacobian must have shape (B, *dims, *dims), got {got}")
-    flat = jacobian.reshape(-1, dims.numel(), dims.numel())
+    flat = jacobian.reshape(jacobian.shape[0], dims.numel(), dims.numel())
     s = _positive(where, "sigma", sigma, flat)
     scaled = _positive(where, "alpha", alpha, flat) * flat
     return (scaled - torch.eye(dims.numel(), dtype=flat.dtype, device=flat.device)) / s.square()

@@ -9,7 +9,7 @@ import pytest
 
 from hos_ext import cli, training
 
-SMALL = ["--steps", "5", "--width", "16", "--depth", "2", "--rank", "2", "--batch-size", "16"]
+SMALL = ["--steps=5", "--width=16", "--head-width=8", "--depth=2", "--rank=2", "--batch-size=16"]
 
 
 @pytest.fixture(scope="module")

@@ -156,9 +156,7 @@ def test_steps_keep_their_digits_near_zero_and_far_below(device, curvature, dtyp
 def test_infinitely_stiff_coordinates_stay_where_they_are(device, value, curvature, dtype):
     x, score, _, noise, cotangent = make((3, 31), dtype, device)
     diag = torch.full_like(x, value)
-    out, grad_x, *grads = evaluate(
-        hos_ext, curvature, [x, score, diag, noise], 0.3, cotangent
-    )
+    out, grad_x, *grads = evaluate(hos_ext, curvature, [x, score, diag, noise], 0.3, cotangent)
     assert_near(out, x)
     assert torch.equal(grad_x, cotangent)
     for grad in grads:
@@ -169,7 +167,9 @@ def test_infinitely_stiff_coordinates_stay_where_they_are(device, value, curvatu
 def test_raw_overflows_to_inf_and_clamp_does_not(device, dtype):
     x, score, _, noise, _ = make((3, 31), dtype, device)
     diag = torch.full_like(x, 1e4)
-    assert not hos_ext.ozaki_step(x, score, diag, 1.0, noise=noise, curvature="raw").isfinite().any()
+    assert (
+        not hos_ext.ozaki_step(x, score, diag, 1.0, noise=noise, curvature="raw").isfinite().any()
+    )
     assert hos_ext.ozaki_step(x, score, diag, 1.0, noise=noise).isfinite().all()
     assert hos_ext.ozaki_step(x, score, diag, 1.0, noise=noise, curvature="abs").isfinite().all()
 
@@ -288,7 +288,9 @@ def test_strided_inputs_give_the_same_bits(device, kind, layout, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     expanded = [t[:1].expand(3, -1) for t in tensors]
     got = evaluate(hos_ext, kind, expanded, 0.3, cotangent[:1].expand(3, -1))
-    expected = evaluate(hos_ext, kind, [t.clone() for t in expanded], 0.3, cotangent[:1].repeat(3, 1))
+    expected = evaluate(
+        hos_ext, kind, [t.clone() for t in expanded], 0.3, cotangent[:1].repeat(3, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -322,7 +324,8 @@ def test_any_shape_and_layout_matches_the_oracle(device, batch, size, kind, layo
     diag = diag.clamp(max=100 / h)  # "raw" stays finite
     got = step(hos_ext, kind, *(layout(t) for t in (x, score, diag, noise)), h)
     expected = step(oracles, kind, *(t.cpu() for t in (x, score, diag, noise)), h)
-    assert_near(got, expected.reshape(x.shape))
+    terms = step(oracles, kind, x.abs().cpu(), score.abs().cpu(), diag.cpu(), noise.abs().cpu(), h)
+    assert_near(got, expected.reshape(x.shape), terms=terms)
 
 
 # ----------------------------------------------------------------------------------- out= in place
@@ -368,7 +371,9 @@ def test_out_may_be_other_rows_of_the_same_buffer(device):
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_out_of_images_keeps_its_memory_format(device, memory):
-    x, score, _, noise, _ = (t.unflatten(1, (2, 3, 4)) for t in make((3, 24), torch.float32, device))
+    x, score, _, noise, _ = (
+        t.unflatten(1, (2, 3, 4)) for t in make((3, 24), torch.float32, device)
+    )
     expected = hos_ext.langevin_step(x, score, 0.3, noise=noise)
     out = x.to(memory_format=memory, copy=True)
     assert hos_ext.langevin_step(out, score, 0.3, noise=noise, out=out) is out
@@ -386,6 +391,17 @@ def test_out_is_seen_by_autograd_as_a_change_in_place(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_out_works_in_inference_mode(device, memory):
+    x, score, _, noise, _ = (
+        t.unflatten(1, (2, 3, 4)) for t in make((3, 24), torch.float32, device)
+    )
+    expected = hos_ext.langevin_step(x, score, 0.3, noise=noise)
+    with torch.inference_mode():
+        out = x.to(memory_format=memory, copy=True)
+        assert torch.equal(hos_ext.langevin_step(out, score, 0.3, noise=noise, out=out), expected)
+
+
 def test_out_without_grad_mode_takes_inputs_that_require_grad(device):
     x, score, _, noise, _ = make((3, 31), torch.float32, device)
     expected = hos_ext.langevin_step(x, score, 0.3, noise=noise)
@@ -401,7 +417,9 @@ def test_out_without_grad_mode_takes_inputs_that_require_grad(device):
 
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("seed", "offset", "first"), [(0, 0, 0), (2**64 - 1, 2**56 - 1, 2**40 + 3)])
+@pytest.mark.parametrize(
+    ("seed", "offset", "first"), [(0, 0, 0), (2**64 - 1, 2**56 - 1, 2**40 + 3)]
+)
 def test_drawn_noise_is_that_of_normal_to_the_bit(device, kind, seed, offset, first, dtype):
     for shape in ((3, 31), (5, 7), (2, 2050)):
         x, score, diag, _, cotangent = make(shape, dtype, device)

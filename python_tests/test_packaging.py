@@ -1,0 +1,102 @@
+"""What an installation promises: build_info, one version, light imports, the shipped marker."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hos_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_build_info_has_the_promised_keys_and_kinds():
+    kinds = {
+        "version": str,
+        "compiler": str,
+        "cpu_level": str,
+        "openmp": bool,
+        "threads": int,
+        "cuda_built": bool,
+        "cuda_archs": str,
+        "torch": str,
+    }
+    info = hos_ext.build_info()
+    assert info.keys() == kinds.keys()
+    assert all(isinstance(info[key], kind) for key, kind in kinds.items()), info
+    assert info["cpu_level"] in {"baseline", "x86_v3", "x86_v4"}
+    assert info["threads"] == torch.get_num_threads()
+    assert info["torch"] == torch.__version__
+    assert bool(info["cuda_archs"]) == info["cuda_built"]
+
+
+def test_python_m_hos_ext_prints_build_info():
+    result = run_python("-W", "error", "-m", "hos_ext", OMP_NUM_THREADS="1")
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = {**hos_ext.build_info(), "threads": 1}
+    assert result.stdout.splitlines() == [f"{key}: {value}" for key, value in expected.items()]
+
+
+def test_the_version_is_the_same_everywhere():
+    version = hos_ext.build_info()["version"]
+    cmake = re.search(r"project\(hos_ext VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
+    pyproject = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert (cmake[1], pyproject[1]) == (version, version)
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    try:
+        installed = importlib.metadata.version("hos_ext")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("hos_ext is on the path but not installed")
+    assert installed == version
+
+
+def test_import_brings_in_torch_and_numpy_alone():
+    before = "import sys, torch, numpy; before = set(sys.modules); import hos_ext; "
+    show = "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    result = run_python("-W", "error", "-c", before + show)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert set(result.stdout.split()) - {"torch", "hos_ext"} <= sys.stdlib_module_names
+
+
+def test_import_leaves_cuda_alone():
+    code = "import hos_ext, torch; hos_ext.build_info(); print(torch.cuda.is_initialized())"
+    assert run_python("-c", code).stdout == "False\n"
+
+
+def test_an_unknown_cpu_level_is_refused_by_name():
+    result = run_python("-c", "import hos_ext", HOS_CPU_LEVEL="sse")
+    assert result.returncode == 1
+    assert "ImportError: HOS_CPU_LEVEL must be baseline" in result.stderr
+    assert result.stderr.rstrip().endswith("got sse")
+
+
+def test_type_information_is_shipped():
+    package = Path(hos_ext.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert (package / "_C.pyi").is_file()
+
+
+def test_the_wheel_needs_no_more_than_torch_and_numpy():
+    try:
+        requirements = importlib.metadata.requires("hos_ext") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("hos_ext is on the path but not installed")
+    assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.6", "numpy"]

@@ -1,0 +1,521 @@
+"""Tweedie's formulas against closed-form Gaussian posteriors, with alpha, sign and image shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hos_ext import tweedie
+from hos_ext.dplr import DPLR
+from hos_ext.tweedie import Posterior, Scores, UnscaledScores, posterior
+
+F64 = torch.float64
+B, DIMS, D, R = 3, (2, 3), 6, 2
+
+
+class Case(NamedTuple):
+    """Noisy samples of a Gaussian, their exact scores in DPLR form and the exact posterior."""
+
+    x: Tensor
+    scores: UnscaledScores
+    sigma: Tensor
+    alpha: Tensor
+    mean: Tensor  # (B, D)
+    covariance: Tensor  # (B, D, D)
+
+
+def gaussian(sign: int = 1, *, sigma: float = 0.7, alpha: float = 0.8) -> Case:
+    """Data N(mu, S), S = diag(a) + sign W W^T; levels differ over the batch.
+
+    s2 = -(alpha^2 S + sigma^2 I)^-1 = -diag(1/e) + sign U U^T with e = alpha^2 a + sigma^2 and
+    U = alpha diag(1/e) W (I + sign alpha^2 W^T diag(1/e) W)^(-1/2).
+    """
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(D, generator=generator, dtype=F64)
+    a = 1 + torch.rand(D, generator=generator, dtype=F64)
+    w = 0.3 * torch.randn(D, R, generator=generator, dtype=F64)
+    s = sigma * torch.tensor([1.0, 0.5, 2.0], dtype=F64)
+    al = alpha * torch.tensor([1.0, 1.1, 0.9], dtype=F64)
+    data = torch.diag(a) + sign * w @ w.mT
+    x = torch.randn(B, D, generator=generator, dtype=F64)
+    eye = torch.eye(D, dtype=F64)
+    noisy = al[:, None, None] ** 2 * data + s[:, None, None] ** 2 * eye
+    centred = (x - al[:, None] * mu).unsqueeze(-1)
+    score = -torch.linalg.solve(noisy, centred).squeeze(-1)
+    gain = al[:, None, None] * torch.linalg.solve(noisy, data.expand(B, D, D)).mT
+    mean = mu + (gain @ centred).squeeze(-1)
+    covariance = data - al[:, None, None] * gain @ data
+    e = al[:, None] ** 2 * a + s[:, None] ** 2
+    small = torch.eye(R, dtype=F64) + sign * al[:, None, None] ** 2 * w.mT @ (w / e.unsqueeze(-1))
+    root = torch.linalg.cholesky(torch.linalg.inv(small))
+    factor = al[:, None, None] * (w / e.unsqueeze(-1)) @ root
+    weight = None if sign == 1 else torch.full((R,), float(sign))
+    shape = (B, *DIMS)
+    scores = UnscaledScores(score.reshape(shape), (-1 / e).reshape(shape), factor, weight)
+    return Case(x.reshape(shape), scores, s, al, mean, covariance)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------- moments
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_moments_of_a_gaussian_are_exact(sign: int) -> None:
+    case = gaussian(sign)
+    s = case.scores
+    close(tweedie.posterior_mean(case.x, s.score, case.sigma, case.alpha).flatten(1), case.mean)
+    covariance = tweedie.posterior_covariance(s.diag, s.factor, case.sigma, case.alpha, sign=s.sign)
+    close(covariance.dense(), case.covariance)
+    moment = tweedie.second_moment(
+        case.x, s.score, s.diag, s.factor, case.sigma, case.alpha, sign=s.sign
+    )
+    outer = case.mean.unsqueeze(-1) * case.mean.unsqueeze(-2)
+    close(moment.dense(), case.covariance + outer)
+    assert moment.rank == R + 1
+
+
+def test_second_moment_is_not_the_form_without_the_factor_on_the_mean() -> None:
+    # A widely read note has sigma^4 / alpha^2 (s2 + I / sigma^2) + J J^T, right only for
+    # sigma^4 = alpha^2.
+    case = gaussian()
+    s = case.scores
+    moment = tweedie.second_moment(case.x, s.score, s.diag, s.factor, case.sigma, case.alpha)
+    j = s.score.flatten(1) + case.x.flatten(1) / case.sigma[:, None] ** 2
+    wrong = case.covariance + j.unsqueeze(-1) * j.unsqueeze(-2)
+    right = case.covariance + case.mean.unsqueeze(-1) * case.mean.unsqueeze(-2)
+    close(moment.dense(), right)
+    distance = torch.linalg.matrix_norm(wrong - right) / torch.linalg.matrix_norm(right)
+    assert float(distance.min()) > 0.5
+    level = 0.6
+    sigma = torch.full((B,), level, dtype=F64)
+    same = tweedie.second_moment(case.x, s.score, s.diag, s.factor, level, level**2)
+    j = s.score.flatten(1) + case.x.flatten(1) / level**2
+    plain = tweedie.posterior_covariance(s.diag, s.factor, sigma, level**2).dense()
+    close(same.dense(), plain + j.unsqueeze(-1) * j.unsqueeze(-2))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_posterior_of_scaled_scores_is_exact(sign: int) -> None:
+    case = gaussian(sign)
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    assert got.mean.shape == got.std.shape == case.x.shape
+    close(got.mean.flatten(1), case.mean)
+    close(got.covariance.dense(), case.covariance)
+    close(got.std.flatten(1), case.covariance.diagonal(dim1=1, dim2=2).sqrt())
+
+
+def test_numbers_and_tensors_are_the_same_level() -> None:
+    case = gaussian()
+    s = case.scores
+    full = torch.full((B,), 0.5, dtype=F64)
+    for sigma, alpha in ((full, 0.5 * full), (torch.tensor(0.5), 0.25), (full.float(), 0.25)):
+        got = posterior(case.x, s.scaled(sigma), sigma, alpha)
+        want = posterior(case.x, s.scaled(0.5), 0.5, 0.25)
+        assert torch.equal(got.mean, want.mean)
+        assert torch.equal(got.covariance.diag, want.covariance.diag)
+        assert torch.equal(got.covariance.factor, want.covariance.factor)
+    default = posterior(case.x, s.scaled(0.5), 0.5)
+    assert torch.equal(default.mean, tweedie.posterior_mean(case.x, 2 * (0.5 * s.score), 0.5))
+
+
+def test_scores_without_a_factor_have_rank_zero() -> None:
+    case = gaussian()
+    scores = UnscaledScores(case.scores.score, case.scores.diag)
+    got = posterior(case.x, scores.scaled(0.5), 0.5)
+    assert got.covariance.rank == 0
+    close(got.covariance.diag, 0.25 * (1 + 0.25 * case.scores.diag.flatten(1)))
+    assert scores.scaled(0.5).unscaled(0.5).factor is None
+    moment = tweedie.second_moment(case.x, scores.score, scores.diag, None, 0.5)
+    assert moment.rank == 1
+    values, vectors = got.principal_components(1)
+    close(values[:, 0], got.covariance.diag.max(-1).values)
+    assert vectors.shape == (B, D, 1)
+
+
+def test_scaled_and_unscaled_are_inverse() -> None:
+    case = gaussian(-1)
+    back = case.scores.scaled(case.sigma).unscaled(case.sigma)
+    for got, want in zip(back[:3], case.scores[:3], strict=True):
+        close(got, want, 1e-14)
+    assert back.sign is case.scores.sign
+    scaled = case.scores.scaled(case.sigma)
+    level = case.sigma[:, None, None]
+    close(scaled.score, level * case.scores.score)
+    close(scaled.c, 1 + level**2 * case.scores.diag)
+    close(scaled.factor, level * case.scores.factor)
+
+
+def test_c_keeps_small_posterior_variances_in_float32() -> None:
+    # Posterior variance 1e-7 of sigma^2: c says so, 1 + sigma^2 diag cannot.
+    c = torch.full((1, 4), 1e-7)
+    got = posterior(torch.zeros(1, 4), Scores(torch.zeros(1, 4), c), 0.01)
+    torch.testing.assert_close(got.covariance.diag, torch.full((1, 4), 1e-11), rtol=1e-6, atol=0)
+    diag = ((c.double() - 1) / 0.01**2).float()
+    lost = tweedie.posterior_covariance(diag, None, 0.01).diag
+    assert float((lost / 1e-11 - 1).abs().min()) > 0.05
+
+
+def test_an_empty_batch_passes_through() -> None:
+    x = torch.empty(0, *DIMS)
+    scores = Scores(x, x, torch.empty(0, D, R))
+    got = posterior(x, scores, torch.empty(0), torch.empty(0))
+    assert got.mean.shape == got.std.shape == (0, *DIMS)
+    assert got.log_prob(x).shape == (0,)
+    assert got.sample(2, seed=0).shape == (2, 0, *DIMS)
+    assert tweedie.second_moment(x, x, x, scores.factor, 1.0).dense().shape == (0, D, D)
+
+
+def test_moments_pass_gradients_to_the_scores() -> None:
+    case = gaussian()
+    s = case.scores
+    inputs = [t.clone().requires_grad_() for t in (case.x, s.score, s.diag, s.factor)]
+
+    def moments(x: Tensor, score: Tensor, diag: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        fit = posterior(x, UnscaledScores(score, diag, factor).scaled(0.5), 0.5, 0.9)
+        return fit.mean, fit.covariance.dense()
+
+    assert torch.autograd.gradcheck(moments, inputs)
+
+
+# ----------------------------------------------------------------------------------- Posterior
+
+
+def test_log_prob_and_to_distribution_are_the_gaussian_density() -> None:
+    case = gaussian()
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    clean = torch.randn(B, *DIMS, dtype=F64)
+    dense = torch.distributions.MultivariateNormal(case.mean, case.covariance)
+    close(got.log_prob(clean), dense.log_prob(clean.flatten(1)), 1e-11)
+    law = got.to_distribution()
+    assert law.event_shape == (D,)
+    close(law.log_prob(clean.flatten(1)), dense.log_prob(clean.flatten(1)), 1e-10)
+    close(law.covariance_matrix, case.covariance)
+
+
+def test_log_prob_takes_signs_that_a_torch_distribution_cannot() -> None:
+    case = gaussian(-1)
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    dense = torch.distributions.MultivariateNormal(case.mean, case.covariance)
+    clean = torch.randn(B, *DIMS, dtype=F64)
+    close(got.log_prob(clean), dense.log_prob(clean.flatten(1)), 1e-11)
+    with pytest.raises(ValueError, match=r"signs must all be \+1, got \[-1.0, -1.0\]$"):
+        got.to_distribution()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_samples_have_the_posterior_moments(sign: int) -> None:
+    case = gaussian(sign)
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    n = 5_000
+    draws = got.sample(n, seed=7)
+    assert draws.shape == (n, B, *DIMS)
+    residual = draws.flatten(2) - case.mean
+    variance = case.covariance.diagonal(dim1=1, dim2=2)
+    assert float((residual.mean(0) / (variance / n).sqrt()).abs().max()) < 5
+    spread = (variance.unsqueeze(-1) * variance.unsqueeze(-2) + case.covariance.square()) / n
+    found = torch.einsum("nbi,nbj->bij", residual, residual) / n
+    assert float(((found - case.covariance) / spread.sqrt()).abs().max()) < 5
+
+
+def test_samples_repeat_and_split_by_draw_and_row() -> None:
+    case = gaussian()
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    whole = got.sample(4, seed=1, offset=3, first=5)
+    assert torch.equal(whole, got.sample(4, seed=1, offset=3, first=5))
+    close(whole[2:], got.sample(2, seed=1, offset=5, first=5), 1e-14)
+    tail = Posterior(got.mean[1:], DPLR(got.covariance.diag[1:], got.covariance.factor[1:]))
+    close(whole[:, 1:], tail.sample(4, seed=1, offset=3, first=6), 1e-14)
+
+
+def test_principal_components_are_the_leading_eigenpairs() -> None:
+    case = gaussian()
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    values, vectors = got.principal_components(2)
+    want = torch.linalg.eigvalsh(case.covariance).flip(-1)[:, :2]
+    close(values, want)
+    close(case.covariance @ vectors, vectors * values.unsqueeze(1))
+
+
+def test_recalibrated_scales_the_covariance_only() -> None:
+    case = gaussian()
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    twice = got.recalibrated(2.0)
+    assert twice.mean is got.mean
+    close(twice.covariance.dense(), 2 * case.covariance)
+    each = got.recalibrated(torch.tensor([1.0, 4.0, 0.5]))
+    close(each.std[1], 2 * got.std[1])
+
+
+def test_negative_variances_are_shown_not_hidden() -> None:
+    x = torch.zeros(1, 2)
+    got = posterior(x, Scores(x, torch.tensor([[-1.0, 1.0]])), 0.5)
+    assert got.std.isnan().tolist() == [[True, False]]
+    message = r"^Posterior.log_prob: covariance must be positive definite, got one that is not at "
+    with pytest.raises(ValueError, match=message + "batch 0$"):
+        got.log_prob(x)
+    with pytest.raises(ValueError, match=r"covariance must be positive, got -0.25$"):
+        got.to_distribution()
+    with pytest.raises(ValueError, match=r"^DPLR.sample: diag must be >= 0, got -0.25$"):
+        got.sample(1)
+
+
+def test_nan_in_the_data_passes_through() -> None:
+    case = gaussian()
+    x = case.x.clone()
+    x[1, 0, 0] = torch.nan
+    got = posterior(x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    assert got.mean[1, 0, 0].isnan()
+    assert int(got.mean.isnan().sum()) == 1
+    assert got.log_prob(case.x).isnan().tolist() == [False, True, False]
+
+
+# -------------------------------------------------------------------------------- conversions
+
+
+def test_predictions_of_a_gaussian_convert_to_its_score() -> None:
+    case = gaussian()
+    x, s, a = case.x, case.sigma, case.alpha
+    level, scale = s[:, None, None], a[:, None, None]
+    x0 = case.mean.reshape(x.shape)
+    eps = (x - scale * x0) / level  # E[z | x], since x = alpha x0 + sigma z
+    v = scale * eps - level * x0
+    close(tweedie.score_from_x0(x, x0, s, a), case.scores.score)
+    close(tweedie.score_from_eps(eps, s), case.scores.score)
+    close(tweedie.score_from_v(x, v, s, a), case.scores.score)
+    close(tweedie.x0_from_score(x, case.scores.score, s, a), x0)
+    close(tweedie.eps_from_score(case.scores.score, s), eps)
+    close(tweedie.v_from_score(x, case.scores.score, s, a), v)
+
+
+@pytest.mark.parametrize("level", [(0.01, 1.0), (0.6, 0.8), (80.0, 1.0), (0.999, 0.0447)])
+def test_conversions_round_trip(level: tuple[float, float]) -> None:
+    sigma, alpha = level
+    x, score = torch.randn(2, 4, 5, dtype=F64), torch.randn(4, 5, dtype=F64)
+    x = x[0]
+    trips = (
+        tweedie.score_from_eps(tweedie.eps_from_score(score, sigma), sigma),
+        tweedie.score_from_x0(x, tweedie.x0_from_score(x, score, sigma, alpha), sigma, alpha),
+        tweedie.score_from_v(x, tweedie.v_from_score(x, score, sigma, alpha), sigma, alpha),
+    )
+    for back in trips:
+        close(back, score, 1e-10)
+
+
+def test_hessian_from_the_jacobian_of_the_exact_denoiser() -> None:
+    case = gaussian()
+    s, a = case.sigma, case.alpha
+    want = torch.diag_embed(case.scores.diag.flatten(1))
+    want = want + case.scores.factor @ case.scores.factor.mT
+    # The denoiser of a Gaussian is affine with Jacobian (I + sigma^2 s2) / alpha.
+    eye = torch.eye(D, dtype=F64)
+    jacobian = (eye + s[:, None, None] ** 2 * want) / a[:, None, None]
+    close(tweedie.hessian_from_jacobian(jacobian, s, a), want)
+    shaped = jacobian.reshape(B, *DIMS, *DIMS)
+    close(tweedie.hessian_from_jacobian(shaped, s, a), want)
+    close(
+        tweedie.hessian_from_jacobian(1.5 * eye.expand(2, D, D), 0.5, 2.0),
+        8 * eye.expand(2, D, D),
+    )
+
+    def denoiser(x: Tensor) -> Tensor:
+        return x.sin() * x.flip(-1)
+
+    x = torch.randn(2, 4, dtype=F64)
+    by_torch = torch.func.vmap(torch.func.jacrev(denoiser))(x)
+    close(
+        tweedie.hessian_from_jacobian(by_torch, 0.5),
+        4 * (by_torch - torch.eye(4, dtype=F64)),
+    )
+
+
+# ------------------------------------------------------------------------------------- errors
+
+X, FACTOR = torch.ones(2, 3), torch.ones(2, 3, 1)
+SCORES = Scores(X, X, FACTOR)
+FIT = posterior(X, SCORES, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda: posterior(X, SCORES.unscaled(1.0), 1.0),
+            TypeError,
+            "posterior: scores must be a Scores, got UnscaledScores",
+        ),
+        (
+            lambda: posterior([1.0], SCORES, 1.0),
+            TypeError,
+            "posterior: x must be a Tensor, got list",
+        ),
+        (
+            lambda: posterior(torch.ones(2), SCORES, 1.0),
+            ValueError,
+            "posterior: x must have shape (B, *dims), got (2,)",
+        ),
+        (
+            lambda: posterior(X, Scores(torch.ones(2, 4), X), 1.0),
+            ValueError,
+            "posterior: scores.score must have shape (2, 3), got (2, 4)",
+        ),
+        (
+            lambda: posterior(X, Scores(X, X.double()), 1.0),
+            ValueError,
+            "posterior: scores.c must have dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: posterior(X, Scores(X, X.to("meta")), 1.0),
+            ValueError,
+            "posterior: scores.c must have device cpu, got meta",
+        ),
+        (
+            lambda: posterior(X, Scores(X, X, torch.ones(2, 4, 1)), 1.0),
+            ValueError,
+            "DPLR: factor must have shape (2, 3, r) like diag, got (2, 4, 1)",
+        ),
+        (
+            lambda: posterior(X.half(), Scores(X.half(), X.half()), 1.0),
+            ValueError,
+            "DPLR: diag must be float32 or float64, got torch.float16",
+        ),
+        (
+            lambda: posterior(X, SCORES, 0.0),
+            ValueError,
+            "posterior: sigma must be positive, got 0.0",
+        ),
+        (
+            lambda: posterior(X, SCORES, math.nan),
+            ValueError,
+            "posterior: sigma must be finite, got nan",
+        ),
+        (
+            lambda: posterior(X, SCORES, torch.tensor([1.0, -2.0])),
+            ValueError,
+            "posterior: sigma must be positive, got -2.0",
+        ),
+        (
+            lambda: posterior(X, SCORES, torch.ones(3)),
+            ValueError,
+            "posterior: sigma must be a float or have shape (2,), got (3,)",
+        ),
+        (
+            lambda: posterior(X, SCORES, torch.ones(2, device="meta")),
+            ValueError,
+            "posterior: sigma must be on cpu, got meta",
+        ),
+        (
+            lambda: posterior(X, SCORES, "1"),
+            TypeError,
+            "posterior: sigma must be a float or a Tensor, got str",
+        ),
+        (
+            lambda: posterior(X, SCORES, 1.0, -1.0),
+            ValueError,
+            "posterior: alpha must be positive, got -1.0",
+        ),
+        (
+            lambda: SCORES.unscaled(0.0),
+            ValueError,
+            "Scores.unscaled: sigma must be positive, got 0.0",
+        ),
+        (
+            lambda: SCORES.unscaled(1.0).scaled(-1.0),
+            ValueError,
+            "UnscaledScores.scaled: sigma must be positive, got -1.0",
+        ),
+        (
+            lambda: FIT.recalibrated(0.0),
+            ValueError,
+            "Posterior.recalibrated: factor must be positive, got 0.0",
+        ),
+        (
+            lambda: FIT.log_prob(torch.ones(3, 2)),
+            ValueError,
+            "Posterior.log_prob: x must have shape (2, 3), got (3, 2)",
+        ),
+        (
+            lambda: FIT.log_prob(X.double()),
+            ValueError,
+            "Posterior.log_prob: x must have dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: tweedie.posterior_mean(X, 1.0, 1.0),
+            TypeError,
+            "posterior_mean: score must be a Tensor, got float",
+        ),
+        (
+            lambda: tweedie.posterior_mean(X, X, 1.0, 0.0),
+            ValueError,
+            "posterior_mean: alpha must be positive, got 0.0",
+        ),
+        (
+            lambda: tweedie.posterior_covariance(torch.ones(2), None, 1.0),
+            ValueError,
+            "posterior_covariance: diag must have shape (B, *dims), got (2,)",
+        ),
+        (
+            lambda: tweedie.posterior_covariance(X, None, -1.0),
+            ValueError,
+            "posterior_covariance: sigma must be positive, got -1.0",
+        ),
+        (
+            lambda: tweedie.second_moment(X, X, torch.ones(2, 4), None, 1.0),
+            ValueError,
+            "second_moment: diag must have shape (2, 3), got (2, 4)",
+        ),
+        (
+            lambda: tweedie.score_from_x0(X, torch.ones(3), 1.0),
+            ValueError,
+            "score_from_x0: x0 must have shape (2, 3), got (3,)",
+        ),
+        (
+            lambda: tweedie.score_from_v(X, X, 1.0, 0.0),
+            ValueError,
+            "score_from_v: alpha must be positive, got 0.0",
+        ),
+        (
+            lambda: tweedie.score_from_eps(X, 0.0),
+            ValueError,
+            "score_from_eps: sigma must be positive, got 0.0",
+        ),
+        (
+            lambda: tweedie.eps_from_score(X, -1.0),
+            ValueError,
+            "eps_from_score: sigma must be positive, got -1.0",
+        ),
+        (
+            lambda: tweedie.v_from_score(X, X.double(), 1.0, 1.0),
+            ValueError,
+            "v_from_score: score must have dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: tweedie.hessian_from_jacobian(torch.ones(2, 3, 4), 1.0),
+            ValueError,
+            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2, 3, 4)",
+        ),
+        (
+            lambda: tweedie.hessian_from_jacobian(torch.ones(2, 3), 1.0),
+            ValueError,
+            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2, 3)",
+        ),
+        (
+            lambda: tweedie.hessian_from_jacobian(torch.ones(2), 1.0),
+            ValueError,
+            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2,)",
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(
+    call: Callable[[], Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == message
