@@ -103,8 +103,8 @@ __device__ void for_tile(bool down, const Visit& visit) {
 template <class T>
 __device__ const T& at(const View& view, int64_t point, int64_t sample, int64_t row,
                        int64_t column = 0) {
-  return static_cast<const T*>(view.data)[point * view.point + sample * view.batch +
-                                          row * view.row + column * view.column];
+  return static_cast<const T*>(
+      view.data)[point * view.point + sample * view.batch + row * view.row + column * view.column];
 }
 
 // w_k: the sign of a column of the factor, 1 where none is given and for the score.

@@ -1,10 +1,9 @@
-// diag(d) + U diag(w) U^T on CUDA: the dense matrix, 32 x 32 entries a block, each written once; and
-// the product with vectors, one block for a sample and a right-hand side: U^T v goes to shared
+// diag(d) + U diag(w) U^T on CUDA: the dense matrix, 32 x 32 entries a block, each written once;
+// and the product with vectors, one block for a sample and a right-hand side: U^T v goes to shared
 // memory, then U times it. The product never forms the matrix; it reads U twice.
 
-#include "low_rank.h"
-
 #include "launch.cuh"
+#include "low_rank.h"
 
 namespace hos {
 inline namespace HOS_ISA {

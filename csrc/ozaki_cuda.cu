@@ -3,9 +3,8 @@
 // pointers are aligned each array is read or written as one vector. Bytes moved for an element:
 // x, score, diag in, out back (16 in float32); the noise none.
 
-#include "ozaki.h"
-
 #include "launch.cuh"
+#include "ozaki.h"
 #include "philox.h"
 #include "storage.h"
 
@@ -142,8 +141,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads) step_kernel(StepArgs a, bool whole) {
   using A = typename Acc<T>::type;
-  const NoiseKey key =
-      read_key(NoiseKey{a.seed, a.tag, a.start}, a.seed_pointer, a.offset_pointer);
+  const NoiseKey key = read_key(NoiseKey{a.seed, a.tag, a.start}, a.seed_pointer, a.offset_pointer);
   for_quads(key.start, a.rows * a.size, a.size, whole, [&](const Quad& q, uint64_t counter) {
     A x[4], s[4], d[4] = {}, z[4], out[4];
     load<T>(a.x, a.x_row, q, x);
@@ -153,9 +151,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(StepArgs a, bool whole) 
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const A h = step_size_of<A>(a, q.row[k]);
-      out[k] = a.diag == nullptr
-                   ? langevin_element(x[k], s[k], h, square_root(A(2) * h), z[k])
-                   : ozaki_element(x[k], s[k], d[k], h, z[k], a.curvature);
+      out[k] = a.diag == nullptr ? langevin_element(x[k], s[k], h, square_root(A(2) * h), z[k])
+                                 : ozaki_element(x[k], s[k], d[k], h, z[k], a.curvature);
     }
     store<T>(out, q, a.out, a.out_row);
   });
@@ -164,8 +161,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(StepArgs a, bool whole) 
 template <class T>
 __global__ void __launch_bounds__(kThreads) step_backward_kernel(StepArgs a, bool whole) {
   using A = typename Acc<T>::type;
-  const NoiseKey key =
-      read_key(NoiseKey{a.seed, a.tag, a.start}, a.seed_pointer, a.offset_pointer);
+  const NoiseKey key = read_key(NoiseKey{a.seed, a.tag, a.start}, a.seed_pointer, a.offset_pointer);
   for_quads(key.start, a.rows * a.size, a.size, whole, [&](const Quad& q, uint64_t counter) {
     A grad[4], s[4], d[4], z[4], score[4], diag[4] = {}, noise[4];
     load<T>(a.grad, a.grad_row, q, grad);

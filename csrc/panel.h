@@ -3,6 +3,8 @@
 // width follows the instruction set that the file is compiled for.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace hos {
@@ -39,11 +41,33 @@ inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::loose*>(p) = typename Simd<T>::loose(v);
 }
 
+// The sum over lanes, by halves: in the order of the lanes it would cost as much as a row's product.
 template <class T>
 inline T sum_lanes(Vector<T> v) {
-  T total = T(0);
-  for (int k = 0; k < Simd<T>::width; ++k) total += v[k];
-  return total;
+  typedef T Half __attribute__((vector_size(kVectorBytes / 2)));
+  T lane[Simd<T>::width / 2];
+  Half low, high;
+  memcpy(&low, &v, sizeof low);
+  memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  const Half both = low + high;
+  memcpy(lane, &both, sizeof both);
+#pragma GCC unroll 4
+  for (int n = Simd<T>::width / 4; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) lane[k] += lane[k + n];
+  }
+  return lane[0];
+}
+
+// The first n lanes of v, 0 in the others.
+template <class T>
+inline Vector<T> first_lanes(Vector<T> v, int64_t n) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Lane Index __attribute__((vector_size(kVectorBytes)));
+  Index lane;
+  for (int k = 0; k < Simd<T>::width; ++k) lane[k] = Lane(k);
+  const Vector<T> zero = {};
+  return lane < Lane(n) ? v : zero;
 }
 
 // Columns, padded so that every instruction set agrees on the layout.
@@ -68,12 +92,14 @@ inline void pack(const T* source, int64_t row, int64_t column, int64_t n, int64_
       T* to = panel + i * stride;
       int64_t k = 0;
       for (; k < whole; k += W) store(to + k, load(from + k));
-      if (whole < rank && i * row + whole + W <= last) {  // the tail as one vector; what lies behind is cleared
-        store(to + k, load(from + k));
+      if (k < rank && i * row + k + W <= last) {  // the tail as one vector
+        store(to + k, first_lanes<T>(load(from + k), rank - k));
+        k += W;
       } else {
         for (; k < rank; ++k) to[k] = from[k];
       }
-      for (k = rank; k < stride; ++k) to[k] = T(0);
+      for (; k < stride && k % W != 0; ++k) to[k] = T(0);
+      for (; k < stride; k += W) store(to + k, Vector<T>{});
     }
     return;
   }

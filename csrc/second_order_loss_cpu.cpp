@@ -260,8 +260,8 @@ void low_rank_loss(const LossArgs& a, int threads) {
   }
 }
 
-// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for stride^2,
-// `panels` for two panels of a tile.
+// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for stride + 2 rows
+// of `stride`, `panels` for two panels of a tile.
 template <class T>
 void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t begin, int64_t end,
                    T* matrix, T* panels) {
@@ -277,8 +277,7 @@ void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t b
   const T* project =
       saved + p.gram_points * p.columns * p.columns + point * p.columns;
   const bool full = point < p.gram_points;
-  Scratch<T> rows(2 * stride);
-  T *by_noise = rows.get(), *by_diag = rows.get() + stride;
+  T *by_noise = matrix + stride * stride, *by_diag = by_noise + stride;
   clear(by_noise, 2 * stride);
   for (int64_t k = 0; k < p.columns; ++k) {
     by_noise[k] = noise_weight(c, project[k], w[k], precision, g);
@@ -338,7 +337,7 @@ void low_rank_backward(const LossArgs& a, int threads) {
   }
   parallel_for(a.batch * chunks, 1, grain_of(a, a.size / chunks), threads,
                [&](int64_t begin, int64_t end) {
-                 Scratch<T> matrix(p.stride * p.stride), panels(2 * (p.tile + kTileRows) * p.stride);
+                 Scratch<T> matrix((p.stride + 2) * p.stride), panels(2 * (p.tile + kTileRows) * p.stride);
                  for (int64_t item = begin; item < end; ++item) {
                    const int64_t first = item % chunks * kChunk;
                    const int64_t last = chunks == 1 || first + kChunk > a.size ? a.size : first + kChunk;

@@ -4,9 +4,8 @@
 // Nothing but V and the R x R matrices in `saved` is ever formed (R = r + 1). Bytes moved: 4 D R a
 // point for each pass, times the number of column tiles where R > 32.
 
-#include "second_order_loss.h"
-
 #include "launch.cuh"
+#include "second_order_loss.h"
 
 namespace hos {
 inline namespace HOS_ISA {
@@ -65,9 +64,9 @@ __device__ void add_diagonal(const LossArgs& a, bool reduced, int64_t sample, Su
   }
 }
 
-// What each column adds by itself, all but |V_k|^2 of the plain loss; keeps g = V^T z. With variance
-// reduction the differences D+- = V+- - V0 come first: the second difference, which is divided by
-// sigma^2, must not be taken between sums.
+// What each column adds by itself, all but |V_k|^2 of the plain loss; keeps g = V^T z. With
+// variance reduction the differences D+- = V+- - V0 come first: the second difference, which is
+// divided by sigma^2, must not be taken between sums.
 template <class T>
 __device__ void add_columns(const LossArgs& a, const Sizes& n, int64_t sample, T* projections,
                             Sums& sums) {
@@ -147,6 +146,7 @@ __device__ void add_gram(const LossArgs& a, const Sizes& n, int64_t point, int64
   }
 }
 
+// Two blocks a multiprocessor: left to itself the compiler aims at 64 registers, and spills.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) low_rank_loss_kernel(LossArgs a, Sizes n) {
   const bool reduced = n.points == 3;
@@ -166,9 +166,9 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank_loss_kernel(LossArgs a, 
   }
 }
 
-// Gradients of rows [row, row + 32) and columns [column, column + 32) of V at one point; the block of
-// the first columns also writes those of the diagonal. At the clean point A = 0: V itself enters, no
-// Gram matrix.
+// Gradients of rows [row, row + 32) and columns [column, column + 32) of V at one point; the block
+// of the first columns also writes those of the diagonal. At the clean point A = 0: V itself
+// enters, no Gram matrix.
 template <class T>
 __device__ void tile_backward(const LossArgs& a, const Sizes& n, int64_t point, int64_t sample,
                               int64_t row, int64_t column) {
@@ -188,10 +188,10 @@ __device__ void tile_backward(const LossArgs& a, const Sizes& n, int64_t point, 
     for_tile(false, [&](int i, int j) {
       const int64_t l = l0 + i, k = column + j;
       const bool inside = full && l < n.columns && k < n.columns;
-      weights[i][j] = inside ? gram_weight(c, gram[l * n.columns + k],
-                                           weight_of<T>(a.sign, a.rank, l),
-                                           weight_of<T>(a.sign, a.rank, k), l == k, precision, g)
-                             : T(0);
+      weights[i][j] = inside
+                          ? gram_weight(c, gram[l * n.columns + k], weight_of<T>(a.sign, a.rank, l),
+                                        weight_of<T>(a.sign, a.rank, k), l == k, precision, g)
+                          : T(0);
     });
     __syncthreads();
     const T w = weight_of<T>(a.sign, a.rank, l0 + lane);
@@ -209,8 +209,7 @@ __device__ void tile_backward(const LossArgs& a, const Sizes& n, int64_t point, 
   }
   const int64_t k = column + lane;
   const T w = weight_of<T>(a.sign, a.rank, k);
-  const T by_noise =
-      k < n.columns ? noise_weight(c, projections[k], w, precision, g) : T(0);
+  const T by_noise = k < n.columns ? noise_weight(c, projections[k], w, precision, g) : T(0);
   const T by_own = full ? diag_weight(c, w, g) : gram_weight(c, T(0), w, w, true, precision, g);
   __syncthreads();
   for (int j = 0; j < kTileRows; ++j) {
@@ -256,10 +255,9 @@ __device__ T entry_of(const LossArgs& a, int64_t sample, int64_t i, T inverse) {
   const T d = at<T>(a.diag, 0, sample, i);
   if (a.kind == kD2smDiag) return diagonal_entry(s, d, z, precision);
   const bool clean = a.score_points == 3;
-  return diagonal_vr_entry(s, at<T>(a.score, 1, sample, i),
-                           clean ? at<T>(a.score, 2, sample, i) : T(0), d,
-                           at<T>(a.diag, 1, sample, i), at<T>(a.diag, 2, sample, i), z, precision,
-                           clean);
+  return diagonal_vr_entry(
+      s, at<T>(a.score, 1, sample, i), clean ? at<T>(a.score, 2, sample, i) : T(0), d,
+      at<T>(a.diag, 1, sample, i), at<T>(a.diag, 2, sample, i), z, precision, clean);
 }
 
 template <class T>
@@ -276,8 +274,8 @@ __global__ void __launch_bounds__(kThreads) entry_loss_kernel(LossArgs a, Sizes)
 }
 
 template <class T>
-__device__ void entry_backward(const LossArgs& a, int64_t point, int64_t sample, int64_t i, T inverse,
-                               T g) {
+__device__ void entry_backward(const LossArgs& a, int64_t point, int64_t sample, int64_t i,
+                               T inverse, T g) {
   const int64_t flat = (point * a.batch + sample) * a.size + i;
   const bool scored = point < a.score_points;  // without it the clean point has a = 0
   const T s = scored ? at<T>(a.score, point, sample, i) : T(0);
@@ -287,8 +285,8 @@ __device__ void entry_backward(const LossArgs& a, int64_t point, int64_t sample,
     *grad_score = dsm_grad(point, s, z, inverse, g);
     return;
   }
-  const T slope = diagonal_grad(coefficients<T>(a.kind, point), s, at<T>(a.diag, point, sample, i), z,
-                                inverse * inverse, g);
+  const T slope = diagonal_grad(coefficients<T>(a.kind, point), s, at<T>(a.diag, point, sample, i),
+                                z, inverse * inverse, g);
   static_cast<T*>(a.grad_diag)[flat] = slope;
   if (scored) *grad_score = T(2) * s * slope;
 }
@@ -326,8 +324,7 @@ Kernel of_type(int dtype, Kernel of_float, Kernel of_double) {
 }  // namespace HOS_ISA
 
 void loss_cuda(const LossArgs& a, int dtype, Launch where) {
-  const auto low_rank =
-      of_type(dtype, low_rank_loss_kernel<float>, low_rank_loss_kernel<double>);
+  const auto low_rank = of_type(dtype, low_rank_loss_kernel<float>, low_rank_loss_kernel<double>);
   const auto entry = of_type(dtype, entry_loss_kernel<float>, entry_loss_kernel<double>);
   launch("loss", is_low_rank(a) ? low_rank : entry, a.batch, where, a, sizes_of(a));
 }

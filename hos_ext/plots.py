@@ -445,9 +445,9 @@ Blue: the averaged weights on the validation digits, always under the same noise
 turned up again would be overfitting."""
 
 _SEE = (
-    """The standard deviation is bright along the edges of the strokes (the white line is the
-outline of the denoised digit) and dark on empty paper: the doubt is where a stroke ends, not
-whether there is one.""",
+    """The standard deviation is bright along the edges of the strokes and in small loops (the
+white line is the outline of the denoised digit), dark on empty paper: the doubt is where a stroke
+ends, not whether there is one.""",
     """The vectors are what is uncertain <em>together</em>: where red gains ink, blue loses it, as
 when a stroke moves sideways. Below each is its share of the variance.""",
     """Now the doubt is about shape: the first vectors open and close loops, or add and remove whole
@@ -492,10 +492,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """An HTML table of HTML cells; numbers get four significant digits."""
     lines = ["".join(f"<th>{cell}</th>" for cell in header)]
     for row in rows:
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells = [_number(cell) if isinstance(cell, float) else str(cell) for cell in row]
         lines.append("".join(f"<td>{cell}</td>" for cell in cells))
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table>\n{body}\n</table></div>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def _embedded(image: bytes, alternative: str, caption: str) -> str:

@@ -108,7 +108,7 @@ def joint_loss(
     Eq. 13 matches s2 + s1 s1^T to -C, that is kappa + sigma^2 s1 s1^T to z z^T. Given the true s1,
     E[e e^T | x~] = E[z z^T | x~] - sigma^2 s1 s1^T, so that the minimiser is the same. But along s1
     the target z z^T is of the size of |z|^2 and as noisy, where kappa is below 1: on these digits
-    Eq. 13 and Eq. 33 left a first eigenvector along s1 with 5 to 10 times the variance there is.
+    training by Eq. 33 left a first eigenvector along s1 with 5 to 10 times the variance there is.
     With an imperfect s1 the centred form learns the covariance of the errors that are made.
 
     Args:

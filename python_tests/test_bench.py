@@ -146,7 +146,7 @@ def test_rows_are_appended_under_one_header_and_rendered(tmp_path):
     lines = path.read_text().splitlines()
     assert lines[0] == ",".join(timer.COLUMNS)
     assert len(lines) == 4
-    assert lines[3].endswith("op,eager,forward,float32,10,2,0,6,7,8,1.5")
+    assert lines[3].endswith("op,eager,forward,float32,10,2,0,6.00,7.00,8.00,1.50")
     table = report.render(report.read(path))
     assert "| op | forward | float32 | 10 | 2 | 0 | 2.0 | 7.0 (3.5x) |" in table
     assert "| op | forward | float32 | 10 | 2 | 0 | 1.5 |" in table

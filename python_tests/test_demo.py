@@ -92,7 +92,7 @@ def test_report_shows_the_numbers_of_the_metrics(demo, metrics):
     page = (demo / "report.html").read_text()
     shown = [row[key] for name, keys in SCHEMA.items() for row in metrics[name] for key in keys]
     for value in shown:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = plots._number(value) if isinstance(value, float) else str(value)
         assert text in page
     assert f"{metrics['train']['recalibration']:.3f}" in page
 
@@ -103,6 +103,14 @@ def test_report_says_whether_the_posteriors_are_calibrated():
     assert "Yes: the recalibrated predictive figure lies within 0.8 to 1.25 at every" in text
     for bad in (0.79, 1.26, float("nan")):
         assert "Not yet" in plots._verdict([*good, {"predictive_recalibrated": bad}])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.01235"), (9876.5, "9876"), (12345.6, "12346"), (-2e4, "-20000")],
+)
+def test_report_writes_numbers_without_exponents(value, text):
+    assert plots._number(value) == text
 
 
 @pytest.mark.parametrize(
