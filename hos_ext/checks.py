@@ -90,7 +90,7 @@ def refuse_row(where: str, name: str, row: int, values: Tensor | None) -> None:
 
 
 def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
-    """`(r,)` of +-1, made contiguous; the values are read on the CPU only (elsewhere it would wait)."""
+    """`(r,)` of +-1, made contiguous; the values are read on the CPU only, where nothing waits."""
     if sign is None:
         return None
     check_tensor(where, "sign", sign, like=like, shape=(rank,), because=" (one for each column)")

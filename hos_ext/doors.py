@@ -104,8 +104,6 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if needs_library(tensors):
-            if forward_ad._current_level >= 0:
-                raise RuntimeError(_no_forward_mode(self.label(args)))
             outputs = self.library(*self.as_tensors(args))
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         if functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
@@ -336,13 +334,9 @@ def _refuse(ctx: Any, *_: Any) -> Any:
 
 
 def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(_no_forward_mode(ctx.label))
-
-
-def _no_forward_mode(name: str) -> str:
-    return (
-        f"{name}: forward-mode differentiation does not reach compiled, fake or dispatched tensors,"
-        " got an active dual level; call it outside torch.compile and dispatch modes"
+    raise RuntimeError(
+        f"{ctx.label}: forward-mode differentiation does not reach compiled, fake or dispatched"
+        " tensors, got a tangent; call it outside torch.compile and dispatch modes"
     )
 
 

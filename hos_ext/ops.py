@@ -23,7 +23,7 @@ from .checks import (
     check_tensor,
     show,
 )
-from .doors import needs_library, vmap_active
+from .doors import functorch_active, needs_library, vmap_active
 
 STREAM_STEP, STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_TRAINING = range(4)
 
@@ -56,6 +56,8 @@ def _fresh_seed(where: str) -> Tensor | int:
             f"{where}: noise must be given inside vmap, got noise=None (every lane would draw the"
             " same)"
         )
+    if not functorch_active():
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item()  # type: ignore[return-value]
     with torch._C._DisableFuncTorch():
         return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 

@@ -1,0 +1,216 @@
+"""What hos_ext is measured against, and the inputs on which.
+
+Variants, one name each everywhere: "hos_ext"; "eager", the closed form in plain torch, which is
+`hos_ext.reference`; "compiled", the same under torch.compile; "lean" and "lean compiled", the
+closed form written for speed alone (no sign; no differences first, so its float32 value loses
+digits as sigma goes to 0); "dense", D x D matrices as one writes the formulas down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hos_ext
+from hos_ext import reference
+
+Function = Callable[..., Any]
+
+
+def compiled(function: Function) -> Function:
+    """torch.compile without graph breaks; for the shapes of the first call."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def forward_backward(loss: Function, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """A training step's share of the loss: fresh gradients of score, diag and factor."""
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+
+    def step() -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss(*leaves, *inputs[3:])
+        value.backward()
+        return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def second_order_inputs(
+    batch: int, size: int, rank: int, *, points: int, seed: int = 0
+) -> list[Tensor]:
+    """score, diag, factor at `points` points (stacked where more than one), noise, sigma `(B,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    stack = (points,) if points > 1 else ()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return [
+        draw(*stack, batch, size),
+        draw(*stack, batch, size),
+        draw(*stack, batch, size, rank) / size**0.5,
+        draw(batch, size),
+        0.5 + torch.rand(batch, generator=generator),
+    ]
+
+
+def d2sm_losses() -> dict[str, Function]:
+    """Eq. 13 without |C|^2, mean over the batch."""
+    return {
+        "hos_ext": hos_ext.d2sm_loss,
+        "eager": _eager_d2sm,
+        "compiled": compiled(_eager_d2sm),
+        "lean": _lean_d2sm,
+        "lean compiled": compiled(_lean_d2sm),
+        "dense": _dense_d2sm,
+    }
+
+
+def d2sm_vr_losses() -> dict[str, Function]:
+    """Half of Eq. 33, mean over the batch."""
+    return {
+        "hos_ext": hos_ext.d2sm_vr_loss,
+        "eager": _eager_d2sm_vr,
+        "compiled": compiled(_eager_d2sm_vr),
+        "lean": _lean_d2sm_vr,
+        "lean compiled": compiled(_lean_d2sm_vr),
+        "dense": _dense_d2sm_vr,
+    }
+
+
+def _eager_d2sm(*inputs: Tensor) -> Tensor:
+    return reference.d2sm_loss(*inputs).mean()
+
+
+def _eager_d2sm_vr(*inputs: Tensor) -> Tensor:
+    return reference.d2sm_vr_loss(*inputs).mean()
+
+
+def _lean_norm(score: Tensor, diag: Tensor, factor: Tensor) -> Tensor:
+    """|psi|_F^2 = |d|^2 + 2 sum_i d_i (|u_i|^2 + s_i^2) + |U^T U|^2 + 2 |U^T s|^2 + |s|^4."""
+    gram = factor.mT @ factor
+    column = (factor.mT @ score.unsqueeze(-1)).squeeze(-1)
+    rows = factor.square().sum(-1) + score.square()
+    return (
+        (diag * (diag + 2 * rows)).sum(-1)
+        + gram.square().sum((-1, -2))
+        + 2 * column.square().sum(-1)
+        + score.square().sum(-1).square()
+    )
+
+
+def _lean_inner(score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
+    """sigma^2 <C, psi> = tr psi - z^T psi z."""
+    along = (noise.unsqueeze(-2) @ factor).squeeze(-2)
+    return (
+        (diag * (1 - noise.square())).sum(-1)
+        + factor.square().sum((-1, -2))
+        - along.square().sum(-1)
+        + score.square().sum(-1)
+        - (score * noise).sum(-1).square()
+    )
+
+
+def _lean_d2sm(score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    inner = _lean_inner(score, diag, factor, noise)
+    return (_lean_norm(score, diag, factor) + 2 * inner / sigma.square()).mean()
+
+
+def _lean_d2sm_vr(
+    score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor, sigma: Tensor
+) -> Tensor:
+    # unbind once: its backward writes each gradient once, that of indexing once for every use.
+    plus, minus, clean = zip(score.unbind(), diag.unbind(), factor.unbind(), strict=True)
+    half = (_lean_norm(*plus) + _lean_norm(*minus)) / 2
+    inner = _lean_inner(*plus, noise) + _lean_inner(*minus, noise) - 2 * _lean_inner(*clean, noise)
+    return (half + inner / sigma.square()).mean()
+
+
+def _dense_psi(score: Tensor, diag: Tensor, factor: Tensor) -> Tensor:
+    outer = score.unsqueeze(-1) * score.unsqueeze(-2)
+    return torch.diag_embed(diag) + factor @ factor.mT + outer
+
+
+def _dense_target(noise: Tensor, sigma: Tensor) -> Tensor:
+    identity = torch.eye(noise.shape[-1])
+    outer = noise.unsqueeze(-1) * noise.unsqueeze(-2)
+    return (identity - outer) / sigma.square()[:, None, None]
+
+
+def _dense_d2sm(
+    score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor, sigma: Tensor
+) -> Tensor:
+    psi, target = _dense_psi(score, diag, factor), _dense_target(noise, sigma)
+    return ((psi * psi).sum((-1, -2)) + 2 * (target * psi).sum((-1, -2))).mean()
+
+
+def _dense_d2sm_vr(
+    score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor, sigma: Tensor
+) -> Tensor:
+    points = zip(score.unbind(), diag.unbind(), factor.unbind(), strict=True)
+    plus, minus, clean = (_dense_psi(*point) for point in points)
+    target = _dense_target(noise, sigma)
+    half = ((plus * plus).sum((-1, -2)) + (minus * minus).sum((-1, -2))) / 2
+    return (half + (target * (plus + minus - 2 * clean)).sum((-1, -2))).mean()
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+def step_inputs(batch: int, size: int, *, seed: int = 0) -> list[Tensor]:
+    """x, score, diag: `(B, D)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, size, generator=generator) for _ in range(3)]
+
+
+def ozaki_steps(inputs: Sequence[Tensor], step_size: float) -> dict[str, Callable[[], Tensor]]:
+    """One diagonal step without gradient, its noise drawn within.
+
+    "hos_ext" as a chain calls it, with seed and offset; "hos_ext out=" into a buffer besides;
+    "hos_ext unseeded" with a seed from torch's generator each time.
+    """
+    x, score, diag = inputs
+    out = torch.empty_like(x)
+    fused = compiled(_eager_ozaki)
+    return {
+        "hos_ext": lambda: hos_ext.ozaki_step(x, score, diag, step_size, seed=1, offset=2),
+        "hos_ext out=": lambda: hos_ext.ozaki_step(
+            x, score, diag, step_size, seed=1, offset=2, out=out
+        ),
+        "hos_ext unseeded": lambda: hos_ext.ozaki_step(x, score, diag, step_size),
+        "eager": lambda: _eager_ozaki(x, score, diag, step_size),
+        "compiled": lambda: fused(x, score, diag, step_size),
+    }
+
+
+def _eager_ozaki(x: Tensor, score: Tensor, diag: Tensor, step_size: float) -> Tensor:
+    return reference.ozaki_step(x, score, diag, step_size, torch.randn_like(x))
+
+
+def check_ozaki_steps(
+    steps: dict[str, Callable[[], Tensor]], inputs: Sequence[Tensor], step_size: float
+) -> None:
+    """The noise of each step, (x' - mean) / deviation by `reference`, has mean 0 and variance 1.
+
+    Raises:
+        ValueError: more than 6 standard errors off; the message names the contestant.
+    """
+    x, score, diag = inputs
+    mean = reference.ozaki_step(x, score, diag, step_size, torch.zeros_like(x))
+    deviation = reference.ozaki_step(x, score, diag, step_size, torch.ones_like(x)) - mean
+    for name, step in steps.items():
+        noise = ((step() - mean) / deviation).double()
+        average, variance = float(noise.mean()), float(noise.square().mean())
+        n = noise.numel()
+        if not (abs(average) <= 6 / n**0.5 and abs(variance - 1) <= 6 * (2 / n) ** 0.5):
+            raise ValueError(
+                f"check_ozaki_steps: noise of {name} must have mean 0 and variance 1, got "
+                f"{average:.3g} and {variance:.3g} over {n} entries"
+            )
