@@ -32,10 +32,10 @@ inline void check(cudaError_t status, const char* what) {
 
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
+  DeviceGuard(int device, const char* what) {
+    check(cudaGetDevice(&previous_), what);
     if (device == previous_) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
+    check(cudaSetDevice(device), what);
     changed_ = true;
   }
   ~DeviceGuard() {
@@ -54,7 +54,7 @@ template <class... Parameters, class... Args>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Launch where,
             const Args&... args) {
   if (blocks <= 0) return;
-  const DeviceGuard guard(where.device);
+  const DeviceGuard guard(where.device, name);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(std::min(blocks, kMaxBlocks)));
   config.blockDim = dim3(kThreads);

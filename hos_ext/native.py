@@ -106,6 +106,7 @@ def _view(t: Tensor | None, stacked: bool) -> tuple[int, int, int, int, int]:
 
 def flat_rows(t: Tensor, start: int) -> Tensor:
     """`(..., *dims)` as `(..., D)`, each row contiguous; a copy only where no view has that."""
+    t = t.resolve_neg()  # a lazy minus sign is not in memory
     if t.dim() != start + 1:
         t = t.reshape(*t.shape[:start], math.prod(t.shape[start:]))
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
@@ -113,6 +114,7 @@ def flat_rows(t: Tensor, start: int) -> Tensor:
 
 def flat_factor(factor: Tensor) -> Tensor:
     """A factor in either memory order (r or D fastest) as it is; any other order copied."""
+    factor = factor.resolve_neg()
     if factor.stride(-1) == 1 or factor.stride(-2) == 1 or factor.shape[-1] == 0:
         return factor
     return factor.contiguous()
@@ -226,6 +228,7 @@ def is_direct(x: Tensor, *others: Tensor | None) -> bool:
             and t.dtype is dtype
             and t.shape == shape
             and t.is_contiguous()
+            and not t.is_neg()
             and not (wants_grad and t.requires_grad)
         ):
             return False

@@ -224,3 +224,11 @@ def test_nan_stays_in_its_sample(device):
     assert hos_ext.hessian_matvec(d, u, v)[1].isnan().all()
     assert torch.equal(hos_ext.hessian_matvec(d, u, v)[[0, 2]], clean[[0, 2]])
     assert hos_ext.assemble_hessian(d, u)[1].isnan().sum() == 31 + 31 - 1
+
+
+def test_lazily_negated_input_is_read_with_its_sign(device):
+    negated = torch.complex(torch.ones(4, 1), torch.full((4, 1), 2.0)).to(device).conj().imag
+    assert negated.is_neg()
+    ones = torch.ones(4, 1, device=device)
+    assert torch.equal(hos_ext.hessian_matvec(negated, None, ones), -2 * ones)
+    assert torch.equal(hos_ext.langevin_step(ones, negated, 0.5, noise=0 * ones), 0 * ones)
