@@ -120,8 +120,20 @@ def check_counter(where: str, name: str, value: Any, limit: int, device: torch.d
         check_int(where, name, value, limit)
     elif value.dtype != torch.int64 or value.dim() != 0:
         raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
-    elif value.device.type != "cpu" and value.device != device:
-        raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
+    elif value.device.type != "cpu":
+        if value.device != device:
+            raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
+    elif limit < 2**63 and not needs_library([value]) and not functorch_active():
+        check_int(where, name, int(value), limit)  # a seed may be any 64 bits
+
+
+def check_first(where: str, first: Any, rows: int, size: int) -> None:
+    """The global index of row 0; the index of every element must fit 64 bits."""
+    check_int(where, "first", first, 2**63)
+    if first.__class__ is int and first and (first + rows) * size > 2**64:
+        raise ValueError(
+            f"{where}: first must leave room for {rows} rows of {size} below 2**64, got {first}"
+        )
 
 
 def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None]) -> None:
@@ -133,7 +145,7 @@ def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None])
         raise ValueError(
             f"{where}: out must not be combined with inputs that require grad, got one"
         )
-    if out.numel() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+    if _overlaps_itself(out):
         raise ValueError(f"{where}: out must not overlap itself, got strides {out.stride()}")
     if needs_library([out]) or functorch_active():
         return  # no addresses to compare: the result is copied into out
@@ -143,6 +155,15 @@ def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None])
                 f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
                 " other strides"
             )
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    reach = 0
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return t.numel() > 0
+        reach += stride * (n - 1)
+    return False
 
 
 def _overlaps_partly(a: Tensor, b: Tensor) -> bool:

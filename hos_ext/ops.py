@@ -16,6 +16,7 @@ from . import native, reference
 from .checks import (
     FLOATING,
     check_counter,
+    check_first,
     check_int,
     check_out,
     check_positive,
@@ -75,14 +76,18 @@ def _draw(
 ) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
     device = torch.empty(0).device if device is None else torch.device(device)
-    shape = tuple(int(n) for n in shape)
+    if not isinstance(shape, Sequence) or any(
+        isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in shape
+    ):
+        raise TypeError(f"{where}: shape must be a sequence of ints, got {shape!r}")
+    shape = tuple(shape)
     if dtype not in FLOATING:
         raise ValueError(f"{where}: dtype must be a floating type, got {dtype}")
     if any(n < 0 for n in shape):
         raise ValueError(f"{where}: shape must not be negative, got {shape}")
     check_counter(where, "seed", seed, 2**64, device)
     check_counter(where, "offset", offset, 2**56, device)
-    check_int(where, "first", first, 2**63)
+    check_first(where, first, shape[0] if shape else 1, math.prod(shape[1:]))
     check_int(where, "stream", stream, 2**8)
     if needs_library([t for t in (seed, offset) if isinstance(t, Tensor)]) or device.type == "meta":
         seed, offset = (
@@ -144,7 +149,7 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniforms in (0, 1], (k + 1/2) / 2^32 rounded to dtype; arguments as for `normal`."""
+    """Uniforms in (0, 1), (k + 1/2) / 2^32 rounded to dtype (an end may be reached so); see `normal`."""
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
 
 
@@ -164,14 +169,14 @@ def _take_step(
     curvature: str,
     out: Tensor | None,
 ) -> Tensor:
-    direct = native.is_direct(x, score, diag, noise, out)
+    direct = score is not None and native.is_direct(x, score, diag, noise, out)
     if not direct:
         _check_step_tensors(where, x, score, diag, noise)
     shape = x.shape
     step_size = check_positive(where, "step_size", step_size, shape[0], x)
-    if curvature not in _CURVATURES:
+    if not isinstance(curvature, str) or curvature not in _CURVATURES:
         raise ValueError(f"{where}: curvature must be clamp, abs or raw, got {curvature!r}")
-    check_int(where, "first", first, 2**63)
+    check_first(where, first, shape[0], math.prod(shape[1:]))
     check_counter(where, "offset", offset, 2**56, x.device)
     if noise is not None and seed is not None:
         raise ValueError(f"{where}: seed must be None where noise is given, got {show(seed)}")

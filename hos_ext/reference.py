@@ -75,7 +75,7 @@ def normal(
 ) -> Tensor:
     """Standard normals by Philox and Box-Muller; four for each counter. Computed in float64."""
     n = int(torch.Size(shape).numel())
-    row = n // shape[0] if n else 0
+    row = n // shape[0] if n and shape else 1
     words, lead = _words(
         n, seed=seed, offset=offset, start=first * row, stream=stream, device=device
     )
@@ -101,7 +101,7 @@ def uniform(
 ) -> Tensor:
     """Uniforms (k + 1/2) / 2^32, one for each 32-bit word, rounded to dtype."""
     n = int(torch.Size(shape).numel())
-    row = n // shape[0] if n else 0
+    row = n // shape[0] if n and shape else 1
     words, lead = _words(
         n, seed=seed, offset=offset, start=first * row, stream=stream, device=device
     )
