@@ -149,7 +149,7 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniforms (k + 1/2) / 2^32 in (0, 1), rounded to dtype (which may reach an end); see `normal`."""
+    """Uniforms (k + 1/2) / 2^32 in (0, 1), rounded to dtype, which may reach an end; as `normal`."""
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
 
 
