@@ -36,12 +36,15 @@ struct Kernels {
   decltype(&hos::baseline::matvec_cpu) matvec;
 };
 
-#define HOS_TABLE(isa)                                                                          \
-  {                                                                                             \
-    #isa, &hos::isa::noise_cpu, &hos::isa::step_cpu, &hos::isa::step_backward_cpu,              \
-        &hos::isa::loss_cpu, &hos::isa::loss_backward_cpu, &hos::isa::assemble_cpu,             \
-        &hos::isa::matvec_cpu                                                                   \
-  }
+#define HOS_TABLE(isa)           \
+  {#isa,                         \
+   &hos::isa::noise_cpu,         \
+   &hos::isa::step_cpu,          \
+   &hos::isa::step_backward_cpu, \
+   &hos::isa::loss_cpu,          \
+   &hos::isa::loss_backward_cpu, \
+   &hos::isa::assemble_cpu,      \
+   &hos::isa::matvec_cpu}
 
 // The widest instruction set that the processor has, or the one that HOS_CPU_LEVEL names.
 Kernels choose_kernels() {

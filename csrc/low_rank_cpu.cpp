@@ -1,9 +1,8 @@
-// diag(d) + U diag(w) U^T on the CPU: the dense matrix, each line written once, and the product with
-// one or several vectors, which reads U once (its tiles stay in cache between U^T v and U t).
-
-#include "low_rank.h"
+// diag(d) + U diag(w) U^T on the CPU: the dense matrix, each line written once, and the product
+// with one or several vectors, which reads U once (its tiles stay in cache between U^T v and U t).
 
 #include "kernels.h"
+#include "low_rank.h"
 #include "panel.h"
 #include "parallel.h"
 
@@ -47,7 +46,8 @@ void assemble(const LowRankArgs& a, int threads) {
         for (int64_t k = 0; k < a.rank; ++k) {
           const T w = weight_of<T>(a, k);
           T* to = turned.get() + k * width;
-          for (int64_t i = 0; i < a.size; ++i) to[i] = w * u[i * a.factor.row + k * a.factor.column];
+          for (int64_t i = 0; i < a.size; ++i)
+            to[i] = w * u[i * a.factor.row + k * a.factor.column];
           for (int64_t i = a.size; i < width; ++i) to[i] = T(0);
         }
         held = sample;
@@ -58,7 +58,8 @@ void assemble(const LowRankArgs& a, int threads) {
         pack(at<T>(a.factor, sample, row), a.factor.row, a.factor.column, n, a.size - row, a.rank,
              panel.get(), stride);
         for (int64_t k = n * stride; k < whole * stride; ++k) panel.get()[k] = T(0);
-        add_product(panel.get(), stride, n, a.rank, turned.get(), width, a.size, block.get(), width);
+        add_product(panel.get(), stride, n, a.rank, turned.get(), width, a.size, block.get(),
+                    width);
       }
       const T* d = at<T>(a.diag, sample, row);
       T* out = static_cast<T*>(a.out) + sample * a.out_batch + row * a.out_row;

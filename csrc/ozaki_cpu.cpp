@@ -23,8 +23,8 @@ inline namespace HOS_ISA {
 
 namespace {
 
-constexpr int kCounters = 16;            // counters made together
-constexpr int kBlock = 4 * kCounters;    // elements of such a block
+constexpr int kCounters = 16;             // counters made together
+constexpr int kBlock = 4 * kCounters;     // elements of such a block
 constexpr int64_t kGrain = 128 * kBlock;  // elements below which no second thread wakes
 
 struct BlockWords {
@@ -205,7 +205,9 @@ inline A step_size_of(const StepArgs& a, int64_t row) {
 
 // Rows that follow one another without a gap, under one step size, are one long row.
 StepArgs joined(const StepArgs& a) {
-  const auto dense = [&](const void* p, int64_t stride) { return p == nullptr || stride == a.size; };
+  const auto dense = [&](const void* p, int64_t stride) {
+    return p == nullptr || stride == a.size;
+  };
   if (a.step_sizes != nullptr || !dense(a.x, a.x_row) || !dense(a.score, a.score_row) ||
       !dense(a.diag, a.diag_row) || !dense(a.noise, a.noise_row) || !dense(a.out, a.out_row) ||
       !dense(a.grad, a.grad_row)) {

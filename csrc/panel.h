@@ -41,7 +41,8 @@ inline void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename Simd<T>::loose*>(p) = typename Simd<T>::loose(v);
 }
 
-// The sum over lanes, by halves: in the order of the lanes it would cost as much as a row's product.
+// The sum over lanes, by halves: in the order of the lanes it would cost as much as a row's
+// product.
 template <class T>
 inline T sum_lanes(Vector<T> v) {
   typedef T Half __attribute__((vector_size(kVectorBytes / 2)));
@@ -79,7 +80,8 @@ inline int64_t vectors(int64_t columns) {
 }
 
 // Copies rows [0, n) of a strided (row, column) matrix, `rank` columns, into a panel of row stride
-// `stride`; the padding is zero. `readable` rows (>= n) of the source lie in memory after the first.
+// `stride`; the padding is zero. `readable` rows (>= n) of the source lie in memory after the
+// first.
 template <class T>
 inline void pack(const T* source, int64_t row, int64_t column, int64_t n, int64_t readable,
                  int64_t rank, T* panel, int64_t stride) {
@@ -120,8 +122,8 @@ inline void pack(const T* source, int64_t row, int64_t column, int64_t n, int64_
 // The inverse: a panel's first `rank` columns to a strided matrix, scratch beyond the rows' ends of
 // a dense one being overwritten by the rows that follow (`writable` rows of it are this caller's).
 template <class T>
-inline void unpack(const T* panel, int64_t stride, int64_t n, int64_t writable, int64_t rank, T* out,
-                   int64_t row, int64_t column) {
+inline void unpack(const T* panel, int64_t stride, int64_t n, int64_t writable, int64_t rank,
+                   T* out, int64_t row, int64_t column) {
   constexpr int W = Simd<T>::width;
   if (column == 1 || rank <= 1) {
     const int64_t whole = (rank + W - 1) / W * W;
@@ -170,7 +172,8 @@ inline void gram_block(const T* panel, int64_t stride, int64_t n, int64_t row, i
   }
 }
 
-// gram += panel^T panel, for the vectors on and right of the diagonal. gram has row stride `stride`.
+// gram += panel^T panel, for the vectors on and right of the diagonal. gram has row stride
+// `stride`.
 template <class T>
 inline void add_gram(const T* panel, int64_t stride, int64_t n, int64_t columns, T* gram) {
   constexpr int W = Simd<T>::width;
@@ -207,8 +210,8 @@ inline void product_block(const T* panel, int64_t stride, int64_t inner, const T
   }
 }
 
-// out += panel (n x inner) matrix (inner x columns); n is rounded up to kTileRows, the panel and out
-// hold that many rows.
+// out += panel (n x inner) matrix (inner x columns); n is rounded up to kTileRows, the panel and
+// out hold that many rows.
 template <class T>
 inline void add_product(const T* panel, int64_t stride, int64_t n, int64_t inner, const T* matrix,
                         int64_t matrix_stride, int64_t columns, T* out, int64_t out_stride) {

@@ -30,14 +30,14 @@ struct WideProduct {
   HOS_HD uint64_t operator()(uint64_t c, uint32_t m) const { return uint64_t(m) * uint32_t(c); }
 };
 
-// Ten rounds on words held in the low halves of 64-bit lanes (one counter, or a vector of them); the
-// high halves carry rubbish that no product reads. This is how the multiplier wants them.
+// Ten rounds on words held in the low halves of 64-bit lanes (one counter, or a vector of them);
+// the high halves carry rubbish that no product reads. This is how the multiplier wants them.
 template <class Lane, class Product>
 HOS_HD void philox_rounds(Lane c[4], uint64_t seed, const Product& product) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -37,12 +37,12 @@ struct LossArgs {
   View grad_factor;
 };
 
-inline int64_t points_of(int kind) {
+HOS_HD int64_t points_of(int kind) {
   if (kind == kDsmVr) return 2;
   return kind == kD2smVr || kind == kD2smDiagVr ? 3 : 1;
 }
 
-inline int64_t saved_size(int kind, int64_t rank) {
+HOS_HD int64_t saved_size(int kind, int64_t rank) {
   const int64_t columns = rank + 1;
   if (kind == kD2sm) return columns * columns + columns;
   if (kind == kD2smVr) return 2 * columns * columns + 3 * columns;
@@ -62,6 +62,24 @@ HOS_HD Coefficients<T> coefficients(int kind, int64_t point) {
   if (!reduced) return {T(1), T(1)};
   if (point < 2) return {T(0.5), T(0.5)};
   return {T(0), T(-1)};
+}
+
+// What row i of column k adds to |D+|^2 + |D-|^2 + 2 <V0, D+ + D->, D+- = V+- - V0; T may be a
+// vector of columns.
+template <class T>
+HOS_HD T difference_entry(T plus, T minus, T clean) {
+  const T dp = plus - clean, dm = minus - clean;
+  return dp * (dp + (clean + clean)) + dm * (dm + (clean + clean));
+}
+
+// sigma^2 <C, .> of a column: its summed entries less the squared projections on z (of D+, D- and
+// V0; the plain loss has the first alone).
+HOS_HD double column_inner(double w, double entries, double up, double down, double base) {
+  return w * (entries - up * up - down * down - 2.0 * base * (up + down));
+}
+
+HOS_HD double loss_value(bool reduced, double norm, double inner, double precision) {
+  return reduced ? 0.5 * norm + precision * inner : norm + 2.0 * precision * inner;
 }
 
 // dL/dV_ik = sum_l V_il gram_weight_lk + z_i noise_weight_k + d_i V_ik diag_weight_k, times the

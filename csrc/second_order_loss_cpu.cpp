@@ -4,11 +4,10 @@
 // from the saved Gram matrices. Sums run in a fixed order that the number of threads does not
 // change: chunks of a sample are added one after another.
 
-#include "second_order_loss.h"
-
 #include "kernels.h"
 #include "panel.h"
 #include "parallel.h"
+#include "second_order_loss.h"
 
 HOS_DECLARE_KERNELS(HOS_ISA)
 
@@ -17,9 +16,9 @@ inline namespace HOS_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 1024;           // rows of a sample summed in one go
-constexpr int64_t kEntryChunk = 8192;      // the same for the entry-wise losses
-constexpr int64_t kGrainFlops = 1 << 17;   // work below which no second thread wakes
+constexpr int64_t kChunk = 1024;          // rows of a sample summed in one go
+constexpr int64_t kEntryChunk = 8192;     // the same for the entry-wise losses
+constexpr int64_t kGrainFlops = 1 << 17;  // work below which no second thread wakes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -79,12 +78,14 @@ struct Sums {
     return p.gram_points * p.stride * p.stride + 6 * p.stride;
   }
   int64_t gram_size;
-  T *gram, *inner, *project[3], *norm, *scalar;  // scalar: sum of A d^2, of the diagonal's inner part
+  T *gram, *inner, *project[3], *norm,
+      *scalar;  // scalar: sum of A d^2, of the diagonal's inner part
 };
 
 // Inner products, projections and weighted norms of a tile, for the plain loss (one panel).
 template <class T>
-inline void add_dots(const T* v, const T* d, const T* z, int64_t n, const Problem<T>& p, Sums<T>& sums) {
+inline void add_dots(const T* v, const T* d, const T* z, int64_t n, const Problem<T>& p,
+                     Sums<T>& sums) {
   using V = Vector<T>;
   for (int64_t k = 0; k < p.columns; k += Simd<T>::width) {
     V project = load(sums.project[0] + k), norm = load(sums.norm + k);
@@ -112,7 +113,7 @@ inline void add_dots(const T* plus, const T* minus, const T* clean, const T* dp,
       const V a = load(plus + i * p.stride + k), b = load(minus + i * p.stride + k);
       const V c = load(clean + i * p.stride + k);
       const V da = a - c, db = b - c;
-      inner += da * (da + T(2) * c) + db * (db + T(2) * c);
+      inner += difference_entry(a, b, c);
       norm += a * a * dp[i] + b * b * dm[i];
       up += da * z[i];
       down += db * z[i];
@@ -128,7 +129,8 @@ inline void add_dots(const T* plus, const T* minus, const T* clean, const T* dp,
 
 // Adds rows [begin, end) of a sample to `sums`; `panels` holds one panel of a tile for each point.
 template <class T>
-void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T* panels, Sums<T>& sums) {
+void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T* panels,
+              Sums<T>& sums) {
   const LossArgs& a = p.a;
   const int64_t panel_size = p.tile * p.stride;
   for (int64_t row = begin; row < end; row += p.tile) {
@@ -192,18 +194,17 @@ void finish(const Problem<T>& p, int64_t sample, const Sums<T>& sums) {
     norm += 2.0 * w[k] * double(sums.norm[k]);
     const double up = sums.project[0][k];
     if (!reduced) {
-      inner += w[k] * (double(sums.gram[k * p.stride + k]) - up * up);
+      inner += column_inner(w[k], sums.gram[k * p.stride + k], up, 0.0, 0.0);
       saved[k] = T(up);
       continue;
     }
     const double down = sums.project[1][k], base = sums.project[2][k];
-    inner += w[k] * (double(sums.inner[k]) - up * up - down * down - 2.0 * base * (up + down));
+    inner += column_inner(w[k], sums.inner[k], up, down, base);
     saved[k] = T(up + base);
     saved[p.columns + k] = T(down + base);
     saved[2 * p.columns + k] = T(base);
   }
-  const double value = reduced ? 0.5 * norm + precision * inner : norm + 2.0 * precision * inner;
-  static_cast<T*>(a.loss)[sample] = T(value);
+  static_cast<T*>(a.loss)[sample] = T(loss_value(reduced, norm, inner, precision));
 }
 
 template <class T>
@@ -260,8 +261,8 @@ void low_rank_loss(const LossArgs& a, int threads) {
   }
 }
 
-// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for stride + 2 rows
-// of `stride`, `panels` for two panels of a tile.
+// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for stride + 2
+// rows of `stride`, `panels` for two panels of a tile.
 template <class T>
 void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t begin, int64_t end,
                    T* matrix, T* panels) {
@@ -274,14 +275,14 @@ void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t b
   const Coefficients<T> c = coefficients<T>(a.kind, point);
   const T* saved = static_cast<const T*>(a.saved) + sample * saved_size(a.kind, a.rank);
   const T* gram = saved + point * p.columns * p.columns;
-  const T* project =
-      saved + p.gram_points * p.columns * p.columns + point * p.columns;
+  const T* project = saved + p.gram_points * p.columns * p.columns + point * p.columns;
   const bool full = point < p.gram_points;
   T *by_noise = matrix + stride * stride, *by_diag = by_noise + stride;
   clear(by_noise, 2 * stride);
   for (int64_t k = 0; k < p.columns; ++k) {
     by_noise[k] = noise_weight(c, project[k], w[k], precision, g);
-    by_diag[k] = full ? diag_weight(c, w[k], g) : gram_weight(c, T(0), w[k], w[k], true, precision, g);
+    by_diag[k] =
+        full ? diag_weight(c, w[k], g) : gram_weight(c, T(0), w[k], w[k], true, precision, g);
   }
   if (full) {
     clear(matrix, p.columns * stride);
@@ -316,8 +317,8 @@ void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t b
     }
     if (full) add_product(panel, stride, n, p.columns, matrix, stride, p.columns, out, stride);
     if (a.rank > 0) {
-      T* to = static_cast<T*>(const_cast<void*>(a.grad_factor.data)) +
-              point * a.grad_factor.point + sample * a.grad_factor.batch + row * a.grad_factor.row;
+      T* to = static_cast<T*>(const_cast<void*>(a.grad_factor.data)) + point * a.grad_factor.point +
+              sample * a.grad_factor.batch + row * a.grad_factor.row;
       unpack(out, stride, n, end - row, a.rank, to, a.grad_factor.row, a.grad_factor.column);
     }
     if (point < a.score_points) {
@@ -335,17 +336,17 @@ void low_rank_backward(const LossArgs& a, int threads) {
     advise_huge_pages(const_cast<void*>(a.grad_factor.data),
                       p.points * a.batch * a.size * a.rank * int64_t(sizeof(T)));
   }
-  parallel_for(a.batch * chunks, 1, grain_of(a, a.size / chunks), threads,
-               [&](int64_t begin, int64_t end) {
-                 Scratch<T> matrix((p.stride + 2) * p.stride), panels(2 * (p.tile + kTileRows) * p.stride);
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t first = item % chunks * kChunk;
-                   const int64_t last = chunks == 1 || first + kChunk > a.size ? a.size : first + kChunk;
-                   for (int64_t point = 0; point < p.points; ++point) {
-                     rows_backward(p, point, item / chunks, first, last, matrix.get(), panels.get());
-                   }
-                 }
-               });
+  parallel_for(
+      a.batch * chunks, 1, grain_of(a, a.size / chunks), threads, [&](int64_t begin, int64_t end) {
+        Scratch<T> matrix((p.stride + 2) * p.stride), panels(2 * (p.tile + kTileRows) * p.stride);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t first = item % chunks * kChunk;
+          const int64_t last = chunks == 1 || first + kChunk > a.size ? a.size : first + kChunk;
+          for (int64_t point = 0; point < p.points; ++point) {
+            rows_backward(p, point, item / chunks, first, last, matrix.get(), panels.get());
+          }
+        }
+      });
 }
 
 // The entry-wise losses: a fixed-order sum of chunks of entry(sample, i).
@@ -430,7 +431,8 @@ void entry_backward(const LossArgs& a, int threads) {
       T* grad_score = static_cast<T*>(a.grad_score) + item * a.size;
       if (first_order) {
 #pragma GCC ivdep
-        for (int64_t i = 0; i < a.size; ++i) grad_score[i] = dsm_grad(point, s[i], z[i], inverse, g);
+        for (int64_t i = 0; i < a.size; ++i)
+          grad_score[i] = dsm_grad(point, s[i], z[i], inverse, g);
         continue;
       }
       const Coefficients<T> c = coefficients<T>(a.kind, point);
@@ -459,8 +461,10 @@ int64_t loss_cpu(const LossArgs& a, int dtype, int threads) {
     if (!(a.sigmas[sample] > 0.0 && a.sigmas[sample] <= 1.7976931348623157e308)) return sample + 1;
   }
   const bool low_rank = a.kind == kD2sm || a.kind == kD2smVr;
-  if (dtype == kFloat32) low_rank ? low_rank_loss<float>(a, threads) : entry_loss<float>(a, threads);
-  if (dtype == kFloat64) low_rank ? low_rank_loss<double>(a, threads) : entry_loss<double>(a, threads);
+  if (dtype == kFloat32)
+    low_rank ? low_rank_loss<float>(a, threads) : entry_loss<float>(a, threads);
+  if (dtype == kFloat64)
+    low_rank ? low_rank_loss<double>(a, threads) : entry_loss<double>(a, threads);
   return 0;
 }
 

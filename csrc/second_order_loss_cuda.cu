@@ -84,7 +84,7 @@ __device__ void add_columns(const LossArgs& a, const Sizes& n, int64_t sample, T
       const T minus = v_entry<T>(a, 1, sample, i, k), clean = v_entry<T>(a, 2, sample, i, k);
       const T dp = v - clean, dm = minus - clean;
       norm += minus * minus * at<T>(a.diag, 1, sample, i);
-      inner += dp * (dp + T(2) * clean) + dm * (dm + T(2) * clean);
+      inner += difference_entry(v, minus, clean);
       up += dp * z;
       down += dm * z;
       base += clean * z;
@@ -97,7 +97,7 @@ __device__ void add_columns(const LossArgs& a, const Sizes& n, int64_t sample, T
     if (lane != 0) continue;
     const double w = weight_of<T>(a.sign, a.rank, k), p = up, m = down, b = base;
     sums.norm += 2.0 * w * double(norm);
-    sums.inner += w * (double(inner) - p * p - m * m - 2.0 * b * (p + m));
+    sums.inner += column_inner(w, inner, p, m, b);
     projections[k] = T(p + b);
     if (!reduced) continue;
     projections[n.columns + k] = T(m + b);
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank_loss_kernel(LossArgs a, 
     const double norm = block_sum(sums.norm), inner = block_sum(sums.inner);
     const double precision = 1.0 / (sigma_of(a, sample) * sigma_of(a, sample));
     if (threadIdx.x > 0) continue;
-    static_cast<T*>(a.loss)[sample] =
-        T(reduced ? 0.5 * norm + precision * inner : norm + 2.0 * precision * inner);
+    static_cast<T*>(a.loss)[sample] = T(loss_value(reduced, norm, inner, precision));
   }
 }
 
