@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from . import ops
 from .tweedie import Scores
 
-_STREAM_TRAINING = 3  # of `ops.normal`: apart from steps, acceptances and posterior samples
 _HALF = (torch.float16, torch.bfloat16)
 _DROPOUT = (
     nn.Dropout,
@@ -43,6 +42,7 @@ def score_matching_loss(
     diagonal: bool = ...,
     scale_free: bool = ...,
     detach_score: bool = ...,
+    centred: bool = ...,
     noise: Tensor | None = ...,
     seed: Tensor | int | None = ...,
     offset: Tensor | int = ...,
@@ -65,6 +65,7 @@ def score_matching_loss(
     diagonal: bool = ...,
     scale_free: bool = ...,
     detach_score: bool = ...,
+    centred: bool = ...,
     noise: Tensor | None = ...,
     seed: Tensor | int | None = ...,
     offset: Tensor | int = ...,
@@ -86,6 +87,7 @@ def score_matching_loss(
     diagonal: bool = False,
     scale_free: bool = True,
     detach_score: bool = True,
+    centred: bool = False,
     noise: Tensor | None = None,
     seed: Tensor | int | None = None,
     offset: Tensor | int = 0,
@@ -116,6 +118,12 @@ def score_matching_loss(
             False: as in the paper; the smallest sigma then outweighs all others.
         detach_score: in the second-order term s1 is given, as Theorem 2 assumes. False lets a
             restricted s2 pull s1 off: gradient 4 (psi_model - psi) s1 at the true s1.
+        centred: the second-order term matches kappa = I + sigma^2 s2 to e e^T, e = z + sigma s1, in
+            place of kappa + sigma^2 s1 s1^T to z z^T (Eq. 13), averaged over the noisy points. For
+            the true s1 the minimiser is the same, E[e e^T | x~] = kappa; for a learned one it is
+            the second moment of the errors that the denoiser makes, which is what calibration
+            asks for, and the noise of the target along s1 is gone. For noise levels that are not
+            small: needs variance_reduction=False.
         noise: standard normal draw z, shape, dtype and device of x. None draws it.
         seed: key of the draw, an int or a 0-d int64 tensor. None takes one from torch's default
             generator.
@@ -149,6 +157,11 @@ def score_matching_loss(
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not gamma >= 0:
         raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
+    if centred and (variance_reduction or not detach_score):
+        raise ValueError(
+            f"{name}: centred needs variance_reduction=False and detach_score=True, got "
+            f"{variance_reduction} and {detach_score}"
+        )
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be floating point of shape (B, *dims), "
@@ -170,7 +183,7 @@ def score_matching_loss(
             seed=seed,
             offset=offset,
             first=first,
-            stream=_STREAM_TRAINING,
+            stream=ops.STREAM_TRAINING,
             dtype=x.dtype,
             device=x.device,
         )
@@ -206,12 +219,14 @@ def score_matching_loss(
             factor = _wide(scores.factor)
             factor = factor.reshape(count, *z.shape, factor.shape[-1])
         given = score.detach() if detach_score else score
-        terms = {
-            "first": _first_order(score, z, first_order),
-            "second": _second_order(
+        if centred:
+            noisy = 2 if first_order == "antithetic" else 1
+            second = _centred_order(given, diag, factor, z, scores.sign, noisy, diagonal)
+        else:
+            second = _second_order(
                 given, diag, factor, z, scores.sign, variance_reduction, diagonal
-            ),
-        }
+            )
+        terms = {"first": _first_order(score, z, first_order), "second": second}
         if not scale_free:
             level = sigma.to(z.dtype) if isinstance(sigma, Tensor) else sigma
             terms = {"first": terms["first"] / level**2, "second": terms["second"] / level**4}
@@ -249,6 +264,30 @@ def _second_order(
         return ops.d2sm_diag_loss(score[0], diag[0], z, 1.0, reduction="none")
     columns = None if factor is None else factor[0]
     return ops.d2sm_loss(score[0], diag[0], columns, z, 1.0, sign=sign, reduction="none")
+
+
+def _centred_order(
+    score: Tensor,
+    diag: Tensor,
+    factor: Tensor | None,
+    z: Tensor,
+    sign: Tensor | None,
+    noisy: int,
+    diagonal: bool,
+) -> Tensor:
+    """|kappa - e e^T|^2 - |I - e e^T|^2 per sample, averaged over the first `noisy` points.
+
+    Eq. 13 at sigma 1 reads |(c - 1) + F F^T + s s^T + I - z z^T|^2: with s = 0 and e as the noise.
+    """
+    error = (torch.stack([z, -z])[:noisy] + score[:noisy]).flatten(0, 1)
+    nothing = torch.zeros_like(error)
+    flat = diag[:noisy].flatten(0, 1)
+    if diagonal:
+        loss = ops.d2sm_diag_loss(nothing, flat, error, 1.0, reduction="none")
+    else:
+        columns = None if factor is None else factor[:noisy].flatten(0, 1)
+        loss = ops.d2sm_loss(nothing, flat, columns, error, 1.0, sign=sign, reduction="none")
+    return loss.reshape(noisy, z.shape[0]).mean(0)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

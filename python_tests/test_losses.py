@@ -191,6 +191,41 @@ def test_detached_score_takes_gradients_from_the_first_term_alone():
     assert torch.autograd.grad(given, model.score)[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("first_order", ["antithetic", "vr", "plain"])
+@pytest.mark.parametrize("head", ["plus", "signed", "diagonal"])
+def test_centred_term_is_the_distance_from_the_errors_made(head, first_order):
+    """Dense: |kappa - e e^T|^2 - |I - e e^T|^2 (or their diagonals), e = z + sigma s1, at +-z."""
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64) if head == "signed" else None
+    model = Field(0 if head == "diagonal" else 2, sign)
+    (x, noise), (sigma, alpha) = batch(), levels("rows")
+    _, terms = score_matching_loss(
+        model, x, sigma, alpha=alpha, variance_reduction=False, centred=True, noise=noise,
+        first_order=first_order, diagonal=head == "diagonal", reduction="none", return_terms=True,
+    )  # fmt: skip
+    eye, made = torch.eye(SIZE, dtype=torch.float64), []
+    for z in (noise, -noise) if first_order == "antithetic" else (noise,):
+        point = alpha.view(-1, 1, 1) * x + sigma.view(-1, 1, 1) * z
+        scores = model.unscaled(point).scaled(sigma)
+        e = (z + scores.score).flatten(1)
+        kappa = torch.diag_embed(scores.c.flatten(1))
+        if scores.factor is not None:
+            weight = 1.0 if sign is None else sign
+            kappa = kappa + (scores.factor * weight) @ scores.factor.mT
+        outer = e.unsqueeze(2) * e.unsqueeze(1)
+        gap = (kappa - outer).square() - (eye - outer).square()
+        made.append((gap * eye if head == "diagonal" else gap).sum((1, 2)))
+    assert torch.allclose(terms["second"], torch.stack(made).mean(0), rtol=1e-9)
+
+
+def test_centred_term_leaves_the_score_alone():
+    model, (x, noise) = Field(), batch()
+    options = {"gamma": 0.0, "variance_reduction": False, "centred": True, "noise": noise}
+    score_matching_loss(model, x, 0.3, **options).backward()
+    assert model.score.grad.abs().max() == 0
+    assert model.diag.grad.abs().max() > 0
+    assert model.factor.grad.abs().max() > 0
+
+
 class GaussianRows:
     """Scores of N(0, diag(t) + v v^T) noised to (alpha, sigma), with parameters for every row.
 
@@ -237,18 +272,25 @@ def z_scores(grads):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
 @pytest.mark.parametrize(
-    ("variance_reduction", "first_order"),
-    [(True, "antithetic"), (True, "vr"), (False, "plain")],
+    ("variance_reduction", "first_order", "centred"),
+    [
+        (True, "antithetic", False),
+        (True, "vr", False),
+        (False, "plain", False),
+        (False, "antithetic", True),
+    ],
 )
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_exact_gaussian_scores_are_stationary(alpha, variance_reduction, first_order, diagonal):
+def test_exact_gaussian_scores_are_stationary(
+    alpha, variance_reduction, first_order, centred, diagonal
+):
     n, sigma = 20_000, 0.7
     model = GaussianRows(n, sigma, alpha, diagonal)
     g = torch.Generator().manual_seed(3)
     x = torch.randn(n, 3, generator=g, dtype=torch.float64)
     x = x @ torch.linalg.cholesky(model.covariance).mT
     options = {"alpha": alpha, "seed": 11, "diagonal": diagonal, "first_order": first_order}
-    options |= {"variance_reduction": variance_reduction}
+    options |= {"variance_reduction": variance_reduction, "centred": centred}
     at_truth = z_scores(model.gradients(x, sigma, **options))
     assert max(at_truth.values()) < 4.5, at_truth
     # 30 % off, scaled as if by sigma^-1 instead of sigma^-2, of the wrong sign (U: halved)
@@ -491,6 +533,10 @@ RULE = "score_matching_loss: "
         ({"reduction": "max"}, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
         ({"gamma": -1.0}, "gamma must be at least 0, got -1.0"),
         ({"gamma": math.nan}, "gamma must be at least 0, got nan"),
+        (
+            {"centred": True},
+            "centred needs variance_reduction=False and detach_score=True, got True and True",
+        ),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
         ({"sigma": math.inf}, "sigma must be positive and finite, got inf"),
         (

@@ -29,54 +29,6 @@ def _train(digits, seed=0, **options):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def test_joint_loss_agrees_with_dense_algebra(digits):
-    model = training.build_model(SETTINGS, seed=1)
-    x = data.dequantise(digits.test[:6], seed=0)
-    sigma = torch.linspace(0.2, 1.0, 6)
-    loss, terms = training.joint_loss(model, x, sigma, gamma=3.0, seed=4, offset=9)
-    noise = ops.normal(x.shape, seed=4, offset=9, stream=3)
-    first, second = [], []
-    for z in (noise, -noise):
-        scores = model(x + sigma.view(-1, 1, 1) * z, sigma)
-        e = (z + scores.score).flatten(1).double()
-        kappa = torch.diag_embed(scores.c.flatten(1)) + scores.factor @ scores.factor.mT
-        outer, eye = e.unsqueeze(2) * e.unsqueeze(1), torch.eye(64, dtype=torch.float64)
-        first.append(e.square().sum(1))
-        gap = (kappa.double() - outer).square() - (eye - outer).square()
-        second.append(gap.sum((1, 2)))
-    assert terms["first"].item() == pytest.approx(torch.cat(first).mean().item(), rel=1e-5)
-    assert terms["second"].item() == pytest.approx(torch.cat(second).mean().item(), rel=1e-4)
-    assert loss.item() == pytest.approx((terms["second"] + 3 * terms["first"]).item(), rel=1e-5)
-
-
-def test_joint_loss_is_least_at_the_exact_posterior():
-    """Gaussian data: any other variance, in c or in the factor, and any other mean costs more."""
-    x = 0.3**0.5 * ops.normal((4000, 8, 8), seed=0)
-
-    def at(c=1.0, extra=0.0, score=1.0):
-        def model(noisy, sigma):
-            exact = _gaussian(noisy, sigma)
-            factor = torch.full((len(noisy), 64, 1), extra)
-            return Scores(score * exact.score, c * exact.c, factor)
-
-        _, terms = training.joint_loss(model, x, torch.full((4000,), 0.5), seed=1)
-        return terms
-
-    best = at()
-    assert best["second"] < min(at(c=1.1)["second"], at(c=0.9)["second"], at(extra=0.1)["second"])
-    assert best["first"] < min(at(score=1.1)["first"], at(score=0.9)["first"])
-
-
-def test_joint_loss_keeps_the_second_order_term_away_from_the_score(digits):
-    model = training.build_model(SETTINGS, seed=1)
-    x = data.dequantise(digits.test[:6], seed=0)
-    loss, _ = training.joint_loss(model, x, torch.full((6,), 0.5), gamma=0.0, seed=4)
-    loss.backward()
-    assert model.score.weight.grad.abs().max() == 0
-    assert model.c.weight.grad.abs().max() > 0
-    assert model.factor.weight.grad.abs().max() > 0
-
-
 def test_batch_rows_visits_every_row_once_an_epoch():
     rows = torch.cat([training.batch_rows(30, 8, seed=1, step=step) for step in range(15)])
     epochs = rows.reshape(4, 30)
