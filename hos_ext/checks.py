@@ -5,6 +5,7 @@ Every public operator checks once, here; the native functions only trust what ha
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -184,3 +185,13 @@ def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
         gap = (start_b - start_a) // a.element_size() % max(row, 1)
         return not (gap >= size and row - gap >= size)
     return True
+
+
+def require(where: str, module: str, extra: str = "app") -> Any:
+    """An optional dependency, imported; a missing one is named with the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f"{where}: {module} must be installed (pip install hos_ext[{extra}]), got: {error}"
+        ) from error
