@@ -58,6 +58,13 @@ def check_tensor(
 
 def check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -> Any:
     """A positive finite number, or a floating `()` or `(B,)` tensor without gradient."""
+    return check_level(where, name, value, rows, like, positive=True)
+
+
+def check_level(
+    where: str, name: str, value: Any, rows: int, like: Tensor, *, positive: bool
+) -> Any:
+    """The same, or any finite number; the values of a tensor are for the kernels to judge."""
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise ValueError(f"{where}: {name} must be floating, got {value.dtype}")
@@ -76,8 +83,9 @@ def check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -
         or not isinstance(value, float | int | torch.SymFloat | torch.SymInt)
     ):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    if not (value > 0 and value < math.inf):
-        raise ValueError(f"{where}: {name} must be positive and finite, got {value}")
+    if not ((value > 0 if positive else value > -math.inf) and value < math.inf):
+        rule = "positive and finite" if positive else "finite"
+        raise ValueError(f"{where}: {name} must be {rule}, got {value}")
     return value
 
 

@@ -8,23 +8,20 @@ factor), without a rescaling pass over the factor. Equation numbers are those of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_level
+from .doors import functorch_active, is_plain
 from .tweedie import Scores
 
 _HALF = (torch.float16, torch.bfloat16)
-_DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+_DROPOUT = nn.modules.dropout._DropoutNd
+
+_NAME = "score_matching_loss"
 
 Model = Callable[[Tensor, Tensor | float], Scores]
 
@@ -136,8 +133,10 @@ def score_matching_loss(
     Returns:
         The loss: a scalar, or (B,) with reduction="none", summed over entries; or (loss, terms).
         Parts that do not depend on the model are left out: |C|^2 of the second term, and for "vr"
-        |z|^2 of the first, so both can be negative. No units when scale_free, else
-        1/data^4 (gamma 1/data^2). Half-precision outputs are raised to float32 for plain losses.
+        |z|^2 of the first, so both can be negative. `centred` leaves out |I - e e^T|^2, which the
+        score moves: compare its values only where the errors e are alike. No units when scale_free,
+        else 1/data^4 (gamma 1/data^2). Half-precision outputs are raised to float32 for plain
+        losses.
 
     Raises:
         TypeError: model does not return Scores.
@@ -148,13 +147,15 @@ def score_matching_loss(
     Reference:
         Meng et al. 2021, arXiv:2111.04726, Eq. 3, 13-17, 32, 33.
     """
-    name = "score_matching_loss"
+    name = _NAME
     if first_order not in ("antithetic", "vr", "plain"):
         raise ValueError(
             f"{name}: first_order must be 'antithetic', 'vr' or 'plain', got {first_order!r}"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if isinstance(gamma, bool) or not isinstance(gamma, float | int):
+        raise TypeError(f"{name}: gamma must be a float, got {type(gamma).__name__}")
     if not gamma >= 0:
         raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
     if centred and (variance_reduction or not detach_score):
@@ -162,13 +163,17 @@ def score_matching_loss(
             f"{name}: centred needs variance_reduction=False and detach_score=True, got "
             f"{variance_reduction} and {detach_score}"
         )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be floating point of shape (B, *dims), "
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
-    _check_level(name, "sigma", sigma, x, positive=True)
-    _check_level(name, "alpha", alpha, x, positive=False)
+    _check_level("sigma", sigma, x, positive=True)
+    _check_level("alpha", alpha, x, positive=False)
+    if isinstance(sigma, Tensor) and sigma.dim() == 0 and sigma.device != x.device:
+        sigma = sigma.item()  # a scalar on the CPU
     reduced = variance_reduction or first_order == "vr"
     if reduced:
         _refuse_half(name, x)
@@ -187,6 +192,10 @@ def score_matching_loss(
             dtype=x.dtype,
             device=x.device,
         )
+    elif seed is not None:
+        raise ValueError(f"{name}: seed must be None where noise is given, got {seed}")
+    elif not isinstance(noise, Tensor):
+        raise TypeError(f"{name}: noise must be a Tensor, got {type(noise).__name__}")
     elif noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
         raise ValueError(
             f"{name}: noise must have shape {tuple(x.shape)}, dtype {x.dtype} and device "
@@ -308,28 +317,17 @@ def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
     return value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _check_level(
-    function: str, name: str, value: Tensor | float, x: Tensor, *, positive: bool
-) -> None:
-    """sigma and alpha: a float or `(B,)`, without gradient, positive or finite."""
-    rule = "positive and finite" if positive else "finite"
-    if not isinstance(value, Tensor):
-        if not (0 if positive else -torch.inf) < value < torch.inf:
-            raise ValueError(f"{function}: {name} must be {rule}, got {value}")
+def _check_level(name: str, value: Any, x: Tensor, *, positive: bool) -> None:
+    """sigma and alpha: a float or `(B,)`, without gradient, positive or finite; read on the CPU."""
+    check_level(_NAME, name, value, x.shape[0], x, positive=positive)
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_plain(value):
         return
-    if value.shape not in ((), x.shape[:1]):
-        raise ValueError(
-            f"{function}: {name} must be a float or have shape ({x.shape[0]},), "
-            f"got shape {tuple(value.shape)}"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{function}: {name} must be on {x.device} like x, got {value.device}")
-    if value.requires_grad:
-        raise ValueError(f"{function}: {name} must not require grad, got requires_grad=True")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        good = (value > (0 if positive else -torch.inf)) & (value < torch.inf)
-        if not good.all():
-            raise ValueError(f"{function}: {name} must be {rule}, got {value[~good].flatten()[0]}")
+    if torch.compiler.is_compiling() or functorch_active():
+        return
+    good = value.isfinite() & (value > 0) if positive else value.isfinite()
+    if not good.all():
+        rule = "positive and finite" if positive else "finite"
+        raise ValueError(f"{_NAME}: {name} must be {rule}, got {value[~good].flatten()[0]}")
 
 
 def _refuse_half(name: str, x: Tensor) -> None:
@@ -359,6 +357,11 @@ def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> 
     if not isinstance(scores, Scores):
         raise TypeError(f"{name}: model must return Scores, got {type(scores).__name__}")
     shape = tuple(points.shape)
+    for key, value in (("score", scores.score), ("c", scores.c), ("factor", scores.factor)):
+        if not isinstance(value, Tensor) and not (key == "factor" and value is None):
+            raise TypeError(
+                f"{name}: model must return {key} as a Tensor, got {type(value).__name__}"
+            )
     for key, value in (("score", scores.score), ("c", scores.c)):
         if tuple(value.shape) != shape:
             raise ValueError(

@@ -149,7 +149,7 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniforms (k + 1/2) / 2^32 in (0, 1), rounded to dtype, which may reach an end; as `normal`."""
+    """Uniforms (k + 1/2) / 2^32 in (0, 1), rounded to dtype (maybe to an end); see `normal`."""
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
 
 
@@ -406,9 +406,8 @@ def _under_autocast(where: str, points: int, *tensors: Tensor | None) -> tuple[A
         )
     if not torch.is_autocast_enabled(halves[0].device.type):
         return tensors
-    return tuple(
-        t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
-    )
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in tensors)
 
 
 def dsm_loss(

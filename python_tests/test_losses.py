@@ -546,9 +546,9 @@ RULE = "score_matching_loss: "
         ({"sigma": torch.tensor(math.nan)}, "sigma must be positive and finite, got nan"),
         (
             {"sigma": torch.ones(4)},
-            "sigma must be a float or have shape (5,), got shape (4,)",
+            "sigma must be a float or have shape () or (5,), got (4,)",
         ),
-        ({"sigma": torch.ones(5, device="meta")}, "sigma must be on cpu like x, got meta"),
+        ({"sigma": torch.ones(5, device="meta")}, "sigma must be on cpu, got meta"),
         (
             {"sigma": torch.ones(5, requires_grad=True)},
             "sigma must not require grad, got requires_grad=True",
@@ -556,7 +556,7 @@ RULE = "score_matching_loss: "
         ({"alpha": math.nan}, "alpha must be finite, got nan"),
         (
             {"alpha": torch.ones(5, 1)},
-            "alpha must be a float or have shape (5,), got shape (5, 1)",
+            "alpha must be a float or have shape () or (5,), got (5, 1)",
         ),
         (
             {"x": torch.zeros(5, dtype=torch.float64)},
@@ -602,6 +602,33 @@ def test_loss_refuses_bad_arguments(options, message):
     arguments = {"model": Field(), "x": batch()[0], "sigma": 0.3} | options
     with pytest.raises(ValueError, match=exactly(RULE + message)):
         score_matching_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": [[1.0]]}, "x must be a Tensor, got list"),
+        ({"noise": [[1.0]]}, "noise must be a Tensor, got list"),
+        ({"sigma": "0.3"}, "sigma must be a float or a Tensor, got str"),
+        ({"sigma": True}, "sigma must be a float or a Tensor, got bool"),
+        ({"alpha": None}, "alpha must be a float or a Tensor, got NoneType"),
+        ({"gamma": "1"}, "gamma must be a float, got str"),
+        (
+            {"model": lambda x, sigma: Scores([0.0], x)},
+            "model must return score as a Tensor, got list",
+        ),
+    ],
+)
+def test_loss_refuses_arguments_of_the_wrong_kind(options, message):
+    arguments = {"model": Field(), "x": batch()[0], "sigma": 0.3} | options
+    with pytest.raises(TypeError, match=exactly(RULE + message)):
+        score_matching_loss(**arguments)
+
+
+def test_loss_refuses_a_seed_beside_noise():
+    x, noise = batch()
+    with pytest.raises(ValueError, match="seed must be None where noise is given, got 3"):
+        score_matching_loss(Field(), x, 0.3, noise=noise, seed=3)
 
 
 def test_loss_refuses_a_model_that_does_not_return_scores():
