@@ -112,6 +112,7 @@ void matvec(const LowRankArgs& a, int threads) {
         }
         for (int64_t c = 0; pass == 0 && c < a.columns; ++c) {
           for (int64_t k = 0; k < a.rank; ++k) t[c * stride + k] *= weight_of<T>(a, k);
+          for (int64_t k = a.rank; k < stride; ++k) t[c * stride + k] = T(0);  // 0 * inf is NaN
         }
       }
     }

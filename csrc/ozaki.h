@@ -59,6 +59,11 @@ struct StepGrad {
   T score, diag, noise;  // the gradient of x is the incoming one
 };
 
+template <class T>
+HOS_HD StepGrad<T> langevin_element_vjp(T h, T grad) {
+  return {grad * h, T(0), grad * square_root(T(2) * h)};
+}
+
 // d/dd [h phi1(y) s] = h^2 phi1'(y) s; d/dd sqrt(2 h phi1(2 y)) = 2 h^2 phi1'(2 y) / that root,
 // 2 phi1'(2 y) = phi1'(y) (1 + (e^y - 1) / 2) + phi1(y) e^y / 2: no term cancels.
 template <class T>

@@ -260,10 +260,10 @@ void step_backward(const StepArgs& a, int threads) {
         if (base != nullptr) narrow(value, static_cast<T*>(base) + flat + j);
       };
       if (a.diag == nullptr) {
-        const A spread = square_root(A(2) * h);
         for (int64_t j = 0; j < count; ++j) {
-          put(a.grad_score, j, widen(g[j]) * h);
-          put(a.grad_noise, j, widen(g[j]) * spread);
+          const StepGrad<A> grad = langevin_element_vjp(h, A(widen(g[j])));
+          put(a.grad_score, j, grad.score);
+          put(a.grad_noise, j, grad.noise);
         }
         return;
       }

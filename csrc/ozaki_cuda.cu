@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) step_backward_kernel(StepArgs a, boo
   using A = typename Acc<T>::type;
   const NoiseKey key = read_key(NoiseKey{a.seed, a.tag, a.start}, a.seed_pointer, a.offset_pointer);
   for_quads(key.start, a.rows * a.size, a.size, whole, [&](const Quad& q, uint64_t counter) {
-    A grad[4], s[4], d[4], z[4], score[4], diag[4] = {}, noise[4];
+    A grad[4], s[4] = {}, d[4] = {}, z[4] = {}, score[4], diag[4], noise[4];
     load<T>(a.grad, a.grad_row, q, grad);
     if (a.diag != nullptr) {
       load<T>(a.score, a.score_row, q, s);
@@ -173,15 +173,12 @@ __global__ void __launch_bounds__(kThreads) step_backward_kernel(StepArgs a, boo
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const A h = step_size_of<A>(a, q.row[k]);
-      if (a.diag == nullptr) {
-        score[k] = grad[k] * h;
-        noise[k] = grad[k] * square_root(A(2) * h);
-      } else {
-        const StepGrad<A> g = ozaki_element_vjp(s[k], d[k], h, z[k], a.curvature, grad[k]);
-        score[k] = g.score;
-        diag[k] = g.diag;
-        noise[k] = g.noise;
-      }
+      const StepGrad<A> g = a.diag == nullptr
+                                ? langevin_element_vjp(h, grad[k])
+                                : ozaki_element_vjp(s[k], d[k], h, z[k], a.curvature, grad[k]);
+      score[k] = g.score;
+      diag[k] = g.diag;
+      noise[k] = g.noise;
     }
     if (a.grad_score != nullptr) store<T>(score, q, a.grad_score, a.size);
     if (a.grad_diag != nullptr) store<T>(diag, q, a.grad_diag, a.size);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -42,7 +43,7 @@ class Scratch {
   explicit Scratch(int64_t n)
       : data_(static_cast<T*>(
             aligned_alloc(64, (size_t(n > 0 ? n : 1) * sizeof(T) + 63) / 64 * 64))) {
-    if (data_ == nullptr) abort();
+    if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;

@@ -52,7 +52,7 @@ struct Problem {
   // V of `n` rows from `row` on, as a panel.
   void pack_tile(int64_t point, int64_t sample, int64_t row, int64_t n, T* panel) const {
     const T* u = a.rank > 0 ? at<T>(a.factor, point, sample, row) : nullptr;
-    pack(u, a.factor.row, a.factor.column, n, a.size - row, a.rank, panel, stride);
+    pack(u, a.rank > 0 ? a.factor.row : 0, a.factor.column, n, a.size - row, a.rank, panel, stride);
     if (point < a.score_points) {
       const T* s = at<T>(a.score, point, sample, row);
       for (int64_t i = 0; i < n; ++i) panel[i * stride + a.rank] = s[i];

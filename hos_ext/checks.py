@@ -79,8 +79,7 @@ def check_level(
             raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
         return value
     if value.__class__ is not float and (
-        isinstance(value, bool)
-        or not isinstance(value, float | int | torch.SymFloat | torch.SymInt)
+        isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
     ):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
     if not ((value > 0 if positive else value > -math.inf) and value < math.inf):
@@ -108,13 +107,13 @@ def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
     plain = not needs_library([sign]) and not functorch_active()
     if plain and sign.device.type == "cpu" and not bool((sign.abs() == 1).all()):
         raise ValueError(f"{where}: sign must hold +1 or -1, got {sign.tolist()}")
-    contiguous: Tensor = sign.contiguous()
+    contiguous: Tensor = sign.resolve_neg().contiguous()
     return contiguous
 
 
 def check_int(where: str, name: str, value: Any, limit: int) -> None:
     if value.__class__ is not int and (
-        isinstance(value, bool) or not isinstance(value, int | torch.SymInt)
+        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
     ):
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
     if value < 0 or value >= limit:

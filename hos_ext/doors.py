@@ -91,7 +91,10 @@ class Operator:
         label: Callable[[Sequence[Any]], str] | None = None,
     ) -> None:
         self.name, self.forward = name, forward
-        self.backward, self.jvp = _without_autocast(backward), _without_autocast(jvp)
+        self.jvp = _without_autocast(jvp)
+        self.backward = _without_autocast(  # a lazy minus sign is not in memory
+            lambda needs, grad, *args: backward(needs, grad.resolve_neg(), *args)
+        )
         self.differentiable, self.batch_axis, self.scalars = differentiable, batch_axis, scalars
         self.label = label or (lambda args: name)
         self.arguments = [declared.split()[-1] for declared in schema.split(", ")]
@@ -130,7 +133,7 @@ class Operator:
         out = list(args)
         for position, dtype in self.scalars.items():
             value = out[position]
-            if isinstance(value, float | torch.SymFloat):
+            if isinstance(value, (float, torch.SymFloat)):
                 out[position] = torch.ones((), dtype=dtype, device="cpu") * value  # type: ignore[operator]
             elif not isinstance(value, Tensor):
                 out[position] = torch.full((), value, dtype=dtype, device="cpu")
@@ -367,7 +370,10 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
 
     def backward(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         grads = op.backward(needs, grad, *args)
-        return tuple(grad.new_empty(0) if g is None else g for g in grads)
+        return tuple(
+            g if n and g is not None else grad.new_empty(0)
+            for g, n in zip(grads, needs, strict=True)
+        )
 
     def backward_fake(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(

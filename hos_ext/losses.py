@@ -154,7 +154,7 @@ def score_matching_loss(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if isinstance(gamma, bool) or not isinstance(gamma, float | int):
+    if isinstance(gamma, bool) or not isinstance(gamma, (float, int)):
         raise TypeError(f"{name}: gamma must be a float, got {type(gamma).__name__}")
     if not gamma >= 0:
         raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")

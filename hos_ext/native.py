@@ -127,7 +127,7 @@ def _values(
     if value.__class__ is float:
         return value, None
     if isinstance(value, Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
-        return 0.0, value.detach().to(torch.float64).expand(rows).contiguous()
+        return 0.0, value.detach().to(torch.float64).resolve_neg().expand(rows).contiguous()
     number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{where}: {name} must be positive and finite, got {number}")
@@ -150,6 +150,14 @@ def _counter(value: Tensor | int) -> tuple[int, int]:
     return 0, value.data_ptr()
 
 
+def _offset(value: Tensor | int) -> tuple[int, int]:
+    """The same for an offset, which must leave the byte of the stream alone."""
+    number, address = _counter(value)
+    if not 0 <= number < 2**56:  # a tensor that could not be read before, in a graph
+        raise ValueError(f"offset must be in [0, 2**56), got {number}")
+    return number, address
+
+
 def signed(value: Any) -> Any:
     """A 64-bit pattern as the int64 that holds it."""
     return value if isinstance(value, torch.SymInt) or value < 2**63 else value - 2**64
@@ -169,7 +177,7 @@ def draw_noise(
     if out.numel() == 0 or out.is_meta:
         return out
     seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
+    offset_value, offset_address = _offset(offset)
     start = first * (out.numel() // out.shape[0]) if out.dim() else first
     _C.noise(
         *_queue(out), DTYPES[dtype], uniform, out.numel(), seed_value % 2**64,
@@ -259,7 +267,7 @@ def step_into(
     where = "langevin_step" if diag is None else "ozaki_step"
     h, steps = _values(where, "step_size", step_size, rows, x)
     seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
+    offset_value, offset_address = _offset(offset)
     bad = _C.step(
         *_queue(x), DTYPES[x.dtype], rows, size, h, _address(steps), curvature,
         seed_value % 2**64, offset_value, first * size, seed_address, offset_address,
@@ -295,7 +303,7 @@ def _step_backward(
     grad = grad if grad.stride(-1) == 1 or size <= 1 else grad.contiguous()
     grads = [x.new_empty((rows, size)) if n else None for n in needs[1:]]
     seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _counter(offset)
+    offset_value, offset_address = _offset(offset)
     if any(needs[1:]):
         _C.step_backward(
             *_queue(x), DTYPES[x.dtype], rows, size, h, _address(steps), curvature,

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import native, reference
 from .checks import (
     FLOATING,
+    WIDE,
     check_counter,
     check_first,
     check_int,
@@ -77,7 +78,7 @@ def _draw(
     dtype = dtype or torch.get_default_dtype()
     device = torch.empty(0).device if device is None else torch.device(device)
     if not isinstance(shape, Sequence) or any(
-        isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in shape
+        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in shape
     ):
         raise TypeError(f"{where}: shape must be a sequence of ints, got {shape!r}")
     shape = tuple(shape)
@@ -228,13 +229,23 @@ def _reference_step(
     first: int,
     curvature: str,
 ) -> Tensor:
+    """The plain-torch step, half precision in float32 arithmetic as in the kernels."""
+    wide = x.dtype if x.dtype in WIDE else torch.float32
     if noise is None:
-        noise = native.draw_noise(
-            False, x.shape, seed, offset, first, STREAM_STEP, x.dtype, x.device
+        noise = reference.normal(
+            tuple(x.shape),
+            seed=int(seed) % 2**64,
+            offset=int(offset),
+            first=first,
+            stream=STREAM_STEP,
+            dtype=wide,
+            device=x.device,
         )
+    x_wide, score, noise = x.to(wide), score.to(wide), noise.to(wide)
     if diag is None:
-        return reference.langevin_step(x, score, step_size, noise)
-    return reference.ozaki_step(x, score, diag, step_size, noise, curvature)
+        return reference.langevin_step(x_wide, score, step_size, noise).to(x.dtype)
+    out = reference.ozaki_step(x_wide, score, diag.to(wide), step_size, noise, curvature)
+    return out.to(x.dtype)
 
 
 def langevin_step(
@@ -664,6 +675,7 @@ def hessian_matvec(
         )
     if not native.has_kernels(diag.device):
         return reference.hessian_matvec(diag, factor, v, sign)
+    v = v.resolve_neg()  # a lazy minus sign is not in memory
     columns = v.unsqueeze(-1) if v.dim() == 2 else v
     out = native.matvec(native.flat_rows(diag, 1), native.flat_factor(factor), columns, sign)[0]
     return out.squeeze(-1) if v.dim() == 2 else out

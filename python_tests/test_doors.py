@@ -389,6 +389,8 @@ def library_inputs():
         needs = [True, second is not None, columns is not None]
         saved = ops.loss(*inputs)[1]
         yield f"loss_backward, {kind}", ops.loss_backward, (needs, x[:, 0], *inputs, saved)
+        some = [True, False, False]
+        yield f"loss_backward, {kind}, score", ops.loss_backward, (some, x[:, 0], *inputs, saved)
     for label, columns in [("by column", by_column), ("rank 0", factor[..., :0])]:
         yield f"loss, {label}", ops.loss, tracked((2, x, diag, columns, noise, number, None))
         yield f"assemble, {label}", ops.assemble_hessian, tracked((diag, columns, None))

@@ -710,3 +710,17 @@ def test_reduced_value_survives_float32_at_small_sigma(device, name, bound):
     assert abs(native.item() / expected - 1) < bound
     assert abs(plain.item() / expected - 1) < bound
     assert abs(naive.item() / expected - 1) > bound
+
+
+def test_lazily_negated_gradient_is_read_with_its_sign(device):
+    score = torch.randn(3, 4, device=device, requires_grad=True)
+    noise, weight = torch.randn(3, 4, device=device), torch.randn(3, device=device)
+    loss = hos_ext.dsm_loss(score, noise, 0.5, reduction="none")
+    value = (
+        torch.complex(torch.zeros_like(loss), loss).conj() * torch.complex(weight, weight)
+    ).real
+    (gradient,) = torch.autograd.grad(value.sum(), score)
+    (expected,) = torch.autograd.grad(
+        (hos_ext.dsm_loss(score, noise, 0.5, reduction="none") * weight).sum(), score
+    )
+    assert_near(gradient, expected)

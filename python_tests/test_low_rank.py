@@ -232,3 +232,26 @@ def test_lazily_negated_input_is_read_with_its_sign(device):
     ones = torch.ones(4, 1, device=device)
     assert torch.equal(hos_ext.hessian_matvec(negated, None, ones), -2 * ones)
     assert torch.equal(hos_ext.langevin_step(ones, negated, 0.5, noise=0 * ones), 0 * ones)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_infinite_vector_gives_infinity_at_any_rank(rank, device):
+    """No padding of the factor may meet it: 0 * inf is NaN."""
+    v = torch.ones(1, 4, device=device)
+    v[0, 0] = torch.inf
+    product = hos_ext.hessian_matvec(
+        torch.ones(1, 4, device=device), torch.ones(1, 4, rank, device=device), v
+    )
+    assert torch.equal(product, torch.full((1, 4), torch.inf, device=device))
+
+
+def test_lazily_negated_vector_is_read_with_its_sign(device):
+    v = torch.randn(3, 5, dtype=torch.complex128, device=device).conj().imag
+    diag, factor = torch.ones(3, 5, device=device).double(), torch.ones(3, 5, 2, device=device)
+    product = hos_ext.hessian_matvec(diag, factor.double(), v)
+    assert_near(product, hos_ext.hessian_matvec(diag, factor.double(), v.clone()))
+    sign = torch.complex(torch.ones(2), torch.ones(2)).conj().imag.to(device)
+    assert_near(
+        hos_ext.assemble_hessian(diag.float(), factor, sign=sign),
+        hos_ext.assemble_hessian(diag.float(), factor, sign=-torch.ones(2, device=device)),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import oracles
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hos_ext
-from hos_ext import reference
+from hos_ext import native, reference
 
 CURVATURES = ["clamp", "abs", "raw"]
 KINDS = ["langevin", *CURVATURES]
@@ -506,3 +507,29 @@ def test_threads_do_not_change_a_bit(kind):
         for kept in (0, 1):
             pairs = zip(results[kept], results[other + kept], strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_step_without_a_kernel_is_the_same_step(dtype, monkeypatch):
+    """The plain-torch path draws the noise of the kernels, in the same arithmetic."""
+    x, score, diag = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    native_step = hos_ext.ozaki_step(x, score, diag, 0.3, seed=5, offset=2, first=3)
+
+    def refuse(*_):
+        raise AssertionError("a device without kernels reached one")
+
+    monkeypatch.setattr(native, "has_kernels", lambda device: False)
+    monkeypatch.setattr(native, "is_direct", lambda *tensors: False)
+    for name in ("noise", "step"):
+        monkeypatch.setattr(native._C, name, refuse)
+    step = hos_ext.ozaki_step(x, score, diag, 0.3, seed=5, offset=2, first=3)
+    assert step.dtype == dtype
+    assert_near(step, native_step, times=4)
+
+
+@pytest.mark.parametrize("offset", [-1, 2**56])
+def test_offset_read_late_is_still_refused(offset):
+    x = torch.zeros(2, 3)
+    late = torch.tensor(offset)
+    with pytest.raises(ValueError, match=re.escape(f"offset must be in [0, 2**56), got {offset}")):
+        torch.func.grad(lambda s: hos_ext.langevin_step(x, s, 0.1, seed=1, offset=late).sum())(x)
