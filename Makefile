@@ -1,0 +1,77 @@
+# Every target works as the first command after cloning: it makes .venv, installs with the tested
+# versions (constraints.txt) and runs. Built again only where the sources of the native module or
+# the dependencies changed; Python files are used where they are (an editable install).
+#   PYTHON=python3.12 make test    HOS_CUDA=OFF make demo    HOS_CUDA_ARCHS="80-real;90" make wheel
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test full bench bench-quick lint wheel asan clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         train on real digits, denoise, sample; report in demo/  (about 3 minutes)"
+	@echo "make test         the tests"
+	@echo "make full         the tests with the long ones"
+	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv"
+	@echo "make bench-quick  the bars of speed and memory, in two minutes"
+	@echo "make lint         ruff, mypy, clang-format"
+	@echo "make asan         the operator tests under AddressSanitizer and UBSan"
+	@echo "make wheel        dist/*.whl, with CUDA for all major GPUs where nvcc is found"
+	@echo "make clean        remove what the others made"
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(READY): $(SOURCES) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/hos-ext demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+full: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench --record bench/results/cpu.csv
+
+bench-quick: $(READY)
+	$(BIN)/python -m bench.quick
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*)
+
+# 80 A100, 86 RTX 30, 89 RTX 40 and L4, 90 H100, 100 B200, 120 RTX 50 and, as PTX, what follows.
+wheel: $(BIN)/python
+	HOS_CUDA_ARCHS="$${HOS_CUDA_ARCHS:-80-real;86-real;89-real;90-real;100-real;120}" \
+	$(PIP) wheel -c constraints.txt --no-deps -w dist .
+
+# The package once more, with an instrumented native module.
+build/asan/ready: $(READY) $(wildcard hos_ext/*.py)
+	rm -rf build/asan/package
+	HOS_CUDA=OFF HOS_SANITIZE=address,undefined $(PIP) install -c constraints.txt --no-deps \
+	  --target build/asan/package -C install.strip=false .
+	touch $@
+
+# -S keeps away the hook of the editable install, which would come before PYTHONPATH.
+asan: build/asan/ready
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH="$(CURDIR)/build/asan/package:$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)" \
+	$(BIN)/python -S $(BIN)/pytest -m "not slow" \
+	  $(patsubst %,python_tests/test_%.py,losses_ops steps noise low_rank)
+
+clean:
+	rm -rf .venv build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
