@@ -2,14 +2,17 @@
 
 A command checks its arguments, calls `training` and `plots`, and writes its files whole. An error
 is one line. Exit codes: 0 done; 1 the work failed (loss not finite, disk, missing extra); 2 wrong
-arguments; 130 stopped by the user.
+arguments, found before the work starts; 130 stopped by the user.
 """
 
 import io
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import data, plots, training
+from .checks import require
 from .tweedie import posterior
 
 if TYPE_CHECKING:
@@ -37,12 +41,25 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
+class _WrongOption(Exception):
+    """An option of the user that was refused before the work started."""
+
+
+@contextmanager
+def _options() -> Iterator[None]:
+    """Inside, what is refused is an option of the user, and not the work gone wrong."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise _WrongOption(str(error)) from error
+
+
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
-        import typer
-    except ImportError:
-        return _fail("needs typer, install it with: pip install hos_ext[app]", 1)
+        typer = require("cli", "typer")
+    except RuntimeError as error:
+        return _fail(str(error), 1)
     command = typer.main.get_command(_app())
     try:
         # Not standalone: typer would print usage errors as several lines in a box.
@@ -50,15 +67,15 @@ def run(arguments: list[str]) -> int:
         return _fail("stopped", code) if code == 130 else code or 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 130)
-    except (ValueError, TypeError) as error:
+    except _WrongOption as error:
         return _fail(str(error), 2)
-    except (RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         return _fail(str(error), 1)
     except Exception as error:
         # Usage errors: of click, or of the copy of click that newer versions of typer hold.
-        if not hasattr(error, "format_message"):
-            raise
-        return _fail(error.format_message(), 2)
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message(), 2)
+        return _fail(f"{type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -74,7 +91,7 @@ def _app() -> Any:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    seed = Annotated[int, typer.Option(min=0, help="Of every random choice.")]
+    seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of every random choice.")]
     run_folder = Annotated[Path, typer.Argument(help="Folder that holds a checkpoint.")]
     out_folder = Annotated[Path | None, typer.Option(help="Where to write; default: beside it.")]
     level = Annotated[float, typer.Option(help="Noise level; pixels lie in [-1, 1].")]
@@ -118,6 +135,8 @@ def _app() -> Any:
             "weight_decay": weight_decay,
             "save_every": save_every,
         }
+        with _options():
+            training.check_options(options)
         console = _console()
         _, history, figures = _fit(out, model, seed=seed, steps=steps, options=options)
         curve = plots.png(plots.training_figure(history))
@@ -142,8 +161,9 @@ def _app() -> Any:
         out: out_folder = None,
     ) -> None:
         """Denoise held-out digits: figure, and npz with mean, std and eigenvectors."""
-        model, settings = training.load_checkpoint(folder)
-        _check_sigma("denoise", sigma, settings)
+        with _options():
+            model, settings = training.load_checkpoint(folder)
+            _check_sigma("denoise", sigma, settings)
         digits = data.load_digits(seed=settings["seed"])
         result = training.denoise(model, digits.test[:count], sigma, seed=seed)
         result = result._replace(posterior=result.posterior.recalibrated(settings["recalibration"]))
@@ -183,11 +203,16 @@ def _app() -> Any:
         out: out_folder = None,
     ) -> None:
         """Draw chains from noisy held-out digits: figure, npz and effective sample size."""
-        if method not in DEFAULT_STEP_SIZE:
-            known = ", ".join(DEFAULT_STEP_SIZE)
-            raise ValueError(f"sample: --method must be one of {known}, got {method}")
-        model, settings = training.load_checkpoint(folder)
-        _check_sigma("sample", sigma, settings)
+        with _options():
+            if method not in DEFAULT_STEP_SIZE:
+                known = ", ".join(DEFAULT_STEP_SIZE)
+                raise ValueError(f"sample: --method must be one of {known}, got {method}")
+            if step_size is not None and not 0 < step_size < math.inf:
+                raise ValueError(
+                    f"sample: --step-size must be positive and finite, got {step_size:g}"
+                )
+            model, settings = training.load_checkpoint(folder)
+            _check_sigma("sample", sigma, settings)
         digits = data.load_digits(seed=settings["seed"])
         starts = training.denoise(model, digits.test[:chains], sigma, seed=seed)
         draws, row = training.run_chains(
@@ -229,11 +254,9 @@ def _app() -> Any:
 
 
 def _console() -> "Console":
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise RuntimeError("needs rich, install it with: pip install hos_ext[app]") from error
-    return Console(highlight=False, soft_wrap=True)
+    module = require("cli", "rich.console")
+    console: Console = module.Console(highlight=False, soft_wrap=True)
+    return console
 
 
 def _program() -> str:
@@ -253,7 +276,17 @@ def _check_sigma(command: str, sigma: float, settings: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    training.write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    training.write_whole(path, text.encode())
+
+
+def _plain(value: Any) -> Any:
+    """None for every number that JSON lacks: NaN, such as the ESS of a pixel that never moved."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_npz(path: Path, **arrays: Tensor) -> None:
@@ -274,6 +307,7 @@ def _fit(
     folder: Path, model: dict[str, Any], *, seed: int, steps: int, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, list[training.History], dict[str, Any]]:
     """Trains, recalibrates and leaves the checkpoint in folder; figures for metrics.json."""
+    training.check_writable(folder)
     digits = data.load_digits(seed=seed)
     settings = {
         "model": model,

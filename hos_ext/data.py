@@ -8,7 +8,6 @@ Everything random here is a function of (seed, offset, row); scikit-learn is in 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import ops
+from .checks import check_tensor, require
 
 GREY_LEVELS = 17
 SHAPE = (8, 8)
@@ -57,12 +57,7 @@ def load_digits(*, seed: int = 0, validation: int = 180, test: int = 360) -> Dig
     Reference:
         Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI repository.
     """
-    try:
-        datasets = import_module("sklearn.datasets")
-    except ImportError as error:
-        raise RuntimeError(
-            "load_digits: needs scikit-learn, install it with: pip install hos_ext[app]"
-        ) from error
+    datasets = require("load_digits", "sklearn.datasets")
     grey = torch.from_numpy(datasets.load_digits().images).float()
     if validation < 1 or test < 1 or validation + test >= len(grey):
         raise ValueError(
@@ -90,7 +85,12 @@ def dequantise(grey: Tensor, *, seed: int, offset: int = 0, first: int = 0) -> T
 
     Returns:
         Shape, dtype and device of grey, in [-1, 1]. NaN gives NaN.
+
+    Raises:
+        TypeError: grey is not a tensor.
+        ValueError: grey has another dtype.
     """
+    check_tensor("dequantise", "grey", grey)
     u = ops.uniform(
         grey.shape,
         seed=seed,
@@ -119,7 +119,7 @@ def distort(grey: Tensor, *, seed: int, offset: int = 0, first: int = 0) -> Tens
     digit narrow that gap.
 
     Args:
-        grey: whole grey levels. Shape (B, 8, 8), float32 or float64.
+        grey: whole grey levels. Shape (B, height, width), float32 or float64.
         seed: key of the distortions.
         offset: second key, such as the step of a training run.
         first: global index of row 0.
@@ -128,12 +128,16 @@ def distort(grey: Tensor, *, seed: int, offset: int = 0, first: int = 0) -> Tens
         Whole grey levels, shape, dtype and device of grey.
 
     Raises:
-        ValueError: grey does not have shape (B, height, width).
+        TypeError: grey is not a tensor.
+        ValueError: grey has another dtype, or not the shape (B, height, width).
     """
+    check_tensor("distort", "grey", grey)
     if grey.dim() != 3:
         raise ValueError(
             f"distort: grey must have shape (B, height, width), got {tuple(grey.shape)}"
         )
+    if grey.shape[0] == 0:
+        return grey.clone()  # torch's grid refuses to be empty
     drawn = ops.normal(
         (grey.shape[0], len(_DISTORTION)),
         seed=seed,

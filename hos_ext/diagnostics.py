@@ -7,15 +7,16 @@ are as large, and in the same directions, as its covariance says.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import require
 from .dplr import DPLR
 from .tweedie import Posterior
 
@@ -51,7 +52,7 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
         raise ValueError(f"ess: method must be one of {known}, got {method!r}")
     _check_draws("ess", draws, 1)
     prob = (0.05, 0.95) if method == "tail" else None
-    engine = _arviz("ess")
+    engine = require("ess", "arviz_stats.base").array_stats
     return _per_dimension(draws, lambda values: engine.ess(values, 0, 1, method=method, prob=prob))
 
 
@@ -81,7 +82,7 @@ def r_hat(draws: Tensor) -> Tensor:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
     """
     _check_draws("r_hat", draws, 2)
-    engine = _arviz("r_hat")
+    engine = require("r_hat", "arviz_stats.base").array_stats
     return _per_dimension(draws, lambda values: engine.rhat(values, 0, 1, method="rank"))
 
 
@@ -94,15 +95,6 @@ def _check_draws(caller: str, draws: Tensor, min_chains: int) -> None:
             f"{caller}: draws must have shape (chain, draw, *dims), chain >= {min_chains}, "
             f"draw >= 4, got {tuple(draws.shape)}"
         )
-
-
-def _arviz(caller: str) -> Any:
-    try:
-        return importlib.import_module("arviz_stats.base").array_stats
-    except ImportError as error:
-        raise RuntimeError(
-            f"{caller}: needs arviz-stats, install it with: pip install hos_ext[app]"
-        ) from error
 
 
 def _per_dimension(draws: Tensor, figure: Callable[[Any], Any]) -> Tensor:
@@ -122,6 +114,7 @@ def _per_dimension(draws: Tensor, figure: Callable[[Any], Any]) -> Tensor:
 # ------------------------------------------------------------------------------------ calibration
 
 
+@torch.no_grad()
 def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[str, float]:
     """How well posteriors N(m, C) cover the clean samples: 1 is calibrated, above overconfident.
 
@@ -147,7 +140,7 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
     Raises:
         ValueError: shapes, dtypes or devices disagree, an empty batch, tau negative or not finite,
             C singular at tau = 0.
-        TypeError: x is not a tensor, or posterior not a Posterior.
+        TypeError: x is not a tensor, posterior not a Posterior, or tau not a number.
     """
     residual = _residual("calibration", x, posterior, tau)
     covariance = posterior.covariance.to(torch.float64)
@@ -159,6 +152,7 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
     }
 
 
+@torch.no_grad()
 def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> float:
     """The scalar a > 0 for which a * C is calibrated on (x, posterior), a validation split.
 
@@ -178,6 +172,7 @@ def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -
     Raises:
         ValueError: as in `calibration`; residuals all zero or not finite; C not positive definite;
             a outside 1e-27 ... 1e27 for tau > 0.
+        TypeError: as in `calibration`.
     """
     caller = "recalibration_factor"
     residual = _residual(caller, x, posterior, tau)
@@ -187,8 +182,12 @@ def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -
         raise ValueError(
             f"{caller}: x - posterior.mean must be finite and not all zero, got mean square {size}"
         )
-    if not bool(covariance.is_positive_definite().all()):
-        raise ValueError(f"{caller}: posterior.covariance must be positive definite")
+    indefinite = int((~covariance.is_positive_definite()).sum())
+    if indefinite:
+        raise ValueError(
+            f"{caller}: posterior.covariance must be positive definite, got {indefinite} of "
+            f"{len(residual)} that are not"
+        )
     if tau == 0:
         return _mahalanobis(residual, covariance, 0.0)
 
@@ -222,9 +221,12 @@ def _residual(caller: str, x: Tensor, posterior: Posterior, tau: float) -> Tenso
         )
     if x.dim() < 2 or x.shape[0] == 0:
         raise ValueError(f"{caller}: x must have shape (B, *dims), B >= 1, got {tuple(x.shape)}")
+    number: object = tau
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{caller}: tau must be a float, got {type(tau).__name__}")
     if not 0 <= tau < math.inf:
         raise ValueError(f"{caller}: tau must be >= 0 and finite, got {tau}")
-    return (x - mean).detach().flatten(1).double()
+    return (x - mean).flatten(1).double()
 
 
 def _describe(x: Tensor) -> str:

@@ -1,8 +1,8 @@
 """DPLR: batches of symmetric matrices diag(d) + U diag(sign) U^T, as Hessian or as covariance.
 
 Everything is O(D r^2) through r x r matrices (Woodbury, the determinant lemma, Sylvester's law of
-inertia); a D x D matrix is formed by `dense()` alone, which is also the route of `eigh` where the
-matrix is small or the answer is itself of that size. d may hold zeros and negative values.
+inertia); a D x D matrix is formed by `dense()` alone, which `eigh` calls where D <= 64 or
+r + 4 k > D. d may hold zeros, small and negative values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import FLOATING, check_int, check_tensor
 
-STREAM = 2  # the counter stream of posterior samples (design decision 6)
 _DENSE = 64  # eigh forms the matrix up to this D
 _TOLERANCE = 1e-12  # residual of an eigenpair over the norm of the matrix, in float64
+_SMALL = 1e-2  # how much smaller than its bound in `_capacity` a row must be to be kept
 
 
 class DPLR:
@@ -34,26 +35,25 @@ class DPLR:
         ValueError: shapes, dtypes or devices disagree, or a sign is not +-1.
 
     Differentiable through torch except where a method says otherwise. NaN and inf pass through,
-    except in `eigh`, which refuses them.
+    except in `eigh`, which refuses them. `dense()` is the one route to a D x D matrix; besides the
+    user only `eigh` takes it, for D <= 64 or r + 4 k > D.
     """
 
     def __init__(self, diag: Tensor, factor: Tensor | None = None, sign: Tensor | None = None):
-        for name, value in (("diag", diag), ("factor", factor), ("sign", sign)):
-            if not isinstance(value, Tensor) and (value is not None or name == "diag"):
-                raise TypeError(f"DPLR: {name} must be a Tensor, got {type(value).__name__}")
+        check_tensor("DPLR", "diag", diag)
         if diag.dim() != 2 or diag.shape[1] == 0:
             raise ValueError(f"DPLR: diag must have shape (B, D), D >= 1, got {tuple(diag.shape)}")
-        if diag.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"DPLR: diag must be float32 or float64, got {diag.dtype}")
         if factor is None:
             factor = diag.new_empty((*diag.shape, 0))
+        check_tensor("DPLR", "factor", factor, like=diag)
         if factor.dim() != 3 or factor.shape[:2] != diag.shape:
             want = f"({diag.shape[0]}, {diag.shape[1]}, r)"
             raise ValueError(
                 f"DPLR: factor must have shape {want} like diag, got {tuple(factor.shape)}"
             )
-        same("DPLR", "factor", factor, diag)
         if sign is not None:
+            if not isinstance(sign, Tensor):
+                raise TypeError(f"DPLR: sign must be a Tensor, got {type(sign).__name__}")
             if sign.shape != factor.shape[2:]:
                 got = tuple(sign.shape)
                 raise ValueError(f"DPLR: sign must have shape ({factor.shape[2]},), got {got}")
@@ -139,7 +139,7 @@ class DPLR:
             raise ValueError(
                 f"DPLR.__add__: other must have shape {tuple(self.shape)}, got {tuple(other.shape)}"
             )
-        same("DPLR.__add__", "other", other.diag, self.diag)
+        check_tensor("DPLR.__add__", "other", other.diag, like=self.diag)
         sign = None
         if self.sign is not None or other.sign is not None:
             sign = torch.cat([self._signs(), other._signs()])
@@ -166,20 +166,19 @@ class DPLR:
     def solve(self, b: Tensor) -> Tensor:
         """M^-1 b by Woodbury. b and the result: shape (B, D) or (B, D, k).
 
-        Zeros in d are handled exactly where the low-rank part makes M regular. The error is that
-        of an ordinary solve: machine precision times the condition number of M.
+        Rows whose d is zero or small beside the low-rank part are kept as unknowns (`_capacity`),
+        so that the error is that of an ordinary solve: machine precision times the condition
+        number of M, and not of d. More than r such rows make M itself as ill-conditioned as they.
 
         Raises:
             ValueError: M is singular: more zeros in d than rank, or an exactly singular r x r
                 matrix; or b does not fit.
         """
-        if not isinstance(b, Tensor):
-            raise TypeError(f"DPLR.solve: b must be a Tensor, got {type(b).__name__}")
+        check_tensor("DPLR.solve", "b", b, like=self.diag)
         if b.dim() not in (2, 3) or b.shape[:2] != self.diag.shape:
             batch, size = self.diag.shape
             want = f"({batch}, {size}) or ({batch}, {size}, k)"
             raise ValueError(f"DPLR.solve: b must have shape {want}, got {tuple(b.shape)}")
-        same("DPLR.solve", "b", b, self.diag)
         zeros = (self.diag == 0).sum(-1)
         if bool((zeros > self.rank).any()):
             raise ValueError(
@@ -196,13 +195,16 @@ class DPLR:
 
     def logdet(self) -> Tensor:
         """log det M by the determinant lemma. Shape (B,); as `torch.logdet`: -inf where det M is
-        zero, NaN where it is negative."""
-        diag, _, capacity, weight = self._capacity()
-        sign, logabs = torch.linalg.slogdet(capacity)
-        value: Tensor = diag.abs().log().sum(-1) + logabs
-        sign = sign * diag.sign().prod(-1) * weight.prod()
+        zero, NaN where it is negative. Small d are handled as in `solve`."""
+        diag, lift, inner = self._capacity()[:3]
+        sign, logabs = torch.linalg.slogdet(inner)
+        # A column of lift is e_i / sqrt(t) (or zero): it divided the determinant by t.
+        length = lift.square().sum(1)
+        extra = length.where(length > 0, 1.0).log().sum(-1)
+        value: Tensor = diag.abs().log().sum(-1) + logabs - extra
+        sign = sign * diag.sign().prod(-1) * (-self._signs()).prod()
         value = value.masked_fill(sign < 0, torch.nan)
-        # More zeros than columns: singular, which rounding in the capacity matrix would hide.
+        # More zeros than columns: singular, which `_capacity` does not represent.
         singular = (self.diag == 0).sum(-1) > self.rank
         return value.masked_fill(singular, -torch.inf)
 
@@ -212,7 +214,8 @@ class DPLR:
             finite = self._finite()
             diag = self.diag.where(finite.unsqueeze(-1), 1.0)
             factor = self.factor.where(finite[:, None, None], 0.0)
-            count = DPLR(diag, factor, self.sign)._count_above(0.0)
+            # In float64, so that the count holds up to a condition number of 1e15.
+            count = DPLR(diag, factor, self.sign).to(torch.float64)._count_above(0.0)
             zeros = (diag == 0).sum(-1)
             definite: Tensor = finite & (zeros <= self.rank) & (count == diag.shape[1])
             return definite
@@ -234,11 +237,11 @@ class DPLR:
             Shape (n, B, D). Pathwise differentiable in d and U.
 
         Raises:
-            ValueError: d has a value that the formula above cannot take, or M has a negative
-                eigenvalue.
+            TypeError: n is not an int.
+            ValueError: n < 0, d has a value that the formula above cannot take, or M has a
+                negative eigenvalue.
         """
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"DPLR.sample: n must be an integer >= 0, got {n}")
+        check_int("DPLR.sample", "n", n, 2**56)
         signed = self.sign is not None and bool((self.sign < 0).any())
         bad = ~(self.diag > 0) if signed else self.diag < 0
         if bool(bad.any()):
@@ -255,7 +258,7 @@ class DPLR:
                 seed=seed,
                 offset=offset + j,
                 first=first,
-                stream=STREAM,
+                stream=ops.STREAM_POSTERIOR,
                 dtype=self.dtype,
                 device=self.device,
             )
@@ -278,12 +281,12 @@ class DPLR:
     # ------------------------------------------------------------------------------- eigenpairs
 
     def eigh(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues and their eigenvectors, without a D x D matrix for large D.
+        """The k largest eigenvalues and their eigenvectors.
 
-        Rational Krylov steps, then inverse iteration, by Woodbury solves in float64; the result
+        For D <= 64 or r + 4 k > D: `dense()`, a D x D matrix, and LAPACK. Otherwise no such matrix:
+        rational Krylov steps, then inverse iteration, by Woodbury solves in float64; the result
         is certified by counting eigenvalues (Sylvester's law), which finds any that the iteration
-        missed. For D <= 64, or when k and r are not small beside D, `dense()` and LAPACK.
-        Deterministic: each vector's entry of largest modulus is positive.
+        missed. Deterministic: each vector's entry of largest modulus is positive.
 
         Args:
             k: 1 <= k <= D.
@@ -294,11 +297,14 @@ class DPLR:
             vectors: shape (B, D, k), orthonormal columns. Not differentiable.
 
         Raises:
+            TypeError: k is not an int.
             ValueError: k out of range, or d or U not finite.
             RuntimeError: no convergence.
         """
         batch, size = self.diag.shape
-        if not isinstance(k, int) or not 1 <= k <= size:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"DPLR.eigh: k must be an int, got {type(k).__name__}")
+        if not 1 <= k <= size:
             raise ValueError(f"DPLR.eigh: k must be an integer in 1..{size}, got {k}")
         if not bool(self._finite().all()):
             raise ValueError("DPLR.eigh: diag and factor must be finite, got NaN or inf")
@@ -356,7 +362,7 @@ class DPLR:
                     (1, size, k),
                     seed=0,
                     offset=attempt,
-                    stream=STREAM,
+                    stream=ops.STREAM_POSTERIOR,
                     dtype=self.dtype,
                     device=self.device,
                 )
@@ -419,42 +425,61 @@ class DPLR:
         return self.diag.isfinite().all(-1) & self.factor.isfinite().all(-1).all(-1)
 
     def _capacity(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """d', V, C = diag(w) + V^T diag(1/d') V and w, with M = diag(d') + V diag(w) V^T.
+        """d', E, K and the inverse of d over the eliminated rows.
 
-        A zero in d is written as t - t: t stays in d' and sqrt(t) e_i is one more column of V
-        with w = -1. Rows with more zeros than r, which are singular, are not represented.
+        M x = b is [[A, U], [U^T, -S]] [x; y] = [b; 0] with A = diag(d), S = diag(sign). With q_i =
+        |d_i| / |U_i|^2 and g the (r+1)-th smallest of them, at most 1, rows with q_i <= _SMALL g
+        would cost digits as divisors: they, at most r, stay as unknowns z, x_i = z_i / sqrt(t_i)
+        with t_i = g |U_i|^2. The others are eliminated, which leaves
+            K = [[diag(d_i / t_i), E^T U], [U^T E, -(S + U^T A^-1 U)]]
+        with columns e_i / sqrt(t_i) in E; samples with fewer such rows have zero columns and 1 in
+        K. No divisor is much too small: U^T annuls some vector on the r + 1 rows of smallest q,
+        which M only multiplies by d, so that M (rows scaled) has condition number 1 / g or more.
+        d' is d with 1 in the rows kept, and for zeros beyond rank, where M is singular.
         """
-        zero = self.diag == 0
-        diag, factor, weight = self.diag, self.factor, self._signs()
-        count = min(int(zero.sum(-1).max()), self.rank) if zero.numel() else 0
-        if count or bool(zero.any()):
-            scale = self.diagonal().detach().abs().mean(-1, keepdim=True)
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            where = zero.int().argsort(dim=-1, descending=True, stable=True)[:, :count]
-            height = (zero.gather(-1, where) * scale.sqrt()).unsqueeze(1)
-            columns = diag.new_zeros((*diag.shape, count)).scatter(1, where.unsqueeze(1), height)
-            diag = diag + scale * zero
-            factor = torch.cat([factor, columns], -1)
-            weight = torch.cat([weight, -weight.new_ones(count)])
-        return diag, factor, torch.diag(weight) + factor.mT @ (factor / diag.unsqueeze(-1)), weight
+        norm = self.factor.detach().square().sum(-1)
+        ratio = self.diag.detach().abs() / norm.clamp_min(torch.finfo(self.dtype).tiny)
+        lowest, rows = ratio.topk(min(self.rank + 1, ratio.shape[-1]), largest=False)
+        bound = torch.ones_like(norm[:, :1])
+        if self.rank < ratio.shape[-1]:
+            bound = lowest[:, self.rank :].clamp_max(1.0)
+        used = lowest[:, : self.rank] <= _SMALL * bound
+        count = int(used.sum(-1).max()) if used.numel() else 0
+        rows, used = rows[:, :count], used[:, :count]
+        scale = bound.where(bound > 0, 1.0) * norm.gather(-1, rows)
+        height = used / scale.where(scale > 0, 1.0).sqrt()
+        lift = norm.new_zeros((*norm.shape, count))
+        lift = lift.scatter(1, rows.unsqueeze(1), height.unsqueeze(1))
+        kept = torch.zeros_like(norm, dtype=torch.bool).scatter(-1, rows, used)
+        diag = self.diag.where(~kept & (self.diag != 0), 1.0)
+        inverse = ~kept / diag
+        corner = (self.diag.gather(-1, rows) * height.square()).where(used, 1.0)
+        edge = lift.mT @ self.factor
+        low_rank = self.factor.mT @ (self.factor * inverse.unsqueeze(-1))
+        upper = torch.cat([torch.diag_embed(corner), edge], -1)
+        lower = torch.cat([edge.mT, -torch.diag(self._signs()) - low_rank], -1)
+        return diag, lift, torch.cat([upper, lower], 1), inverse
 
     def _woodbury(self, b: Tensor) -> tuple[Tensor, Tensor]:
-        """M^-1 b for b (B, D, k), and LAPACK's info of the r x r solve."""
-        diag, factor, capacity, _ = self._capacity()
-        scaled = b / diag.unsqueeze(-1)
-        inner, info = torch.linalg.solve_ex(capacity, factor.mT @ scaled)
-        return scaled - (factor @ inner) / diag.unsqueeze(-1), info
+        """M^-1 b for b (B, D, k), and LAPACK's info of the small solve."""
+        _, lift, inner, inverse = self._capacity()
+        inverse = inverse.unsqueeze(-1)
+        right = torch.cat([lift.mT @ b, -(self.factor.mT @ (inverse * b))], 1)
+        solution, info = torch.linalg.solve_ex(inner, right)
+        z, y = solution.split([lift.shape[-1], self.rank], 1)
+        return inverse * (b - self.factor @ y) + lift @ z, info
 
     def _count_above(self, value: float | Tensor) -> Tensor:
         """How many eigenvalues exceed value, a float or (B,). Shape (B,).
 
-        Sylvester's law on [[A, V], [V^T, -W]], A = diag(d - value): its inertia is that of A plus
-        that of -(W + V^T A^-1 V), and also that of -W plus that of A + V W V^T.
+        Sylvester's law on [[A, U], [U^T, -S]], A = diag(d - value): its inertia is that of -S plus
+        that of A + U S U^T, and also that of the eliminated rows of A plus that of K.
         """
         shifted = DPLR(self.diag - self._scalar("_count_above", value), self.factor, self.sign)
-        diag, _, capacity, weight = shifted._capacity()
-        inner = (torch.linalg.eigvalsh(capacity) < 0).sum(-1)
-        count: Tensor = (diag > 0).sum(-1) + inner - (weight < 0).sum()
+        diag, lift, inner, _ = shifted._capacity()
+        # Each column of lift is one positive too many: 1 in d', or 1 in K where it is not used.
+        above = (torch.linalg.eigvalsh(inner) > 0).sum(-1) - lift.shape[-1]
+        count: Tensor = (diag > 0).sum(-1) + above - (self._signs() < 0).sum()
         return count
 
 
@@ -468,28 +493,23 @@ def _low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
 def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A float, 0-d or `(B,)` value in like's dtype, shaped to broadcast against `like (B, ...)`.
 
+    A 0-d tensor may lie on the CPU, as everywhere in torch. `like` is float32 or float64.
+
     Raises:
         TypeError: value is neither a real number nor a Tensor.
-        ValueError: its shape or device does not fit, or it is not finite.
+        ValueError: its shape, dtype or device does not fit, or it is not finite.
     """
     if isinstance(value, Tensor):
+        check_tensor(where, name, value, dtypes=FLOATING)
         if value.dim() > 0 and value.shape != like.shape[:1]:
             want, got = tuple(like.shape[:1]), tuple(value.shape)
             raise ValueError(f"{where}: {name} must be a float or have shape {want}, got {got}")
-        if value.dim() == 1 and value.device != like.device:
+        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
             raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
-    elif not isinstance(value, (int, float, np.number)):
+    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
     column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if not bool(column.isfinite().all()):
         worst = column[~column.isfinite()].flatten()[0].item()
         raise ValueError(f"{where}: {name} must be finite, got {worst}")
     return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def same(where: str, name: str, value: Tensor, like: Tensor) -> None:
-    """Refuse a value of another dtype or device than like's."""
-    for rule in ("dtype", "device"):
-        if getattr(value, rule) != getattr(like, rule):
-            got = getattr(value, rule)
-            raise ValueError(f"{where}: {name} must have {rule} {getattr(like, rule)}, got {got}")

@@ -6,19 +6,20 @@ sigma * s1 = -(sigma / v) x and c = k^2; the score residual that then is left to
 deviation k. Networks start at these values and learn what differs, F being their raw outputs:
     sigma * s1 = -(sigma / v) x + k F1,     sigma * U = k F3,
     c = c_min + softplus(F2 + log(e^{k^2} - 1))  (constrained)    or    c = k^2 (1 + F2)  (free).
+The constrained c thus starts at k^2 + c_min.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import require, show
 from .tweedie import Scores
 
 # Angular frequencies in log(sigma / sigma_data). The slowest has a period of e^25 in sigma, so all
@@ -58,12 +59,14 @@ class MLP(nn.Module):
             construction. False: the paper's head, c free.
         c_min: least value of c when constrained, >= 0. c is the posterior variance over sigma^2.
 
-    The score and c start at the values for Gaussian data. The factor starts small but not at zero:
+    The score and c start at the values for Gaussian data, the constrained c at c_min more than
+    that. The factor starts small but not at zero:
     the loss depends on U U^T, its gradient 4 R U vanishes at U = 0, and a factor that starts there
     stays there.
 
     Raises:
         ValueError: a size, rank, sigma_data, c_min or trunk breaks the rules above.
+        TypeError: dims is not a sequence, or a size or rank not an int.
 
     Reference:
         Meng et al. 2021, arXiv:2111.04726, section 5 (widths) and Eq. 13 (diag + U U^T).
@@ -92,8 +95,7 @@ class MLP(nn.Module):
             ("head_width", head_width),
             ("head_depth", head_depth),
         ):
-            if size < 1:
-                raise ValueError(f"MLP: {name} must be at least 1, got {size}")
+            _check_whole("MLP", name, size, 1)
         if trunk not in ("separate", "shared"):
             raise ValueError(f"MLP: trunk must be 'separate' or 'shared', got {trunk!r}")
         self.dims = tuple(dims)
@@ -132,9 +134,10 @@ class MLP(nn.Module):
             with r fastest in memory, or None. No units.
 
         Raises:
-            ValueError: x or sigma has another shape or device, or a float sigma is not > 0.
+            TypeError: x is not a tensor.
+            ValueError: x or sigma has another shape, dtype or device, or a float sigma is not > 0.
         """
-        _check_input("MLP", x, self.dims)
+        _check_input("MLP", x, self.dims, self.score.weight)
         level = _level("MLP", x, sigma, self.sigma_data)
         flat = x.flatten(1)
         features = _noise_features(level)
@@ -175,6 +178,7 @@ class UNet(nn.Module):
     Raises:
         RuntimeError: diffusers is not installed.
         ValueError: a size breaks the rules above, or an option is refused.
+        TypeError: dims is not a sequence, or a size or rank not an int.
 
     Reference:
         Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239.
@@ -210,10 +214,7 @@ class UNet(nn.Module):
         for name in ("sample_size", "in_channels", "out_channels", "time_embedding_type"):
             if name in options:
                 raise ValueError(f"UNet: {name} is set by the adapter, got {options[name]!r}")
-        try:
-            unet = import_module("diffusers").UNet2DModel
-        except ImportError as error:
-            raise RuntimeError("UNet: diffusers is missing, pip install hos_ext[app]") from error
+        unet = require("UNet", "diffusers").UNet2DModel
         self.dims = tuple(dims)
         self.rank = rank
         self.sigma_data = sigma_data
@@ -257,9 +258,10 @@ class UNet(nn.Module):
             view of the convolution's channels (D fastest in memory), or None. No units.
 
         Raises:
-            ValueError: x or sigma has another shape or device, or a float sigma is not > 0.
+            TypeError: x is not a tensor.
+            ValueError: x or sigma has another shape, dtype or device, or a float sigma is not > 0.
         """
-        _check_input("UNet", x, self.dims)
+        _check_input("UNet", x, self.dims, self.c.weight)
         level = _level("UNet", x, sigma, self.sigma_data)
         columns = [value.view(-1, 1, 1, 1) for value in level]
         _, inverse_std, skip, k = columns
@@ -300,7 +302,10 @@ class _Body(nn.Module):
 
 
 def _c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
-    """c from its raw output; k broadcasts against it. raw = 0 is the Gaussian value k^2."""
+    """c from its raw output; k broadcasts against it.
+
+    raw = 0 is the Gaussian value k^2 if free, k^2 + c_min if constrained.
+    """
     square = k.square()
     if not constrained:
         return square * (1 + raw)
@@ -343,17 +348,32 @@ def _level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) -> _L
 def _check_common(
     name: str, dims: Sequence[int], rank: int, sigma_data: float, c_min: float
 ) -> None:
+    if not isinstance(dims, Sequence):
+        raise TypeError(f"{name}: dims must be a sequence of sizes, got {dims!r}")
     if not dims or any(n < 1 for n in dims):
         raise ValueError(f"{name}: dims must be positive sizes, got {tuple(dims)}")
-    if rank < 0:
-        raise ValueError(f"{name}: rank must be at least 0, got {rank}")
+    for size in dims:
+        _check_whole(name, "dims", size, 1)
+    _check_whole(name, "rank", rank, 0)
     if not 0 < sigma_data < math.inf:
         raise ValueError(f"{name}: sigma_data must be positive and finite, got {sigma_data}")
     if not 0 <= c_min < math.inf:
         raise ValueError(f"{name}: c_min must be at least 0 and finite, got {c_min}")
 
 
-def _check_input(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
+def _check_whole(name: str, what: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {what} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: {what} must be at least {minimum}, got {value}")
+
+
+def _check_input(name: str, x: Tensor, dims: tuple[int, ...], weight: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {show(x)}")
     if tuple(x.shape[1:]) != dims or x.dim() == 0:
         rule = ", ".join(["B", *map(str, dims)])
         raise ValueError(f"{name}: x must have shape ({rule}), got {tuple(x.shape)}")
+    # Autocast brings x and the parameters to one dtype itself.
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name}: x must be {weight.dtype} like the parameters, got {x.dtype}")

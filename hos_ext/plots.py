@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -29,13 +31,9 @@ BAND = (0.8, 1.25)
 
 
 def _figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            "plots: needs matplotlib, install it with: pip install hos_ext[app]"
-        ) from error
-    return Figure(figsize=(_WIDTH, height), dpi=200, layout=layout)
+    module = require("plots", "matplotlib.figure")
+    figure: Figure = module.Figure(figsize=(_WIDTH, height), dpi=200, layout=layout)
+    return figure
 
 
 def _show(ax: Axes, image: Tensor, **style: Any) -> Any:
@@ -366,8 +364,8 @@ def report(
         [
             [
                 f"{row['sigma']:g}",
-                f"{row['mahalanobis']:.4g} → {row['mahalanobis'] / factor:.4g}",
-                f"{row['trace_ratio']:.4g} → {row['trace_ratio'] / factor:.4g}",
+                f"{row['mahalanobis']:.4g} → {row['mahalanobis_recalibrated']:.4g}",
+                f"{row['trace_ratio']:.4g} → {row['trace_ratio_recalibrated']:.4g}",
                 f"{row['predictive']:.4g} → {row['predictive_recalibrated']:.4g}",
             ]
             for row in metrics["calibration"]
@@ -445,13 +443,13 @@ Blue: the averaged weights on the validation digits, always under the same noise
 turned up again would be overfitting."""
 
 _SEE = (
-    """The standard deviation is bright along the edges of the strokes and in small loops (the
-white line is the outline of the denoised digit), dark on empty paper: the doubt is where a stroke
-ends, not whether there is one.""",
+    """The white line on the standard deviation is the outline of the denoised digit. Look whether
+the doubt is along it and in small loops, with empty paper dark: then it is where a stroke ends, not
+whether there is one.""",
     """The vectors are what is uncertain <em>together</em>: where red gains ink, blue loses it, as
 when a stroke moves sideways. Below each is its share of the variance.""",
-    """Now the doubt is about shape: the first vectors open and close loops, or add and remove whole
-strokes, and hold more of the variance.""",
+    """Look whether the doubt is now about shape: first vectors that open and close loops, or add
+and remove whole strokes, and hold more of the variance than at less noise.""",
 )
 
 _COVERAGE = """Above: closer to the line at 1 is better, and the band is what is asked of the blue
@@ -460,8 +458,8 @@ they should where the curve is on the diagonal. Above it they are too wide, whic
 what a Gaussian does to pixels that are mostly certain and sometimes very wrong."""
 
 _SPREAD = """Each point is a pixel. On the line, the chains have the spread of the noisy digits;
-above it they are too hot. A large Langevin step inflates every pixel, and its ESS then counts draws
-of the wrong density; Ozaki keeps to the line at the same step size."""
+above it they are too hot, and their ESS counts draws of the wrong density. Look at the larger step
+size: Langevin's own error inflates every pixel there; compare whether Ozaki keeps to the line."""
 
 _CHAINS = """First row: where the chains start. Below: their last states, denoised by the network.
 Look for clean digits, and for starts that became another digit."""

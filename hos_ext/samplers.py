@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dplr import DPLR
+from .checks import require, show
 from .tweedie import UnscaledScores
 
 ScoreFunction = Callable[[Tensor], Tensor | UnscaledScores]
@@ -116,7 +116,7 @@ def sample(
         TypeError: an argument or a score of the wrong kind.
         RuntimeError: progress=True without rich.
     """
-    step = _STEPS.get(method)
+    step = _STEPS.get(method) if isinstance(method, str) else None
     if step is None:
         known = ", ".join(repr(name) for name in _STEPS)
         raise ValueError(f"sample: method must be one of {known}, got {method!r}")
@@ -221,14 +221,10 @@ def _ozaki(
         )
     _check_like_x("score", scores.score, x)
     _check_like_x("diag", scores.diag, x)
-    diag = scores.diag
-    if scores.factor is not None:
-        # The curvature along a coordinate is the diagonal of s2, not the D of D + U U^T.
-        diag = DPLR(diag.flatten(1), scores.factor, sign=scores.sign).diagonal().view(x.shape)
     ops.ozaki_step(
         x,
         scores.score,
-        diag,
+        _hessian_diagonal(scores, x),
         step_size,
         seed=seed,
         offset=offset,
@@ -236,6 +232,33 @@ def _ozaki(
         curvature=curvature,
         out=out,
     )
+
+
+def _hessian_diagonal(scores: UnscaledScores, x: Tensor) -> Tensor:
+    """The curvature along each coordinate: the diagonal of s2, not the D of D + U U^T."""
+    factor, sign = scores.factor, scores.sign
+    if factor is None:
+        return scores.diag
+    size = x.shape[1:].numel()
+    if not isinstance(factor, Tensor) or factor.shape[:-1] != (len(x), size):
+        raise ValueError(
+            f"sample: factor from score_fn must have shape ({len(x)}, {size}, r), "
+            f"got {show(factor)}"
+        )
+    if factor.dtype != x.dtype or factor.device != x.device:
+        raise ValueError(
+            f"sample: factor from score_fn must be {x.dtype} on {x.device} like x, "
+            f"got {factor.dtype} on {factor.device}"
+        )
+    squares = factor.square()
+    if sign is not None:
+        if sign.shape != factor.shape[-1:]:
+            raise ValueError(
+                f"sample: sign from score_fn must have shape {tuple(factor.shape[-1:])} (one for "
+                f"each column), got {tuple(sign.shape)}"
+            )
+        squares = squares * sign.to(x.dtype)
+    return scores.diag + squares.sum(-1).view(x.shape)
 
 
 _STEPS: dict[str, Callable[..., None]] = {"langevin": _langevin, "ozaki": _ozaki}
@@ -363,12 +386,6 @@ def _progress_bar(wanted: bool, description: str, total: int) -> Iterator[Callab
     if not wanted:
         yield lambda: None
         return
-    try:
-        from rich.progress import Progress
-    except ImportError as error:
-        raise RuntimeError(
-            "sample: progress=True needs rich, install it with: pip install hos_ext[app]"
-        ) from error
-    with Progress() as bar:
+    with require("sample", "rich.progress").Progress() as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

@@ -8,14 +8,13 @@ and rich (extra `app`), `torch.optim.swa_utils`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from torch.nn import functional
 from torch.optim import swa_utils
 
 from . import data, diagnostics, ops
+from .checks import require
 from .losses import score_matching_loss
 from .models import MLP
 from .samplers import sample
@@ -102,6 +102,36 @@ def draw_sigma(n: int, sigma_range: tuple[float, float], *, seed: int, offset: i
     return (low + (high - low) * u).exp().float()
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses arguments of `train` that are out of range; those not given are not looked at.
+
+    Raises:
+        ValueError: an option out of range.
+        TypeError: an option of the wrong kind.
+    """
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("warm_up", 0)):
+        value = options.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"train: {name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"train: {name} must be at least {least}, got {value}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "ema_decay"):
+        value = options.get(name, 0.5)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"train: {name} must be a float, got {value!r}")
+        if name == "ema_decay":
+            good, rule = 0 <= value < 1, "in [0, 1)"
+        elif name == "weight_decay":
+            good, rule = 0 <= value < math.inf, ">= 0 and finite"
+        else:
+            good, rule = 0 < value < math.inf, "positive and finite"
+        if not good:
+            raise ValueError(f"train: {name} must be {rule}, got {value}")
+    low, high = sigma_range = options.get("sigma_range", SIGMA_RANGE)
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"train: sigma_range must be positive and increasing, got {sigma_range}")
+
+
 def train(
     model: nn.Module,
     digits: data.Digits,
@@ -131,14 +161,14 @@ def train(
         steps: optimiser steps, >= 1.
         batch_size: digits in a step.
         learning_rate: after the warm-up.
-        weight_decay: of the weight matrices.
+        weight_decay: of the weight matrices, >= 0.
         ema_decay: of the average, >= 0 and < 1. Early on it is lowered to (1 + t) / (10 + t).
         warm_up: steps; at most a tenth of all.
         max_grad_norm: longer gradients are scaled down to it.
         sigma_range: smallest and largest sigma, data units.
         seed: of every random choice here.
-        save: called as save(ema_model, step) at step 0, every `save_every` steps and at the end;
-            returns the place, for messages.
+        save: called as save(ema_model, step) every `save_every` steps and at the end; returns the
+            place, for messages.
         save_every: steps between checkpoints.
         progress: shows loss, rate and time left; needs rich.
 
@@ -146,23 +176,24 @@ def train(
         The EMA model, and about 50 History rows.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError, TypeError: an argument out of range or of the wrong kind.
         RuntimeError: the loss or its gradient stopped being finite (names the step, the term and
             the last checkpoint), or an extra is missing.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("save_every", save_every)):
-        if value < 1:
-            raise ValueError(f"train: {name} must be at least 1, got {value}")
-    if not 0 < sigma_range[0] <= sigma_range[1] < math.inf:
-        raise ValueError(f"train: sigma_range must be positive and increasing, got {sigma_range}")
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"train: ema_decay must be in [0, 1), got {ema_decay}")
-    try:
-        accelerate = import_module("accelerate")
-    except ImportError as error:
-        raise RuntimeError(
-            "train: needs accelerate, install it with: pip install hos_ext[app]"
-        ) from error
+    check_options(
+        {
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "warm_up": warm_up,
+            "max_grad_norm": max_grad_norm,
+            "sigma_range": sigma_range,
+            "save_every": save_every,
+        }
+    )
+    accelerate = require("train", "accelerate")
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -191,8 +222,7 @@ def train(
     history: list[History] = []
     window = max(1, steps // 50)
     sums, held = {"loss": 0.0, "first": 0.0, "second": 0.0}, 0
-    # A place that cannot be written is found before the work, not after.
-    kept = "none was written" if save is None else f"{save(ema.module, 0)} (step 0)"
+    kept = "none was written"
     with _progress_bar(progress, steps) as show:
         for step in range(1, steps + 1):
             rows = batch_rows(len(digits.train), batch_size, seed=seed, step=step - 1)
@@ -265,12 +295,7 @@ def _progress_bar(wanted: bool, steps: int) -> Iterator[Callable[[int, float], N
     if not wanted:
         yield lambda step, loss: None
         return
-    try:
-        from rich import progress
-    except ImportError as error:
-        raise RuntimeError(
-            "train: progress=True needs rich, install it with: pip install hos_ext[app]"
-        ) from error
+    progress = require("train", "rich.progress")
     columns = (
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
@@ -310,6 +335,13 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path | str) -> None:
+    """Makes the folder if need be and tries a file in it: OSError before the work, not after."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"1")
+
+
 def save_checkpoint(
     folder: Path | str,
     model: nn.Module,
@@ -318,11 +350,11 @@ def save_checkpoint(
     step: int,
     recalibration: float = 1.0,
 ) -> str:
-    """Writes config.json and model.safetensors; no pickle.
+    """Writes model.safetensors, and config.json to read; no pickle.
 
-    What stays the same during a run is in config.json, what changes (weights, step, recalibration)
-    in model.safetensors, each replaced by one rename: a run killed at any moment leaves a pair that
-    loads. The second carries a digest of the first, so that files of two runs do not mix.
+    model.safetensors holds all of it, weights and (as JSON in its metadata) settings, and is
+    replaced by one rename: a run killed at any moment leaves a whole checkpoint, the old or the
+    new. config.json is a copy of that JSON, written after it and never read back.
 
     Args:
         folder: made if need be.
@@ -334,69 +366,50 @@ def save_checkpoint(
     Returns:
         The folder, as a string.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise RuntimeError(
-            "save_checkpoint: needs safetensors, install it with: pip install hos_ext[app]"
-        ) from error
-    config = json.dumps({"format": _FORMAT} | settings, indent=2) + "\n"
-    metadata = {
-        "config": hashlib.sha256(config.encode()).hexdigest(),
-        "step": str(step),
-        "recalibration": repr(recalibration),
-    }
+    safetensors = require("save_checkpoint", "safetensors.torch")
+    content = {"format": _FORMAT} | settings | {"step": step, "recalibration": recalibration}
+    config = json.dumps(content, indent=2, allow_nan=False) + "\n"
     tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    write_whole(Path(folder) / "model.safetensors", safetensors.save(tensors, {"config": config}))
     write_whole(Path(folder) / "config.json", config.encode())
-    write_whole(Path(folder) / "model.safetensors", save(tensors, metadata))
     return str(folder)
 
 
 def load_checkpoint(folder: Path | str) -> tuple[MLP, dict[str, Any]]:
-    """Reads what `save_checkpoint` wrote.
+    """Reads the model.safetensors that `save_checkpoint` wrote.
 
     Returns:
         The model, in eval mode, and its settings with "step" and "recalibration" added.
 
     Raises:
-        ValueError: a file is missing, truncated or foreign, or the two do not belong together.
+        ValueError: the file is missing, truncated or foreign.
         RuntimeError: safetensors is missing.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise RuntimeError(
-            "load_checkpoint: needs safetensors, install it with: pip install hos_ext[app]"
-        ) from error
+    safetensors = require("load_checkpoint", "safetensors")
     where = "load_checkpoint: folder must hold"
-    config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-    for path in (config, weights):
-        if not path.is_file():
-            raise ValueError(f"{where} {path.name}, got {folder} without it")
-    text = config.read_bytes()
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{where} {path.name}, got {folder} without it")
     try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} a whole config.json, got {config}: {error}") from None
-    found = settings.get("format") if isinstance(settings, dict) else None
-    if found != _FORMAT:
-        raise ValueError(f"{where} a config.json of format {_FORMAT!r}, got {found!r} in {config}")
-    try:
-        with safe_open(weights, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{where} a whole model.safetensors, got {weights}: {error}") from None
-    if metadata.get("config") != hashlib.sha256(text).hexdigest():
-        raise ValueError(f"{where} files of one run, got another run's config.json in {folder}")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{where} a whole {path.name}, got {path}: {error}") from None
+    try:
+        settings: Any = json.loads(metadata.get("config", "null"))
+    except ValueError:
+        settings = None
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != _FORMAT:
+        raise ValueError(f"{where} a {path.name} of format {_FORMAT!r}, got {found!r} in {path}")
     model = build_model(settings["model"])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where} the weights of its model, got {weights}: {reason}") from None
-    extra = {"step": int(metadata["step"]), "recalibration": float(metadata["recalibration"])}
-    return model.eval(), settings | extra
+        raise ValueError(f"{where} the weights of its model, got {path}: {reason}") from None
+    return model.eval(), settings
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -450,13 +463,15 @@ def calibration_figures(result: Denoised, recalibration: float) -> dict[str, flo
     raw, tau = result.posterior, result.sigma / 2
     scaled = raw.recalibrated(recalibration)
     figures = diagnostics.calibration(result.clean, raw)
-    predictive = diagnostics.calibration(result.clean, raw, tau=tau)["mahalanobis"]
-    recalibrated = diagnostics.calibration(result.clean, scaled, tau=tau)["mahalanobis"]
+    recalibrated = diagnostics.calibration(result.clean, scaled)
+    predictive = diagnostics.calibration(result.clean, raw, tau=tau)
+    predictive_recalibrated = diagnostics.calibration(result.clean, scaled, tau=tau)
     return {
         "sigma": result.sigma,
         **figures,
-        "predictive": predictive,
-        "predictive_recalibrated": recalibrated,
+        **{f"{name}_recalibrated": value for name, value in recalibrated.items()},
+        "predictive": predictive["mahalanobis"],
+        "predictive_recalibrated": predictive_recalibrated["mahalanobis"],
         "n": len(result.clean),
     }
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-from .dplr import DPLR, per_sample, same
+from .checks import check_tensor
+from .dplr import DPLR, per_sample
 
 
 class Scores(NamedTuple):
@@ -36,8 +37,11 @@ class Scores(NamedTuple):
 
     def unscaled(self, sigma: float | Tensor) -> UnscaledScores:
         """s1, the diagonal of s2 and U. sigma: float or (B,), > 0."""
-        s = _positive("Scores.unscaled", "sigma", sigma, self.score)
-        factor = None if self.factor is None else self.factor / s.reshape(-1, 1, 1)
+        where = "Scores.unscaled"
+        check_tensor(where, "score", self.score)
+        check_tensor(where, "c", self.c, like=self.score, shape=tuple(self.score.shape))
+        s = _positive(where, "sigma", sigma, self.score)
+        factor = _factor(where, self.factor, self.score, 1 / s)
         return UnscaledScores(self.score / s, (self.c - 1) / s.square(), factor, self.sign)
 
 
@@ -58,8 +62,11 @@ class UnscaledScores(NamedTuple):
 
     def scaled(self, sigma: float | Tensor) -> Scores:
         """sigma s1, 1 + sigma^2 diag, sigma U. sigma: float or (B,), > 0."""
-        s = _positive("UnscaledScores.scaled", "sigma", sigma, self.score)
-        factor = None if self.factor is None else self.factor * s.reshape(-1, 1, 1)
+        where = "UnscaledScores.scaled"
+        check_tensor(where, "score", self.score)
+        check_tensor(where, "diag", self.diag, like=self.score, shape=tuple(self.score.shape))
+        s = _positive(where, "sigma", sigma, self.score)
+        factor = _factor(where, self.factor, self.score, s)
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
@@ -99,23 +106,32 @@ class Posterior(NamedTuple):
             x: a clean sample for each posterior. Shape (B, *dims), dtype and device of mean.
 
         Returns:
-            Shape (B,).
+            Shape (B,). NaN where x or mean holds NaN, or the covariance NaN or inf.
 
         Raises:
-            ValueError: x does not fit, or a covariance is not positive definite.
+            ValueError: x does not fit, or a finite covariance is not positive definite.
         """
-        _like("Posterior.log_prob", "x", x, self.mean)
-        definite = self.covariance.is_positive_definite()
-        if not bool(definite.all()):
-            item = int((~definite).nonzero()[0])
+        where = "Posterior.log_prob"
+        check_tensor(where, "x", x, like=self.mean, shape=tuple(self.mean.shape))
+        diag, factor = self.covariance.diag, self.covariance.factor
+        finite = diag.isfinite().all(-1) & factor.isfinite().flatten(1).all(-1)
+        covariance = DPLR(
+            diag.where(finite[:, None], 1.0),
+            factor.where(finite[:, None, None], 0.0),
+            self.covariance.sign,
+        )
+        bad = ~covariance.is_positive_definite()
+        if bool(bad.any()):
+            item = int(bad.nonzero()[0])
             raise ValueError(
                 "Posterior.log_prob: covariance must be positive definite, "
                 f"got one that is not at batch {item}"
             )
         error = (x - self.mean).flatten(1)
-        distance = (error * self.covariance.solve(error)).sum(-1)
+        distance = (error * covariance.solve(error)).sum(-1)
         constant = error.shape[1] * math.log(2 * math.pi)
-        return -(distance + self.covariance.logdet() + constant) / 2
+        value = -(distance + covariance.logdet() + constant) / 2
+        return value.where(finite, torch.nan)
 
     def recalibrated(self, factor: float | Tensor) -> Posterior:
         """The posterior with its covariance times factor: a float or (B,), > 0."""
@@ -140,7 +156,10 @@ class Posterior(NamedTuple):
                 "Posterior.to_distribution: the diagonal part of the covariance must be positive, "
                 f"got {diag[bad][0].item()}"
             )
-        return LowRankMultivariateNormal(self.mean.flatten(1), self.covariance.factor, diag)
+        factor = self.covariance.factor
+        if self.covariance.rank == 0:  # that class needs a column
+            factor = torch.zeros_like(diag).unsqueeze(-1)
+        return LowRankMultivariateNormal(self.mean.flatten(1), factor, diag)
 
 
 # ------------------------------------------------------------------------------------ moments
@@ -177,7 +196,7 @@ def posterior(
     s = _positive("posterior", "sigma", sigma, x)
     a = _positive("posterior", "alpha", alpha, x)
     ratio = s / a
-    factor = None if scores.factor is None else scores.factor * ratio.reshape(-1, 1, 1)
+    factor = _factor("posterior", scores.factor, x, ratio)
     covariance = DPLR((ratio.square() * scores.c).flatten(1), factor, scores.sign)
     return Posterior((x + s * scores.score) / a, covariance)
 
@@ -188,7 +207,7 @@ def posterior_mean(
     """E[x0 | x] = (x + sigma^2 s1) / alpha (Eq. 4).
 
     Args:
-        x: the noisy sample. Shape (B, *dims), floating point.
+        x: the noisy sample. Shape (B, *dims). float32 or float64.
         score: s1 at x, same shape, dtype and device. Units 1/data.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
@@ -233,8 +252,7 @@ def posterior_covariance(
     _samples("posterior_covariance", "diag", diag)
     s = _positive("posterior_covariance", "sigma", sigma, diag)
     a = _positive("posterior_covariance", "alpha", alpha, diag)
-    if factor is not None:
-        factor = factor * (s.square() / a).reshape(-1, 1, 1)
+    factor = _factor("posterior_covariance", factor, diag, s.square() / a)
     return DPLR(((s / a).square() * (1 + s.square() * diag)).flatten(1), factor, sign)
 
 
@@ -275,11 +293,13 @@ def second_moment(
 
 def score_from_eps(eps: Tensor, sigma: float | Tensor) -> Tensor:
     """s1 = -E[z | x] / sigma, from a noise prediction (any alpha). eps (B, *dims)."""
+    check_tensor("score_from_eps", "eps", eps)
     return -eps / _positive("score_from_eps", "sigma", sigma, eps)
 
 
 def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
     """E[z | x] = -sigma s1, the noise prediction (any alpha). score (B, *dims)."""
+    check_tensor("eps_from_score", "score", score)
     return -score * _positive("eps_from_score", "sigma", sigma, score)
 
 
@@ -326,7 +346,7 @@ def hessian_from_jacobian(
 
     Args:
         jacobian: d E[x0 | x]_i / d x_j, as vmap(jacrev(denoiser))(x) gives it. Shape
-            (B, *dims, *dims), floating point.
+            (B, *dims, *dims). float32 or float64.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
 
@@ -337,6 +357,7 @@ def hessian_from_jacobian(
         ValueError: jacobian is not (B, *dims, *dims); sigma or alpha is not positive.
     """
     where = "hessian_from_jacobian"
+    check_tensor(where, "jacobian", jacobian)
     half = jacobian.dim() // 2
     dims = jacobian.shape[1 : 1 + half]
     if half == 0 or jacobian.dim() % 2 == 0 or dims != jacobian.shape[1 + half :]:
@@ -362,17 +383,20 @@ def _positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Ten
 
 def _samples(where: str, name: str, x: Tensor) -> None:
     """Refuse what cannot be flattened to (B, D)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{where}: {name} must be a Tensor, got {type(x).__name__}")
+    check_tensor(where, name, x)
     if x.dim() < 2:
         raise ValueError(f"{where}: {name} must have shape (B, *dims), got {tuple(x.shape)}")
 
 
 def _like(where: str, name: str, value: Tensor, x: Tensor) -> None:
-    """Refuse a value that has not the shape, dtype and device of x."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
-    if value.shape != x.shape:
-        want, got = tuple(x.shape), tuple(value.shape)
-        raise ValueError(f"{where}: {name} must have shape {want}, got {got}")
-    same(where, name, value, x)
+    """Refuse a value that has not the shape, dtype and device of x, and an x that is no data."""
+    check_tensor(where, "x", x)
+    check_tensor(where, name, value, like=x, shape=tuple(x.shape))
+
+
+def _factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
+    """factor times a value of `_positive`."""
+    if factor is None:
+        return None
+    check_tensor(where, "factor", factor, like=like)
+    return factor * times.reshape(-1, 1, 1)

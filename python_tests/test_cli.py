@@ -1,6 +1,7 @@
 """The command line: what the commands write, exit codes, one-line errors."""
 
 import json
+import math
 import os
 import sys
 
@@ -118,7 +119,7 @@ def test_no_command_shows_help(capsys):
         (
             ["sample", "FOLDER", "--step-size", "-1"],
             2,
-            "hos-ext: sample: step_size must be positive and finite, got -1.0",
+            "hos-ext: sample: --step-size must be positive and finite, got -1",
         ),
         (
             ["sample", "FOLDER", "--method", "langevin", "--step-size", "1000"],
@@ -129,9 +130,19 @@ def test_no_command_shows_help(capsys):
             ),
         ),
         (
+            ["train", "--learning-rate", "nan"],
+            2,
+            "hos-ext: train: learning_rate must be positive and finite, got nan",
+        ),
+        (
+            ["train", "--weight-decay", "-1"],
+            2,
+            "hos-ext: train: weight_decay must be >= 0 and finite, got -1.0",
+        ),
+        (
             ["denoise", "nowhere"],
             2,
-            "hos-ext: load_checkpoint: folder must hold config.json, got nowhere without it",
+            "hos-ext: load_checkpoint: folder must hold model.safetensors, got nowhere without it",
         ),
     ],
 )
@@ -163,9 +174,39 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(tmp_path, capsys):
     assert code == 1
     error = capsys.readouterr().err
     assert error.startswith("hos-ext: train: the ")
-    assert f"last good checkpoint: {tmp_path} (step 0)" in error
+    assert "last good checkpoint: none was written" in error
     assert error.count("\n") == 1
-    assert training.load_checkpoint(tmp_path)[1]["step"] == 0
+    assert _files(tmp_path) == []
+
+
+def test_a_run_that_fails_leaves_the_checkpoint_that_was_there(run_folder, tmp_path):
+    for path in run_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    arguments = ["train", "--out", str(tmp_path), *SMALL, "--learning-rate", "1e38"]
+    assert cli.run(arguments) == 1
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (run_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError])
+def test_work_that_goes_wrong_is_one_line_and_exit_code_1(monkeypatch, tmp_path, capsys, kind):
+    def fail(*_, **__):
+        raise kind("no\nfactor")
+
+    monkeypatch.setattr(training, "recalibrate", fail)
+    assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hos-ext: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
+    rows = {"sampling": [{"min_ess": math.nan, "step_size": 0.1, "n": 3}], "loss": math.inf}
+    cli._write_json(tmp_path / "metrics.json", rows)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "sampling": [{"min_ess": None, "step_size": 0.1, "n": 3}],
+        "loss": None,
+    }
 
 
 def test_a_folder_that_cannot_be_made_is_exit_code_1_before_training(tmp_path, capsys):
@@ -186,17 +227,9 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("typer", ["demo"], "needs typer, install it with: pip install hos_ext[app]"),
-        (
-            "rich.console",
-            ["train", *SMALL],
-            "needs rich, install it with: pip install hos_ext[app]",
-        ),
-        (
-            "matplotlib.figure",
-            ["denoise", "FOLDER"],
-            "plots: needs matplotlib, install it with: pip install hos_ext[app]",
-        ),
+        ("typer", ["demo"], "cli: typer"),
+        ("rich.console", ["train", *SMALL], "cli: rich.console"),
+        ("matplotlib.figure", ["denoise", "FOLDER"], "plots: matplotlib.figure"),
     ],
 )
 def test_a_missing_extra_is_exit_code_1_and_named(
@@ -205,7 +238,11 @@ def test_a_missing_extra_is_exit_code_1_and_named(
     monkeypatch.setitem(sys.modules, module, None)
     arguments = [str(run_folder) if word == "FOLDER" else word for word in arguments]
     assert cli.run(arguments) == 1
-    assert capsys.readouterr().err == f"hos-ext: {message}\n"
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"hos-ext: {message} must be installed (pip install hos_ext[app]), got: "
+    )
+    assert error.count("\n") == 1
 
 
 def test_main_exits_with_the_code(monkeypatch):

@@ -48,8 +48,8 @@ def test_load_digits_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(
         RuntimeError,
-        match=r"^load_digits: needs scikit-learn, install it with: "
-        r"pip install hos_ext\[app\]$",
+        match=r"^load_digits: sklearn\.datasets must be installed "
+        r"\(pip install hos_ext\[app\]\), got: ",
     ):
         data.load_digits()
 
@@ -113,3 +113,22 @@ def test_distort_refuses_other_shapes():
         r"got \(4, 64\)$",
     ):
         data.distort(torch.zeros(4, 64), seed=0)
+
+
+def test_dequantise_and_distort_take_an_empty_batch():
+    for function in (data.dequantise, data.distort):
+        grey = torch.zeros(0, 8, 8, dtype=torch.float64)
+        result = function(grey, seed=0)
+        assert (result.shape, result.dtype) == (grey.shape, grey.dtype)
+        assert result is not grey
+
+
+@pytest.mark.parametrize("function", [data.dequantise, data.distort])
+def test_dequantise_and_distort_refuse_other_kinds_under_their_own_name(function):
+    name = function.__name__
+    with pytest.raises(
+        ValueError, match=rf"^{name}: grey must have dtype float32, float64, got torch\.int64$"
+    ):
+        function(torch.zeros(4, 8, 8, dtype=torch.int64), seed=0)
+    with pytest.raises(TypeError, match=rf"^{name}: grey must be a Tensor, got list$"):
+        function([[1.0]], seed=0)

@@ -14,6 +14,8 @@ SCHEMA = {
         "sigma",
         "mahalanobis",
         "trace_ratio",
+        "mahalanobis_recalibrated",
+        "trace_ratio_recalibrated",
         "predictive",
         "predictive_recalibrated",
         "n",

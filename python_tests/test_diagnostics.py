@@ -114,8 +114,8 @@ def test_chain_diagnostics_without_arviz_name_the_extra(function, monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
     with pytest.raises(RuntimeError) as error:
         function(torch.zeros(2, 8))
-    assert str(error.value) == (
-        f"{function.__name__}: needs arviz-stats, install it with: pip install hos_ext[app]"
+    assert str(error.value).startswith(
+        f"{function.__name__}: arviz_stats.base must be installed (pip install hos_ext[app]), got: "
     )
 
 
@@ -318,6 +318,8 @@ LIKE = "x must be (3, 4) torch.float64 on cpu like posterior.mean, got "
         ),
         (BOTH, {"tau": -0.1}, ValueError, "tau must be >= 0 and finite, got -0.1"),
         (BOTH, {"tau": float("nan")}, ValueError, "tau must be >= 0 and finite, got nan"),
+        (BOTH, {"tau": "a"}, TypeError, "tau must be a float, got str"),
+        (BOTH, {"tau": True}, TypeError, "tau must be a float, got bool"),
         (
             BOTH[1:],
             {"x": "mean"},
@@ -328,7 +330,7 @@ LIKE = "x must be (3, 4) torch.float64 on cpu like posterior.mean, got "
             BOTH[1:],
             {"diag": torch.tensor([1.0, -1.0, 1.0]).double()[:, None].expand(3, 4)},
             ValueError,
-            "posterior.covariance must be positive definite",
+            "posterior.covariance must be positive definite, got 1 of 3 that are not",
         ),
     ],
 )
@@ -362,3 +364,15 @@ def test_calibration_refuses_an_empty_batch():
     fit = Posterior(torch.ones(0, 4), DPLR(torch.ones(0, 4)))
     with pytest.raises(ValueError, match=r"^calibration: x must have shape \(B, \*dims\), B >= 1"):
         calibration(torch.ones(0, 4), fit)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_calibration_takes_a_posterior_that_carries_a_graph(tau):
+    x, fit = random_posterior(3, 4, 1)
+    c = fit.covariance
+    graph = Posterior(
+        fit.mean.clone().requires_grad_(),
+        DPLR(c.diag.clone().requires_grad_(), c.factor.clone().requires_grad_(), c.sign),
+    )
+    for function in BOTH:  # torch's warning about a scalar that requires grad would be an error
+        assert function(x, graph, tau=tau) == function(x, fit, tau=tau)

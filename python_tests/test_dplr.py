@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,6 +150,58 @@ def test_solve_and_logdet_equal_dense_ones_also_with_zeros_in_d(
     torch.testing.assert_close(
         m.logdet(), torch.logdet(full), rtol=1e-11, atol=1e-11, equal_nan=True
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "small"),
+    [(torch.float32, 10.0**-n) for n in range(10)] + [(F64, 10.0**-n) for n in (2, 5, 8, 20, 200)],
+)
+@pytest.mark.parametrize("sign", SIGNS[::2])
+@pytest.mark.parametrize(("size", "count"), [(6, 3), (6, 5), (3, 3), (40, 2), (40, 40)])
+def test_small_diagonals_cost_no_digits(
+    dtype: torch.dtype, small: float, sign: list[int] | None, size: int, count: int
+) -> None:
+    m = matrix(20, size, dtype=dtype, sign=sign)
+    m.diag[:, :count] *= small
+    m.diag[0, 0] = -m.diag[0, 0]
+    m.diag[1] = 1.0  # samples with and without small rows in one batch
+    full = dense(m)
+    b = torch.randn(20, size, 2, dtype=dtype)
+    # LAPACK's float64 solve is an oracle as long as float64 has the digits.
+    allowed = torch.linalg.cond(full) * torch.finfo(dtype).eps
+    checked = allowed < (0.05 if dtype == torch.float32 else 1e-3)
+    assert checked[1]
+    assert checked.sum() > 15 or count > 4
+    want = torch.linalg.solve(full, b.double())
+    got = m.solve(b).double()
+    lost = (got - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2)) / allowed
+    assert float(lost[checked].max()) < 20
+    sign_of, logabs = torch.linalg.slogdet(full)
+    logdet = m.logdet().double()
+    assert torch.equal(logdet.isnan()[checked], (sign_of < 0)[checked])
+    off = ((logdet - logabs).abs() / (allowed + 4e-7 * logabs.abs()))[checked & (sign_of > 0)]
+    assert off.numel() == 0 or float(off.max()) < 20
+    definite = torch.linalg.eigvalsh(full)[:, 0] > 0
+    assert torch.equal(m.is_positive_definite()[checked], definite[checked])
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-9])
+def test_solve_and_logdet_have_the_right_derivatives_at_small_diagonals(small: float) -> None:
+    m = matrix(2, 6, 2, sign=[1, -1])
+    diag = m.diag.clone()
+    diag[0, :2] = small
+    inputs = [t.clone().requires_grad_() for t in (diag, m.factor)]
+    copies = [t.detach().clone().requires_grad_() for t in inputs]
+    b = torch.arange(1.0, 7.0, dtype=F64).expand(2, 6)
+    ours = DPLR(inputs[0], inputs[1], m.sign)
+    full = dense(DPLR(copies[0], copies[1], m.sign))
+    logdet = torch.linalg.slogdet(full)[1]
+    solved = torch.linalg.solve(full, b.unsqueeze(-1)).squeeze(-1)
+    # Where det M < 0 logdet is NaN: its gradient is looked at for det M > 0 only.
+    positive = torch.linalg.det(full.detach()) > 0
+    got = torch.autograd.grad(ours.solve(b).sin().sum() + ours.logdet()[positive].sum(), inputs)
+    want = torch.autograd.grad(solved.sin().sum() + logdet[positive].sum(), copies)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_float32_solves_are_as_good_as_dense_float32_ones() -> None:
@@ -328,6 +381,15 @@ def test_eigh_finds_leading_pairs_of_random_structures() -> None:
         check_eigh(DPLR(diag, factor, sign), 3)
 
 
+def test_eigh_forms_the_dense_matrix_exactly_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    form = DPLR.dense
+    monkeypatch.setattr(DPLR, "dense", lambda self: calls.append(self.shape[1]) or form(self))
+    for size, rank, k in ((64, 2, 2), (65, 57, 2), (65, 58, 2), (66, 58, 2)):
+        matrix(1, size, rank).eigh(k)
+    assert calls == [64, 65]
+
+
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (1, 1), (2, 3), (64, 4), (65, 4), (90, 80)])
 def test_eigh_works_for_any_size_and_k(size: int, rank: int) -> None:
     m = matrix(2, size, rank)
@@ -464,7 +526,7 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         (
             lambda: DPLR(D.half()),
             ValueError,
-            "DPLR: diag must be float32 or float64, got torch.float16",
+            "DPLR: diag must have dtype float32, float64, got torch.float16",
         ),
         (
             lambda: DPLR(D, torch.ones(2, 4, 1)),
@@ -484,7 +546,7 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         (
             lambda: DPLR(D, U.to("meta")),
             ValueError,
-            "DPLR: factor must have device cpu, got meta",
+            "DPLR: factor must be on cpu, got meta",
         ),
         (
             lambda: DPLR(D, U, torch.ones(2)),
@@ -549,7 +611,8 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         ),
         (lambda: GOOD.eigh(0), ValueError, "DPLR.eigh: k must be an integer in 1..3, got 0"),
         (lambda: GOOD.eigh(4), ValueError, "DPLR.eigh: k must be an integer in 1..3, got 4"),
-        (lambda: GOOD.eigh(1.5), ValueError, "DPLR.eigh: k must be an integer in 1..3, got 1.5"),
+        (lambda: GOOD.eigh(1.5), TypeError, "DPLR.eigh: k must be an int, got float"),
+        (lambda: GOOD.eigh(True), TypeError, "DPLR.eigh: k must be an int, got bool"),
         (
             lambda: DPLR(D, U * torch.nan).eigh(1),
             ValueError,
@@ -558,7 +621,29 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         (
             lambda: GOOD.sample(-1),
             ValueError,
-            "DPLR.sample: n must be an integer >= 0, got -1",
+            "DPLR.sample: n must be in [0, 2**56), got -1",
+        ),
+        (lambda: GOOD.sample(True), TypeError, "DPLR.sample: n must be an int, got bool"),
+        (lambda: GOOD.sample(1.0), TypeError, "DPLR.sample: n must be an int, got float"),
+        (
+            lambda: GOOD.scale(True),
+            TypeError,
+            "DPLR.scale: a must be a float or a Tensor, got bool",
+        ),
+        (
+            lambda: GOOD.scale(np.complex64(1)),
+            TypeError,
+            "DPLR.scale: a must be a float or a Tensor, got complex64",
+        ),
+        (
+            lambda: GOOD.scale(torch.tensor(2)),
+            ValueError,
+            "DPLR.scale: a must have dtype float32, float64, float16, bfloat16, got torch.int64",
+        ),
+        (
+            lambda: GOOD.scale(torch.tensor(2.0, device="meta")),
+            ValueError,
+            "DPLR.scale: a must be on cpu, got meta",
         ),
         (lambda: DPLR(-D, U).sample(1), ValueError, "DPLR.sample: diag must be >= 0, got -1.0"),
         (

@@ -276,6 +276,38 @@ def test_mlp_refuses_bad_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dims": 2}, "MLP: dims must be a sequence of sizes, got 2"),
+        ({"dims": (2.5,)}, "MLP: dims must be an int, got 2.5"),
+        ({"rank": 1.5}, "MLP: rank must be an int, got 1.5"),
+        ({"width": 3.5}, "MLP: width must be an int, got 3.5"),
+        ({"head_depth": True}, "MLP: head_depth must be an int, got True"),
+    ],
+)
+def test_mlp_refuses_options_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=exactly(message)):
+        MLP(**({"dims": (3,), "rank": 1} | options))
+
+
+@pytest.mark.parametrize("build", [mlp, unet])
+def test_model_refuses_another_dtype_than_its_parameters(build):
+    model = build()
+    name = type(model).__name__
+    x = torch.zeros(5, *model.dims, dtype=torch.float64)
+    message = f"{name}: x must be torch.float32 like the parameters, got torch.float64"
+    with pytest.raises(ValueError, match=exactly(message)):
+        model(x, 0.1)
+    with pytest.raises(TypeError, match=exactly(f"{name}: x must be a tensor, got [1.0]")):
+        model([1.0], 0.1)
+
+
+def test_mlp_leaves_dtypes_to_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mlp()(torch.zeros(5, 3, 4, dtype=torch.bfloat16), 0.1).score.shape == (5, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"dims": (3, 4)}, "UNet: dims must be (C, H, W), got (3, 4)"),
         ({"rank": -1}, "UNet: rank must be at least 0, got -1"),
         (
@@ -311,8 +343,8 @@ def test_unet_refuses_bad_options(options, message):
 
 def test_unet_names_the_extra_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    message = "UNet: diffusers is missing, pip install hos_ext[app]"
-    with pytest.raises(RuntimeError, match=exactly(message)):
+    message = r"^UNet: diffusers must be installed \(pip install hos_ext\[app\]\), got: "
+    with pytest.raises(RuntimeError, match=message):
         UNet((1, 8, 8), 2)
 
 

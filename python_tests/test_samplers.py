@@ -125,6 +125,20 @@ def test_ozaki_uses_the_diagonal_of_the_whole_hessian(sign):
     torch.testing.assert_close(split.draws, joined.draws, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [None, torch.tensor([1.0, -1.0])])
+def test_ozaki_takes_a_factor_in_half_precision(dtype, sign):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    factor = torch.tensor([1.0, 0.5]).expand(3, 4, 2).to(dtype)
+    diag = torch.full_like(x, -4.0)
+    whole = diag + (1.25 if sign is None else 0.75)
+    options = {"method": "ozaki", "step_size": 0.25, "n_steps": 2, "seed": 0}
+    split = sample(lambda x: UnscaledScores(-x, diag, factor, sign), x, **options)
+    joined = sample(lambda x: UnscaledScores(-x, whole, None), x, **options)
+    assert split.draws.dtype == dtype
+    assert torch.equal(split.draws, joined.draws)
+
+
 def test_curvature_reaches_the_step():
     x = torch.ones(4, 3).double()
     up = torch.full_like(x, 2.0)
@@ -343,8 +357,8 @@ def test_progress_without_rich_names_the_extra(init, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(RuntimeError) as error:
         run(init, progress=True)
-    assert str(error.value) == (
-        "sample: progress=True needs rich, install it with: pip install hos_ext[app]"
+    assert str(error.value).startswith(
+        "sample: rich.progress must be installed (pip install hos_ext[app]), got: "
     )
 
 
@@ -355,6 +369,10 @@ class Triple(NamedTuple):
     score: Tensor
     diag: Tensor
     factor: None
+
+
+def _with_factor(factor, sign=None):
+    return lambda x: UnscaledScores(-x, -torch.ones_like(x), factor, sign)
 
 
 STATE = {"x": torch.ones(2, 3), "step": 5, "since_draw": 0, "seed": 7, "first_chain": 4}
@@ -369,6 +387,11 @@ NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for met
             {"method": "leapfrog"},
             ValueError,
             "method must be one of 'langevin', 'ozaki', got 'leapfrog'",
+        ),
+        (
+            {"method": ["a"]},
+            ValueError,
+            "method must be one of 'langevin', 'ozaki', got ['a']",
         ),
         (
             {"curvature": "square"},
@@ -471,6 +494,24 @@ NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for met
             {"score_fn": lambda x: UnscaledScores(-x, -x[:, :1], None), "method": "ozaki"},
             ValueError,
             "diag from score_fn must have shape (2, 3) like x, got (2, 1)",
+        ),
+        (
+            {"score_fn": _with_factor(torch.ones(2, 4, 1)), "method": "ozaki"},
+            ValueError,
+            (
+                "factor from score_fn must have shape (2, 3, r), got "
+                "shape (2, 4, 1) torch.float32 on cpu"
+            ),
+        ),
+        (
+            {"score_fn": _with_factor(torch.ones(2, 3, 1).double()), "method": "ozaki"},
+            ValueError,
+            "factor from score_fn must be torch.float32 on cpu like x, got torch.float64 on cpu",
+        ),
+        (
+            {"score_fn": _with_factor(torch.ones(2, 3, 2), torch.ones(1)), "method": "ozaki"},
+            ValueError,
+            "sign from score_fn must have shape (2,) (one for each column), got (1,)",
         ),
     ],
 )

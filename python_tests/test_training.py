@@ -149,6 +149,14 @@ def test_train_stops_before_a_gradient_that_is_not_finite_reaches_the_weights(di
             {"sigma_range": (0.5, 0.1)},
             r"^train: sigma_range must be positive and increasing, got \(0\.5, 0\.1\)$",
         ),
+        *(
+            ({name: value}, rf"^train: {name} must be positive and finite, got {value}$")
+            for name in ("learning_rate", "max_grad_norm")
+            for value in (0, -1.0, math.nan, math.inf)
+        ),
+        ({"weight_decay": -0.1}, r"^train: weight_decay must be >= 0 and finite, got -0\.1$"),
+        ({"weight_decay": math.nan}, r"^train: weight_decay must be >= 0 and finite, got nan$"),
+        ({"warm_up": -1}, r"^train: warm_up must be at least 0, got -1$"),
         ({"ema_decay": 1.0}, r"^train: ema_decay must be in \[0, 1\), got 1\.0$"),
     ],
 )
@@ -158,10 +166,45 @@ def test_train_refuses_arguments_out_of_range(digits, options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, r"^train: steps must be an int, got 2\.5$"),
+        ({"warm_up": True}, r"^train: warm_up must be an int, got True$"),
+        ({"learning_rate": "a"}, r"^train: learning_rate must be a float, got 'a'$"),
+        ({"weight_decay": None}, r"^train: weight_decay must be a float, got None$"),
+    ],
+)
+def test_train_refuses_arguments_of_another_kind(digits, options, message):
+    with pytest.raises(TypeError, match=message):
+        _train(digits, **options)
+
+
+def test_train_takes_batches_of_one_digit(digits):
+    assert len(_train(digits, steps=2, batch_size=1)[2]) == 2
+
+
+def test_train_saves_every_so_many_steps_and_at_the_end_but_not_before_the_work(digits):
+    steps = []
+
+    def save(model, step):
+        steps.append(step)
+        return "here"
+
+    _train(digits, steps=5, save=save, save_every=2)
+    assert steps == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("accelerate", r"^train: needs accelerate, install it with: pip install hos_ext\[app\]$"),
-        ("rich", r"^train: progress=True needs rich, install it with: pip install hos_ext\[app\]$"),
+        (
+            "accelerate",
+            r"^train: accelerate must be installed \(pip install hos_ext\[app\]\), got: ",
+        ),
+        (
+            "rich.progress",
+            r"^train: rich\.progress must be installed \(pip install hos_ext\[app\]\), got: ",
+        ),
     ],
 )
 def test_train_without_an_extra_names_it(digits, monkeypatch, missing, message):
@@ -193,11 +236,54 @@ def test_checkpoint_gives_back_the_model_and_its_settings(saved):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_load_checkpoint_refuses_a_missing_file(saved, name):
+def test_config_is_a_copy_of_what_the_weights_carry(saved):
     folder, _ = saved
-    (folder / name).unlink()
-    message = f"load_checkpoint: folder must hold {name}, got {folder} without it"
+    settings = training.load_checkpoint(folder)[1]
+    assert json.loads((folder / "config.json").read_text()) == settings
+    for text in ('{"seed": 4}', "{"):  # a run that was killed between the two files, or an edit
+        (folder / "config.json").write_text(text)
+        assert training.load_checkpoint(folder)[1] == settings
+    (folder / "config.json").unlink()
+    assert training.load_checkpoint(folder)[1] == settings
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_run_killed_between_renames_leaves_a_checkpoint_that_loads(saved, monkeypatch, renames):
+    folder, _ = saved
+    replace, done = training.Path.replace, []
+
+    def kill(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(path, target)
+
+    other = SETTINGS | {"width": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Path, "replace", kill)
+        try:
+            training.save_checkpoint(
+                folder, training.build_model(other), {"model": other, "seed": 4}, step=9
+            )
+        except KeyboardInterrupt:
+            assert renames < 2
+    model, settings = training.load_checkpoint(folder)
+    expected = (7, 3, 16) if renames == 0 else (9, 4, 8)
+    assert (settings["step"], settings["seed"], model.score.in_features) == expected
+
+
+def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    training.check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="File exists"):
+        training.check_writable(tmp_path / "file")
+
+
+def test_load_checkpoint_refuses_a_missing_file(saved):
+    folder, _ = saved
+    (folder / "model.safetensors").unlink()
+    message = f"load_checkpoint: folder must hold model.safetensors, got {folder} without it"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         training.load_checkpoint(folder)
 
@@ -210,38 +296,6 @@ def test_load_checkpoint_refuses_truncated_weights(saved, keep):
         ValueError,
         match=r"^load_checkpoint: folder must hold a whole "
         r"model\.safetensors, got .*model\.safetensors: ",
-    ):
-        training.load_checkpoint(saved[0])
-
-
-def test_load_checkpoint_refuses_a_truncated_or_foreign_config(saved):
-    path = saved[0] / "config.json"
-    text = path.read_text()
-    path.write_text(text[:-10])
-    with pytest.raises(
-        ValueError, match=r"^load_checkpoint: folder must hold a whole config\.json"
-    ):
-        training.load_checkpoint(saved[0])
-    path.write_text('{"format": "other"}')
-    with pytest.raises(
-        ValueError,
-        match=r"^load_checkpoint: folder must hold a config\.json of "
-        r"format 'hos_ext digits model 1', got 'other' in ",
-    ):
-        training.load_checkpoint(saved[0])
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match=r"got None in "):
-        training.load_checkpoint(saved[0])
-
-
-def test_load_checkpoint_refuses_files_of_two_runs(saved):
-    path = saved[0] / "config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"seed": 4}))
-    with pytest.raises(
-        ValueError,
-        match=r"^load_checkpoint: folder must hold files of one run, got "
-        r"another run's config\.json in ",
     ):
         training.load_checkpoint(saved[0])
 
@@ -259,21 +313,35 @@ def test_load_checkpoint_refuses_weights_of_another_model(saved):
         training.load_checkpoint(folder)
 
 
-def test_load_checkpoint_refuses_weights_of_another_program(saved):
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        (None, "None"),
+        ({"config": "{"}, "None"),
+        ({"config": "[1]"}, "None"),
+        ({"config": '{"format": "other"}'}, "'other'"),
+    ],
+)
+def test_load_checkpoint_refuses_weights_of_another_program(saved, metadata, found):
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(2)}, saved[0] / "model.safetensors")
-    with pytest.raises(ValueError, match=r"folder must hold files of one run"):
+    path = saved[0] / "model.safetensors"
+    save_file({"a": torch.zeros(2)}, path, metadata)
+    message = (
+        "load_checkpoint: folder must hold a model.safetensors of format 'hos_ext digits model 1', "
+        f"got {found} in {path}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         training.load_checkpoint(saved[0])
 
 
 def test_checkpoints_without_safetensors_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    cure = r"needs safetensors, install it with: pip install hos_ext\[app\]$"
-    with pytest.raises(RuntimeError, match=f"^load_checkpoint: {cure}"):
+    cure = r"must be installed \(pip install hos_ext\[app\]\), got: "
+    with pytest.raises(RuntimeError, match=f"^load_checkpoint: safetensors {cure}"):
         training.load_checkpoint(tmp_path)
-    with pytest.raises(RuntimeError, match=f"^save_checkpoint: {cure}"):
+    with pytest.raises(RuntimeError, match=rf"^save_checkpoint: safetensors\.torch {cure}"):
         training.save_checkpoint(tmp_path, nn.Linear(1, 1), {}, step=0)
 
 
@@ -337,6 +405,8 @@ def test_calibration_figures_agree_with_dense_algebra(digits):
     trace = dense.diagonal(0, 1, 2).sum(1).mean()
     expected = (error.square().sum(1).mean() / trace).item()
     assert figures["trace_ratio"] == pytest.approx(expected, rel=1e-4)
+    assert figures["mahalanobis_recalibrated"] == pytest.approx(mahalanobis(1.7, 0.0), rel=1e-4)
+    assert figures["trace_ratio_recalibrated"] == pytest.approx(expected / 1.7, rel=1e-4)
     assert (figures["sigma"], figures["n"]) == (0.4, 20)
 
 

@@ -277,6 +277,44 @@ def test_nan_in_the_data_passes_through() -> None:
     assert got.log_prob(case.x).isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["c", "factor"])
+def test_log_prob_of_a_covariance_that_is_not_finite_is_nan(field: str, bad: float) -> None:
+    case = gaussian()
+    scores = case.scores.scaled(case.sigma)
+    broken = getattr(scores, field).clone()
+    broken[1].view(-1)[0] = bad
+    got = posterior(case.x, scores._replace(**{field: broken}), case.sigma, case.alpha)
+    want = posterior(case.x, scores, case.sigma, case.alpha).log_prob(case.x)
+    value = got.log_prob(case.x)
+    assert value.isnan().tolist() == [False, True, False]
+    close(value[::2], want[::2])
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-7, 1e-12])
+def test_log_prob_in_float32_keeps_its_digits_for_small_variances(small: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    c = torch.ones(2, 6)
+    c[:, :3] = small
+    x, clean = torch.randn(2, 2, 6, generator=generator)
+    factor = torch.randn(2, 6, 4, generator=generator)
+    got = posterior(x, Scores(torch.zeros(2, 6), c, factor), 1.0)
+    full = torch.diag_embed(c.double()) + factor.double() @ factor.double().mT
+    error = (clean.double() - x.double()).unsqueeze(-1)
+    distance = (error.mT @ torch.linalg.solve(full, error)).flatten()
+    want = -(distance + torch.logdet(full) + 6 * math.log(2 * math.pi)) / 2
+    torch.testing.assert_close(got.log_prob(clean).double(), want, rtol=1e-3, atol=0)
+
+
+def test_a_posterior_of_rank_zero_is_a_torch_distribution_too() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    got = posterior(x, Scores(torch.zeros(2, 3), 1 + x), 0.5)
+    law = got.to_distribution()
+    want = torch.distributions.Normal(x, got.std).log_prob(x + 1).sum(-1)
+    torch.testing.assert_close(law.log_prob(x + 1), want)
+    torch.testing.assert_close(got.log_prob(x + 1), want)
+
+
 # -------------------------------------------------------------------------------- conversions
 
 
@@ -338,7 +376,7 @@ def test_hessian_from_the_jacobian_of_the_exact_denoiser() -> None:
 
 # ------------------------------------------------------------------------------------- errors
 
-X, FACTOR = torch.ones(2, 3), torch.ones(2, 3, 1)
+X, FACTOR, INTS = torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.int64)
 SCORES = Scores(X, X, FACTOR)
 FIT = posterior(X, SCORES, 1.0)
 
@@ -374,7 +412,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X, Scores(X, X.to("meta")), 1.0),
             ValueError,
-            "posterior: scores.c must have device cpu, got meta",
+            "posterior: scores.c must be on cpu, got meta",
         ),
         (
             lambda: posterior(X, Scores(X, X, torch.ones(2, 4, 1)), 1.0),
@@ -384,7 +422,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X.half(), Scores(X.half(), X.half()), 1.0),
             ValueError,
-            "DPLR: diag must be float32 or float64, got torch.float16",
+            "posterior: x must have dtype float32, float64, got torch.float16",
         ),
         (
             lambda: posterior(X, SCORES, 0.0),
@@ -510,6 +548,106 @@ FIT = posterior(X, SCORES, 1.0)
             lambda: tweedie.hessian_from_jacobian(torch.ones(2), 1.0),
             ValueError,
             "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2,)",
+        ),
+        (
+            lambda: tweedie.posterior_mean(INTS, INTS, 0.5),
+            ValueError,
+            "posterior_mean: x must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.score_from_eps(INTS, 0.5),
+            ValueError,
+            "score_from_eps: eps must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.eps_from_score(INTS, 0.5),
+            ValueError,
+            "eps_from_score: score must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.score_from_x0(INTS, INTS, 0.5),
+            ValueError,
+            "score_from_x0: x must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.hessian_from_jacobian(INTS[..., None], 0.5),
+            ValueError,
+            "hessian_from_jacobian: jacobian must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.posterior_covariance(INTS, None, 0.5),
+            ValueError,
+            "posterior_covariance: diag must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: Scores(INTS, INTS).unscaled(0.5),
+            ValueError,
+            "Scores.unscaled: score must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: UnscaledScores(INTS, INTS).scaled(0.5),
+            ValueError,
+            "UnscaledScores.scaled: score must have dtype float32, float64, got torch.int64",
+        ),
+        (
+            lambda: tweedie.posterior_mean([1.0], X, 0.5),
+            TypeError,
+            "posterior_mean: x must be a Tensor, got list",
+        ),
+        (
+            lambda: tweedie.score_from_eps([1.0], 0.5),
+            TypeError,
+            "score_from_eps: eps must be a Tensor, got list",
+        ),
+        (
+            lambda: tweedie.eps_from_score([1.0], 0.5),
+            TypeError,
+            "eps_from_score: score must be a Tensor, got list",
+        ),
+        (
+            lambda: tweedie.hessian_from_jacobian([1.0], 0.5),
+            TypeError,
+            "hessian_from_jacobian: jacobian must be a Tensor, got list",
+        ),
+        (
+            lambda: tweedie.posterior_covariance(X, [1.0], 0.5),
+            TypeError,
+            "posterior_covariance: factor must be a Tensor, got list",
+        ),
+        (
+            lambda: posterior(X, Scores(X, X, [1.0]), 0.5),
+            TypeError,
+            "posterior: factor must be a Tensor, got list",
+        ),
+        (
+            lambda: Scores(X, [1.0]).unscaled(0.5),
+            TypeError,
+            "Scores.unscaled: c must be a Tensor, got list",
+        ),
+        (
+            lambda: UnscaledScores(X, [1.0]).scaled(0.5),
+            TypeError,
+            "UnscaledScores.scaled: diag must be a Tensor, got list",
+        ),
+        (
+            lambda: FIT.log_prob([1.0]),
+            TypeError,
+            "Posterior.log_prob: x must be a Tensor, got list",
+        ),
+        (
+            lambda: posterior(X, SCORES, True),
+            TypeError,
+            "posterior: sigma must be a float or a Tensor, got bool",
+        ),
+        (
+            lambda: posterior(X, SCORES, torch.tensor(1.0, device="meta")),
+            ValueError,
+            "posterior: sigma must be on cpu, got meta",
+        ),
+        (
+            lambda: posterior(X, SCORES, torch.tensor(1)),
+            ValueError,
+            "posterior: sigma must have dtype float32, float64, float16, bfloat16, got torch.int64",
         ),
     ],
 )
