@@ -41,7 +41,7 @@ struct Problem {
         columns(args.rank + 1),
         stride(padded(columns)),
         gram_points(points == 3 ? 2 : 1),
-        tile(stride <= 32 ? 128 : (stride <= 64 ? 64 : 32)),
+        tile(stride <= 64 ? 64 : 32),
         weight(stride) {
     for (int64_t k = 0; k < stride; ++k) {
       T w = k < columns ? T(1) : T(0);
