@@ -17,6 +17,10 @@ settings.register_profile("local", deadline=None, database=None, print_blob=True
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# One thread where a test does not ask for more: batches of small factorisations run several times
+# faster, and a parallel LU inside torch's own parallel loop has been seen to wait for ever.
+torch.set_num_threads(1)
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and build_info()["cuda_built"]:
     DEVICES.append("cuda")
