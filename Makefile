@@ -36,10 +36,6 @@ demo test full asan: export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(BIN)/hos-ext demo
 
-# Threads that wait for one another give up the core: with the default of spinning, an eigenvalue
-# solve of MKL takes minutes on a machine that is busy with something else.
-test full asan: export OMP_WAIT_POLICY ?= passive
-
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
