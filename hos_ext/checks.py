@@ -58,6 +58,8 @@ def check_tensor(
 
 def check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -> Any:
     """A positive finite number, or a floating `()` or `(B,)` tensor without gradient."""
+    if value.__class__ is float and 0.0 < value < math.inf:
+        return value
     return check_level(where, name, value, rows, like, positive=True)
 
 
@@ -124,6 +126,8 @@ def check_int(where: str, name: str, value: Any, limit: int) -> None:
 
 def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:
     """A seed or offset: an int, or a 0-d int64 tensor on the CPU or on the device."""
+    if value.__class__ is int and 0 <= value < limit:
+        return
     if not isinstance(value, Tensor):
         check_int(where, name, value, limit)
     elif value.dtype != torch.int64 or value.dim() != 0:
@@ -135,8 +139,11 @@ def check_counter(where: str, name: str, value: Any, limit: int, device: torch.d
         check_int(where, name, int(value), limit)  # a seed may be any 64 bits
 
 
-def check_first(where: str, first: Any, rows: int, size: int) -> None:
+def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
     """The global index of row 0; the index of every element must fit 64 bits."""
+    if first.__class__ is int and first == 0:
+        return
+    rows, size = shape[0] if shape else 1, math.prod(shape[1:])
     check_int(where, "first", first, 2**63)
     if first.__class__ is int and first and (first + rows) * size > 2**64:
         raise ValueError(

@@ -88,7 +88,7 @@ def _draw(
         raise ValueError(f"{where}: shape must not be negative, got {shape}")
     check_counter(where, "seed", seed, 2**64, device)
     check_counter(where, "offset", offset, 2**56, device)
-    check_first(where, first, shape[0] if shape else 1, math.prod(shape[1:]))
+    check_first(where, first, shape)
     check_int(where, "stream", stream, 2**8)
     if needs_library([t for t in (seed, offset) if isinstance(t, Tensor)]) or device.type == "meta":
         seed, offset = (
@@ -177,7 +177,7 @@ def _take_step(
     step_size = check_positive(where, "step_size", step_size, shape[0], x)
     if not isinstance(curvature, str) or curvature not in _CURVATURES:
         raise ValueError(f"{where}: curvature must be clamp, abs or raw, got {curvature!r}")
-    check_first(where, first, shape[0], math.prod(shape[1:]))
+    check_first(where, first, shape)
     check_counter(where, "offset", offset, 2**56, x.device)
     if noise is not None and seed is not None:
         raise ValueError(f"{where}: seed must be None where noise is given, got {show(seed)}")
