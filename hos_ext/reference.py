@@ -44,10 +44,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return [c0, c1, c2, c3]
 
 
-def _words(
-    n: int, *, seed: int, offset: int, start: int, stream: int, device: torch.device | str | None
-) -> tuple[list[Tensor], int]:
-    """The words of the counters that cover elements start ... start + n, and the skipped lanes."""
+def _units(
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    offset: int,
+    first: int,
+    stream: int,
+    device: torch.device | str | None,
+) -> tuple[list[Tensor], slice]:
+    """(k + 1/2) / 2^32 for the words of the counters that cover `shape`, and the lanes to keep."""
+    n = int(torch.Size(shape).numel())
+    start = first * (n // shape[0] if n and shape else 1)
     lead = start % 4
     counters = torch.arange((lead + n + 3) // 4, dtype=torch.int64, device=device) + start // 4
     tag = (stream << 56) | offset
@@ -60,7 +68,8 @@ def _words(
         ),
         (seed & _MASK32, seed >> 32),
     )
-    return words, lead
+    wide = torch.float64 if torch.device(device or "cpu").type != "mps" else torch.float32
+    return [(w.to(wide) + 0.5) * 2.0**-32 for w in words], slice(lead, lead + n)
 
 
 def normal(
@@ -74,19 +83,13 @@ def normal(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normals by Philox and Box-Muller; four for each counter. Computed in float64."""
-    n = int(torch.Size(shape).numel())
-    row = n // shape[0] if n and shape else 1
-    words, lead = _words(
-        n, seed=seed, offset=offset, start=first * row, stream=stream, device=device
-    )
-    wide = torch.float64 if torch.device(device or "cpu").type != "mps" else torch.float32
-    unit = [(w.to(wide) + 0.5) * 2.0**-32 for w in words]
+    unit, kept = _units(shape, seed=seed, offset=offset, first=first, stream=stream, device=device)
     lanes = []
     for j in (0, 2):
         radius = (-2 * unit[j].log()).sqrt()
         angle = unit[j + 1] * (2 * torch.pi)
         lanes += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(lanes, -1).flatten()[lead : lead + n].to(dtype).reshape(shape)
+    return torch.stack(lanes, -1).flatten()[kept].to(dtype).reshape(shape)
 
 
 def uniform(
@@ -100,14 +103,8 @@ def uniform(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniforms (k + 1/2) / 2^32, one for each 32-bit word, rounded to dtype."""
-    n = int(torch.Size(shape).numel())
-    row = n // shape[0] if n and shape else 1
-    words, lead = _words(
-        n, seed=seed, offset=offset, start=first * row, stream=stream, device=device
-    )
-    wide = torch.float64 if torch.device(device or "cpu").type != "mps" else torch.float32
-    unit = (torch.stack(words, -1).flatten()[lead : lead + n].to(wide) + 0.5) * 2.0**-32
-    return unit.to(dtype).reshape(shape)
+    unit, kept = _units(shape, seed=seed, offset=offset, first=first, stream=stream, device=device)
+    return torch.stack(unit, -1).flatten()[kept].to(dtype).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------ steps
