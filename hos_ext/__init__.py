@@ -1,7 +1,25 @@
 """High-order scores by denoising: the public names."""
 
+from .conversions import (
+    eps_from_score,
+    hessian_from_jacobian,
+    jacobian_from_hessian,
+    score_from_eps,
+    score_from_v,
+    score_from_x0,
+    v_from_score,
+    x0_from_score,
+)
 from .densities import Gaussian, GaussianMixture, JointLogisticMixture, ProductLogisticMixture
-from .diagnostics import calibration, ess, min_ess, r_hat, recalibration_factor
+from .diagnostics import (
+    calibration,
+    ess,
+    ess_rate,
+    min_ess,
+    mode_jumps,
+    r_hat,
+    recalibration_factor,
+)
 from .dplr import DPLR
 from .losses import score_matching_loss
 from .models import MLP, UNet
@@ -21,21 +39,16 @@ from .ops import (
     uniform,
 )
 from .samplers import Chains, ChainState, sample
+from .step_size import adapt_step_size, search_step_size
 from .tweedie import (
+    DenseScores,
     Posterior,
     Scores,
     UnscaledScores,
-    eps_from_score,
-    hessian_from_jacobian,
     posterior,
     posterior_covariance,
     posterior_mean,
-    score_from_eps,
-    score_from_v,
-    score_from_x0,
     second_moment,
-    v_from_score,
-    x0_from_score,
 )
 
 __version__: str = build_info()["version"]
@@ -45,6 +58,7 @@ __all__ = [
     "MLP",
     "ChainState",
     "Chains",
+    "DenseScores",
     "Gaussian",
     "GaussianMixture",
     "JointLogisticMixture",
@@ -53,6 +67,7 @@ __all__ = [
     "Scores",
     "UNet",
     "UnscaledScores",
+    "adapt_step_size",
     "assemble_hessian",
     "build_info",
     "calibration",
@@ -64,10 +79,13 @@ __all__ = [
     "dsm_vr_loss",
     "eps_from_score",
     "ess",
+    "ess_rate",
     "hessian_from_jacobian",
     "hessian_matvec",
+    "jacobian_from_hessian",
     "langevin_step",
     "min_ess",
+    "mode_jumps",
     "normal",
     "ozaki_step",
     "posterior",
@@ -80,6 +98,7 @@ __all__ = [
     "score_from_v",
     "score_from_x0",
     "score_matching_loss",
+    "search_step_size",
     "second_moment",
     "uniform",
     "v_from_score",

@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +115,20 @@ def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
     return contiguous
 
 
+def check_number(where: str, name: str, value: object, *, positive: bool = True) -> float:
+    """A finite number, positive or at least not negative; a 0-d tensor counts as a number."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{where}: {name} must be a number, got {kind}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        rule = "> 0" if positive else ">= 0"
+        raise ValueError(f"{where}: {name} must be finite and {rule}, got {number:g}")
+    return number
+
+
 def check_int(where: str, name: str, value: Any, limit: int) -> None:
     if value.__class__ is not int and (
         isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
@@ -199,6 +215,53 @@ def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
         gap = (start_b - start_a) // a.element_size() % max(row, 1)
         return not (gap >= size and row - gap >= size)
     return True
+
+
+def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A float, 0-d or `(B,)` value in like's dtype, shaped to broadcast against `like (B, ...)`.
+
+    A 0-d tensor may lie on the CPU, as everywhere in torch. `like` is float32 or float64.
+
+    Raises:
+        TypeError: value is neither a real number nor a Tensor.
+        ValueError: its shape, dtype or device does not fit, or it is not finite.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(where, name, value, dtypes=FLOATING)
+        if value.dim() > 0 and value.shape != like.shape[:1]:
+            want, got = tuple(like.shape[:1]), tuple(value.shape)
+            raise ValueError(f"{where}: {name} must be a float or have shape {want}, got {got}")
+        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
+            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+    column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if not bool(column.isfinite().all()):
+        worst = column[~column.isfinite()].flatten()[0].item()
+        raise ValueError(f"{where}: {name} must be finite, got {worst}")
+    return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A positive float, 0-d or (B,) value in like's dtype, shaped to broadcast against it."""
+    column = per_sample(where, name, value, like)
+    if not bool((column > 0).all()):
+        worst = column[~(column > 0)].flatten()[0].item()
+        raise ValueError(f"{where}: {name} must be positive, got {worst}")
+    return column
+
+
+def check_samples(where: str, name: str, x: Tensor) -> None:
+    """Refuse what cannot be flattened to (B, D)."""
+    check_tensor(where, name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{where}: {name} must have shape (B, *dims), got {tuple(x.shape)}")
+
+
+def check_like(where: str, name: str, value: Tensor, x: Tensor) -> None:
+    """Refuse a value that has not the shape, dtype and device of x, and an x that is no data."""
+    check_tensor(where, "x", x)
+    check_tensor(where, name, value, like=x, shape=tuple(x.shape))
 
 
 def require(where: str, module: str, extra: str = "app") -> Any:

@@ -10,12 +10,13 @@ All points are `(B, D)` in the dtype and on the device of the parameters (float3
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from .checks import check_number
 
 # log of a density and its first three derivatives
 _Derivatives: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -245,7 +246,7 @@ class ProductLogisticMixture:
         _check_positive("ProductLogisticMixture", "scales", scales)
         self._log_weights = _log_weights("ProductLogisticMixture", weights)
         self.weights, self.locations, self.scales = weights, locations, scales
-        self.noise = _number("ProductLogisticMixture", "noise", noise, positive=False)
+        self.noise = check_number("ProductLogisticMixture", "noise", noise, positive=False)
         self.dim = locations.shape[0]
 
     def to(
@@ -341,7 +342,7 @@ class JointLogisticMixture:
         _check_positive("JointLogisticMixture", "scales", scales)
         self._log_weights = _log_weights("JointLogisticMixture", weights)
         self.weights, self.locations, self.scales = weights, locations, scales
-        self.noise = _number("JointLogisticMixture", "noise", noise, positive=False)
+        self.noise = check_number("JointLogisticMixture", "noise", noise, positive=False)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -681,22 +682,8 @@ def _check_points(name: str, x: Tensor, like: Tensor, dim: int, argument: str = 
         raise ValueError(f"{name}: {argument} must be on {like.device}, got {x.device}")
 
 
-def _number(name: str, argument: str, value: object, *, positive: bool = True) -> float:
-    """A finite number, positive or at least not negative; a 0-d tensor counts as a number."""
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name}: {argument} must be a number, got {kind}")
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        rule = "> 0" if positive else ">= 0"
-        raise ValueError(f"{name}: {argument} must be finite and {rule}, got {number:g}")
-    return number
-
-
 def _check_noise(name: str, sigma: float, alpha: float) -> tuple[float, float]:
-    return _number(name, "sigma", sigma), _number(name, "alpha", alpha)
+    return check_number(name, "sigma", sigma), check_number(name, "alpha", alpha)
 
 
 def _moved(

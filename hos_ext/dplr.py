@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import FLOATING, check_int, check_tensor
+from .checks import check_int, check_tensor, per_sample
 
 _DENSE = 64  # eigh forms the matrix up to this D
 _TOLERANCE = 1e-12  # residual of an eigenpair over the norm of the matrix, in float64
@@ -488,28 +487,3 @@ def _low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(factor)
     lam, rotation = torch.linalg.eigh((r * sign) @ r.mT)
     return q @ rotation, lam
-
-
-def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A float, 0-d or `(B,)` value in like's dtype, shaped to broadcast against `like (B, ...)`.
-
-    A 0-d tensor may lie on the CPU, as everywhere in torch. `like` is float32 or float64.
-
-    Raises:
-        TypeError: value is neither a real number nor a Tensor.
-        ValueError: its shape, dtype or device does not fit, or it is not finite.
-    """
-    if isinstance(value, Tensor):
-        check_tensor(where, name, value, dtypes=FLOATING)
-        if value.dim() > 0 and value.shape != like.shape[:1]:
-            want, got = tuple(like.shape[:1]), tuple(value.shape)
-            raise ValueError(f"{where}: {name} must be a float or have shape {want}, got {got}")
-        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
-            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if not bool(column.isfinite().all()):
-        worst = column[~column.isfinite()].flatten()[0].item()
-        raise ValueError(f"{where}: {name} must be finite, got {worst}")
-    return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))

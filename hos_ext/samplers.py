@@ -1,14 +1,15 @@
 """Markov chains driven by learned or exact scores of a density p.
 
-`sample` holds the state, calls the user's `score_fn`, calls one step operator of `ops` and stores
-every `thin`-th state. A step is one function of this file and one entry of `_STEPS`. Steps are in
-MALA time: `step_size` is h, the drift h * score, the noise sqrt(2 h) z; the eps of Meng et al. 2021
-(arXiv:2111.04726, Eqs. 19, 20) is 2 h. Noise depends on (seed, step, global chain) alone.
+`sample` holds the state, takes steps of `transitions` and stores every `thin`-th state. Steps are
+in MALA time: `step_size` is h, the drift h * score, the noise sqrt(2 h) z; the eps of Meng et al.
+2021 (arXiv:2111.04726, Eqs. 19, 20) is 2 h. Noise depends on (seed, step, global chain) alone.
 """
 
 from __future__ import annotations
 
 import operator
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypedDict
@@ -16,11 +17,27 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import ops
-from .checks import require, show
-from .tweedie import UnscaledScores
+from .checks import WIDE, check_number, require
+from .transitions import (
+    LogDensity,
+    Point,
+    ScoreFunction,
+    evaluate,
+    metropolis_step,
+    own,
+    unadjusted_step,
+)
+from .tweedie import DenseScores, UnscaledScores
 
-ScoreFunction = Callable[[Tensor], Tensor | UnscaledScores]
+UNADJUSTED = (
+    "langevin",
+    "ozaki",
+    "ozaki_full",
+    "ozaki_isotropic",
+    "ozaki_lanczos",
+    "ozaki_cayley",
+)
+ADJUSTED = ("mala", "mh_ozaki", "mh_ozaki_full", "mh_ozaki_isotropic", "mh_ozaki_cayley")
 
 
 class ChainState(TypedDict):
@@ -40,6 +57,36 @@ class Chains(NamedTuple):
     stats: dict[str, Any]
     state: ChainState
 
+    def to_arviz(self, name: str = "x") -> Any:
+        """The draws and the per-chain statistics as ArviZ data (an xarray DataTree).
+
+        Args:
+            name: variable name of the draws.
+
+        Returns:
+            Groups "posterior", with `name` of shape (chain, draw, *dims), and "sample_stats", with
+            what `stats` holds for each chain (no draw axis); the rest of `stats` in its attributes.
+
+        Raises:
+            RuntimeError: arviz-base is missing (pip install hos_ext[app]).
+        """
+        base, tree = require("to_arviz", "arviz_base"), require("to_arviz", "xarray").DataTree
+        chains = len(self.draws)
+        rows, rest = {}, {}
+        for key, value in self.stats.items():
+            if isinstance(value, Tensor) and value.shape == (chains,):
+                rows[key] = value.cpu().numpy()
+            elif isinstance(value, (str, int, float)):
+                rest[key] = value
+        draws = self.draws.detach().to("cpu", torch.promote_types(self.draws.dtype, torch.float32))
+        with warnings.catch_warnings():  # many short chains are what we run
+            warnings.filterwarnings("ignore", message="Found chain dimension to be longer")
+            groups = {
+                "posterior": base.dict_to_dataset({name: draws.numpy()}),
+                "sample_stats": base.dict_to_dataset(rows, sample_dims=["chain"], attrs=rest),
+            }
+        return tree.from_dict(groups)
+
 
 def sample(
     score_fn: ScoreFunction,
@@ -50,25 +97,41 @@ def sample(
     n_steps: int,
     burn_in: int = 0,
     thin: int = 1,
+    log_prob: LogDensity | None = None,
     curvature: str = "clamp",
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
     seed: int | None = None,
     first_chain: int = 0,
     chunk_size: int | None = None,
     state: ChainState | None = None,
     progress: bool = False,
 ) -> Chains:
-    """Run unadjusted Markov chains from `init`, all chains side by side.
+    """Run Markov chains from `init`, all chains side by side.
 
-    "langevin" (Eq. 19):  x' = x + h s1 + sqrt(2 h) z
-    "ozaki" (Eq. 20):     x' = x + h phi1(h d) s1 + sqrt(2 h phi1(2 h d)) z,
-                          elementwise with d the diagonal of s2, phi1(y) = (e^y - 1) / y
+    With A the Hessian s2 after its curvature treatment and phi1(y) = (e^y - 1) / y:
 
-    h = `step_size` = eps / 2 in the paper's eps. On a Gaussian of precision P, "langevin" has the
-    stationary covariance P^-1 (I - h P / 2)^-1 and is stable if h p_max < 2. "ozaki" keeps the
-    Gaussian exactly for every h if P is diagonal. If not, the stationary covariance C solves
-    C = A C A^T + S with A = I - M P, M = h phi1(-h diag P), S = 2 h phi1(-2 h diag P): it loses
-    its correlations as h grows, and is stable for every h if P < 2 diag(P). Neither method is
-    Metropolis-adjusted: on other densities both have a bias that vanishes with h.
+        "langevin" (Eq. 19)   x' = x + h s1 + sqrt(2 h) z
+        "ozaki" (Eq. 20)      x' = x + h phi1(h A) s1 + sqrt(2 h phi1(2 h A)) z, A = diag s2
+        "ozaki_full"          the same with the whole s2, by an eigendecomposition of D x D matrices
+        "ozaki_isotropic"     the same for s2 = c I + U diag(sign) U^T, by one of r x r
+        "ozaki_lanczos"       the same for any s2, by products with it, to a relative `tolerance`
+        "ozaki_cayley"        x' = x + (I - h A / 2)^-1 (h s1 + sqrt(2 h) z), the whole s2
+
+    h = `step_size` = eps / 2 in the paper's eps. What each leaves invariant on a Gaussian of
+    precision P: "ozaki_full", "ozaki_isotropic" and "ozaki_cayley" the Gaussian itself for every h;
+    "ozaki_lanczos" too, to its tolerance. "langevin" has the covariance P^-1 (I - h P / 2)^-1 and
+    is stable if h p_max < 2. "ozaki" is exact for every h if P is diagonal; if not, its covariance
+    C solves C = B C B^T + S with B = I - M P, M = h phi1(-h diag P), S = 2 h phi1(-2 h diag P): it
+    loses its correlations as h grows, and is stable for every h if P < 2 diag(P). On other
+    densities all have a bias that vanishes with h.
+
+    "mala", "mh_ozaki", "mh_ozaki_full", "mh_ozaki_isotropic" and "mh_ozaki_cayley" propose the step
+    of the like-named method and accept it by Metropolis and Hastings. With `log_prob` they leave p
+    invariant for every h. Without it log p(x') - log p(x) is estimated from the scores at both
+    ends, by the trapezoid rule corrected with s2 (without s2, the plain rule): exact on Gaussians,
+    elsewhere the law has a bias that vanishes faster than that of the unadjusted step. (The density
+    of a Lanczos step has no closed form, hence no adjusted form of it.)
 
     The noise of a step is a function of (seed, step, first_chain + row): any `chunk_size`, a run
     resumed from `state`, and chains split over processes with `first_chain` give the same chains;
@@ -76,25 +139,33 @@ def sample(
     rounding for networks.
 
     A chain whose state holds a NaN or an infinity has diverged. It is neither stopped nor
-    restarted: a step only adds to the state, so that it stays non-finite, in `draws` too, and
-    `stats` marks it (as it does a finite state whose sum overflows: it is about to diverge). The
-    other chains are not affected.
+    restarted: an unadjusted step only adds to the state, so that it stays non-finite, in `draws`
+    too, and `stats` marks it (as it does a finite state whose sum overflows: it is about to
+    diverge). An adjusted chain rejects such a proposal, and one whose acceptance ratio is NaN, and
+    `stats` counts it. The other chains are not affected.
 
     Args:
         score_fn: maps x of shape (rows, *dims) to the score s1 of the same shape, dtype and device
-            ("langevin"), or to UnscaledScores, which "ozaki" needs for the diagonal of s2, low-rank
-            part included. Called once a step, without gradients, with at most `chunk_size` rows.
-            x is a buffer that later steps overwrite: clone it to keep it.
-        init: start of every chain. Shape (chain, *dims), floating point. It is not changed. None if
-            `state` is given.
-        method: "langevin" or "ozaki".
+            ("langevin", "mala"), to UnscaledScores, or to DenseScores (not for "ozaki_isotropic").
+            Called once a step, without gradients, with at most `chunk_size` rows; adjusted methods
+            call it once more at the start. x may be a buffer that later steps overwrite, and what
+            score_fn returns may be one too.
+        init: start of every chain. Shape (chain, *dims), floating point; float32 or float64 for all
+            methods but "langevin" and "ozaki". It is not changed. None if `state` is given.
+        method: one of the above.
         step_size: h > 0, in squared units of the data. Float, 0-d tensor, or one for each chain,
             shape (chain,), on the device of init.
         n_steps: steps after the burn-in. n_steps // thin draws are kept (see `state`).
         burn_in: steps thrown away first, counted in this call.
         thin: keep every thin-th state.
-        curvature: what "ozaki" does with d > 0: "clamp" uses min(d, 0) (a Langevin step there),
-            "abs" -|d|, "raw" d as it is (may overflow: a divergence). "langevin" ignores it.
+        log_prob: maps x (rows, *dims) to log p + constant, shape (rows,); for adjusted methods.
+        curvature: what becomes of an eigenvalue l > 0 of s2 (for "ozaki" of its diagonal):
+            "clamp" min(l, 0) (a Langevin step there), "abs" -|l|, "raw" l as it is (may overflow,
+            and has no Cayley step if h l >= 2: divergences). "ozaki_cayley" with UnscaledScores
+            treats an s2 that is not negative definite by congruence (`transitions._cayley_kernel`).
+            "langevin" and "mala" ignore it.
+        tolerance: relative error at which "ozaki_lanczos" stops, > 0.
+        max_iterations: most products with s2 for each of drift and noise. None: min(D, 200).
         seed: key of the noise, 0 ... 2^64 - 1. None draws one from torch's default generator; it is
             in `state`.
         first_chain: global index of the first chain, for chains split over processes.
@@ -106,70 +177,124 @@ def sample(
 
     Returns:
         Chains. `draws` has shape (chain, draw, *dims), the dtype and the device of init. `stats`
-        has "method", "step_size", "n_score_evaluations" (for each chain), "divergences" (shape
-        (chain,), the steps of this call that ended in a non-finite state) and "diverged" (shape
-        (chain,), bool, the last state is non-finite). `state` resumes the run.
+        has "method", "step_size", "seconds" (wall time), "n_score_evaluations" (for each chain)
+        and, of shape (chain,), "divergences" (the steps of this call that ended in a non-finite
+        state; adjusted: that were rejected for it) and "diverged" (bool, the last state, or its
+        score if adjusted, is non-finite). Adjusted methods add "acceptance" (chain,), the mean
+        acceptance probability of the steps after the burn-in, and "log_ratio", "log_prob" or
+        "scores". "ozaki_lanczos" adds, of shape (chain,), "lanczos_error" (the largest relative
+        error estimate), "lanczos_iterations" (in all) and "lanczos_unconverged" (steps that ended
+        above the tolerance). `state` resumes the run.
 
     Raises:
         ValueError: an argument out of range, an unknown method or curvature, a score of another
-            shape, dtype or device than x.
+            shape, dtype or device than x, a Hessian that is not symmetric, or not isotropic plus
+            low rank for "ozaki_isotropic".
         TypeError: an argument or a score of the wrong kind.
         RuntimeError: progress=True without rich.
+
+    Reference:
+        Meng et al. 2021, Eqs. 19, 20; Roberts & Tweedie 1996 (the adjusted step).
     """
-    step = _STEPS.get(method) if isinstance(method, str) else None
-    if step is None:
-        known = ", ".join(repr(name) for name in _STEPS)
+    if method not in UNADJUSTED and method not in ADJUSTED:
+        known = ", ".join(repr(name) for name in (*UNADJUSTED, *ADJUSTED))
         raise ValueError(f"sample: method must be one of {known}, got {method!r}")
+    adjusted = method in ADJUSTED
     if curvature not in ("clamp", "abs", "raw"):
         raise ValueError(
             f"sample: curvature must be one of 'clamp', 'abs', 'raw', got {curvature!r}"
         )
+    if log_prob is not None and not adjusted:
+        raise ValueError(
+            f"sample: log_prob must be None for the unadjusted method {method!r}, got one"
+        )
     n_steps = _whole("n_steps", n_steps, 0)
     burn_in = _whole("burn_in", burn_in, 0)
     thin = _whole("thin", thin, 1)
-    begin = _begin(init, seed, first_chain, state)
+    tolerance = check_number("sample", "tolerance", tolerance, positive=True)
+    if max_iterations is not None:
+        max_iterations = _whole("max_iterations", max_iterations, 1)
+    begin = begin_chains(init, seed, first_chain, state)
     x, first, seed = begin["x"], begin["first_chain"], begin["seed"]
+    if method not in ("langevin", "ozaki") and x.dtype not in WIDE:
+        raise ValueError(
+            f"sample: init must have dtype float32, float64 for method {method!r}, got {x.dtype}"
+        )
     chains = x.shape[0]
     chunk = max(chains, 1) if chunk_size is None else _whole("chunk_size", chunk_size, 1)
     _check_step_size(step_size, x)
 
     since_draw = begin["since_draw"] % thin if burn_in == 0 else 0
     draws = x.new_empty((chains, (since_draw + n_steps) // thin, *x.shape[1:]))
-    divergences = torch.zeros(chains, dtype=torch.int64, device=x.device)
+    tally = _Tally(chains, x.device)
     total = burn_in + n_steps
+    started = time.perf_counter()
     with torch.no_grad(), _progress_bar(progress, method, total * -(-chains // chunk)) as advance:
         for low in range(0, chains, chunk):
             rows = slice(low, low + chunk)
             h = step_size[rows] if isinstance(step_size, Tensor) and step_size.dim() else step_size
             # Two buffers in turn: a fresh output for each step can cost more, in page faults,
             # than the step.
-            current, spare, count = x[rows], torch.empty_like(x[rows]), divergences[rows]
+            current, spare = x[rows], torch.empty_like(x[rows])
+            here = own(evaluate(score_fn, current, method, log_prob)) if adjusted else None
             for k in range(total):
-                step(
-                    score_fn,
-                    current,
-                    spare,
-                    step_size=h,
-                    curvature=curvature,
-                    seed=seed,
-                    offset=begin["step"] + k,
-                    first=first + low,
-                )
-                current, spare = spare, current
-                count += _non_finite(current)
+                keys = {"seed": seed, "offset": begin["step"] + k, "first": first + low}
+                if here is not None:
+                    here, probability, lost = metropolis_step(
+                        method,
+                        score_fn,
+                        log_prob,
+                        here,
+                        step_size=h,
+                        curvature=curvature,
+                        **keys,
+                    )
+                    current = here.x
+                    tally.divergences[rows] += lost
+                    if k >= burn_in:
+                        tally.acceptance[rows] += probability
+                else:
+                    report = unadjusted_step(
+                        method,
+                        score_fn,
+                        current,
+                        spare,
+                        step_size=h,
+                        curvature=curvature,
+                        tolerance=tolerance,
+                        max_iterations=max_iterations,
+                        **keys,
+                    )
+                    current, spare = spare, current
+                    tally.divergences[rows] += _non_finite(current)
+                    if report is not None:
+                        tally.error[rows] = torch.maximum(tally.error[rows], report.error.double())
+                        tally.iterations[rows] += report.iterations
+                        tally.unconverged[rows] += ~report.converged
                 draw, rest = divmod(since_draw + k + 1 - burn_in, thin)
                 if k >= burn_in and rest == 0:
                     draws[rows, draw - 1] = current
                 advance()
-            if total % 2:
+            tally.diverged[rows] = _non_finite(current)
+            if here is not None:
+                tally.diverged[rows] |= _non_finite(_score_of(here))
+            if current.data_ptr() != x[rows].data_ptr():
                 x[rows] = current
     stats = {
         "method": method,
         "step_size": step_size,
-        "n_score_evaluations": total,
-        "divergences": divergences,
-        "diverged": _non_finite(x),
+        "seconds": time.perf_counter() - started,
+        "n_score_evaluations": total + adjusted,
+        "divergences": tally.divergences,
+        "diverged": tally.diverged,
     }
+    if adjusted:
+        stats["acceptance"] = tally.acceptance / n_steps
+        stats["log_ratio"] = "scores" if log_prob is None else "log_prob"
+    if method == "ozaki_lanczos":
+        stats["lanczos_error"] = tally.error
+        stats["lanczos_iterations"] = tally.iterations
+        stats["lanczos_unconverged"] = tally.unconverged
     end = ChainState(
         x=x,
         step=begin["step"] + total,
@@ -180,88 +305,21 @@ def sample(
     return Chains(draws, stats, end)
 
 
-# ------------------------------------------------------------------------------------------ steps
+class _Tally:
+    """What is counted for each chain along the run."""
+
+    def __init__(self, chains: int, device: torch.device) -> None:
+        self.divergences = torch.zeros(chains, dtype=torch.int64, device=device)
+        self.diverged = torch.zeros(chains, dtype=torch.bool, device=device)
+        self.acceptance = torch.zeros(chains, dtype=torch.float64, device=device)
+        self.error = torch.zeros(chains, dtype=torch.float64, device=device)
+        self.iterations = torch.zeros(chains, dtype=torch.int64, device=device)
+        self.unconverged = torch.zeros(chains, dtype=torch.int64, device=device)
 
 
-def _langevin(
-    score_fn: ScoreFunction,
-    x: Tensor,
-    out: Tensor,
-    *,
-    step_size: float | Tensor,
-    curvature: str,
-    seed: int,
-    offset: int,
-    first: int,
-) -> None:
-    """One Langevin step (Eq. 19) from x into out."""
-    scores = score_fn(x)
-    score = scores.score if isinstance(scores, UnscaledScores) else scores
-    _check_like_x("score", score, x)
-    ops.langevin_step(x, score, step_size, seed=seed, offset=offset, first=first, out=out)
-
-
-def _ozaki(
-    score_fn: ScoreFunction,
-    x: Tensor,
-    out: Tensor,
-    *,
-    step_size: float | Tensor,
-    curvature: str,
-    seed: int,
-    offset: int,
-    first: int,
-) -> None:
-    """One diagonal Ozaki step (Eq. 20) from x into out."""
-    scores = score_fn(x)
-    if not isinstance(scores, UnscaledScores):
-        raise TypeError(
-            "sample: score_fn must return UnscaledScores(score, diag, factor) for method 'ozaki', "
-            f"got {type(scores).__name__}"
-        )
-    _check_like_x("score", scores.score, x)
-    _check_like_x("diag", scores.diag, x)
-    ops.ozaki_step(
-        x,
-        scores.score,
-        _hessian_diagonal(scores, x),
-        step_size,
-        seed=seed,
-        offset=offset,
-        first=first,
-        curvature=curvature,
-        out=out,
-    )
-
-
-def _hessian_diagonal(scores: UnscaledScores, x: Tensor) -> Tensor:
-    """The curvature along each coordinate: the diagonal of s2, not the D of D + U U^T."""
-    factor, sign = scores.factor, scores.sign
-    if factor is None:
-        return scores.diag
-    size = x.shape[1:].numel()
-    if not isinstance(factor, Tensor) or factor.shape[:-1] != (len(x), size):
-        raise ValueError(
-            f"sample: factor from score_fn must have shape ({len(x)}, {size}, r), "
-            f"got {show(factor)}"
-        )
-    if factor.dtype != x.dtype or factor.device != x.device:
-        raise ValueError(
-            f"sample: factor from score_fn must be {x.dtype} on {x.device} like x, "
-            f"got {factor.dtype} on {factor.device}"
-        )
-    squares = factor.square()
-    if sign is not None:
-        if sign.shape != factor.shape[-1:]:
-            raise ValueError(
-                f"sample: sign from score_fn must have shape {tuple(factor.shape[-1:])} (one for "
-                f"each column), got {tuple(sign.shape)}"
-            )
-        squares = squares * sign.to(x.dtype)
-    return scores.diag + squares.sum(-1).view(x.shape)
-
-
-_STEPS: dict[str, Callable[..., None]] = {"langevin": _langevin, "ozaki": _ozaki}
+def _score_of(here: Point) -> Tensor:
+    scores = here.scores
+    return scores.score if isinstance(scores, (UnscaledScores, DenseScores)) else scores
 
 
 def _non_finite(x: Tensor) -> Tensor:
@@ -276,7 +334,7 @@ def _non_finite(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- checks
 
 
-def _begin(
+def begin_chains(
     init: Tensor | None, seed: int | None, first_chain: int, state: ChainState | None
 ) -> ChainState:
     """The state a run starts from, with its own copy of x."""
@@ -343,24 +401,6 @@ def _check_step_size(step_size: float | Tensor, x: Tensor) -> None:
     bad = ~(h.isfinite() & (h > 0))
     if bad.any():
         raise ValueError(f"sample: step_size must be positive and finite, got {float(h[bad][0])}")
-
-
-def _check_like_x(name: str, value: object, x: Tensor) -> None:
-    """Refuse a score or diagonal that does not match x."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"sample: {name} from score_fn must be a tensor, got {type(value).__name__}"
-        )
-    if value.shape != x.shape:
-        raise ValueError(
-            f"sample: {name} from score_fn must have shape {tuple(x.shape)} like x, "
-            f"got {tuple(value.shape)}"
-        )
-    if value.dtype != x.dtype or value.device != x.device:
-        raise ValueError(
-            f"sample: {name} from score_fn must be {x.dtype} on {x.device} like x, "
-            f"got {value.dtype} on {value.device}"
-        )
 
 
 def _whole(name: str, value: int, minimum: int) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-from .checks import check_tensor
-from .dplr import DPLR, per_sample
+from .checks import check_like, check_samples, check_tensor, positive
+from .dplr import DPLR
 
 
 class Scores(NamedTuple):
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
         where = "Scores.unscaled"
         check_tensor(where, "score", self.score)
         check_tensor(where, "c", self.c, like=self.score, shape=tuple(self.score.shape))
-        s = _positive(where, "sigma", sigma, self.score)
+        s = positive(where, "sigma", sigma, self.score)
         factor = _factor(where, self.factor, self.score, 1 / s)
         return UnscaledScores(self.score / s, (self.c - 1) / s.square(), factor, self.sign)
 
@@ -65,9 +65,21 @@ class UnscaledScores(NamedTuple):
         where = "UnscaledScores.scaled"
         check_tensor(where, "score", self.score)
         check_tensor(where, "diag", self.diag, like=self.score, shape=tuple(self.score.shape))
-        s = _positive(where, "sigma", sigma, self.score)
+        s = positive(where, "sigma", sigma, self.score)
         factor = _factor(where, self.factor, self.score, s)
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
+
+
+class DenseScores(NamedTuple):
+    """The scores themselves with the whole Hessian, for small D or an analytic density.
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        hessian: s2, symmetric. Shape (B, D, D), D in row-major order of dims. Units 1/data^2.
+    """
+
+    score: Tensor
+    hessian: Tensor
 
 
 class Posterior(NamedTuple):
@@ -135,7 +147,7 @@ class Posterior(NamedTuple):
 
     def recalibrated(self, factor: float | Tensor) -> Posterior:
         """The posterior with its covariance times factor: a float or (B,), > 0."""
-        _positive("Posterior.recalibrated", "factor", factor, self.mean)
+        positive("Posterior.recalibrated", "factor", factor, self.mean)
         return Posterior(self.mean, self.covariance.scale(factor))
 
     def to_distribution(self) -> LowRankMultivariateNormal:
@@ -190,11 +202,11 @@ def posterior(
     """
     if not isinstance(scores, Scores):
         raise TypeError(f"posterior: scores must be a Scores, got {type(scores).__name__}")
-    _samples("posterior", "x", x)
-    _like("posterior", "scores.score", scores.score, x)
-    _like("posterior", "scores.c", scores.c, x)
-    s = _positive("posterior", "sigma", sigma, x)
-    a = _positive("posterior", "alpha", alpha, x)
+    check_samples("posterior", "x", x)
+    check_like("posterior", "scores.score", scores.score, x)
+    check_like("posterior", "scores.c", scores.c, x)
+    s = positive("posterior", "sigma", sigma, x)
+    a = positive("posterior", "alpha", alpha, x)
     ratio = s / a
     factor = _factor("posterior", scores.factor, x, ratio)
     covariance = DPLR((ratio.square() * scores.c).flatten(1), factor, scores.sign)
@@ -218,9 +230,9 @@ def posterior_mean(
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
     """
-    _like("posterior_mean", "score", score, x)
-    s = _positive("posterior_mean", "sigma", sigma, x)
-    return (x + s.square() * score) / _positive("posterior_mean", "alpha", alpha, x)
+    check_like("posterior_mean", "score", score, x)
+    s = positive("posterior_mean", "sigma", sigma, x)
+    return (x + s.square() * score) / positive("posterior_mean", "alpha", alpha, x)
 
 
 def posterior_covariance(
@@ -249,9 +261,9 @@ def posterior_covariance(
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
     """
-    _samples("posterior_covariance", "diag", diag)
-    s = _positive("posterior_covariance", "sigma", sigma, diag)
-    a = _positive("posterior_covariance", "alpha", alpha, diag)
+    check_samples("posterior_covariance", "diag", diag)
+    s = positive("posterior_covariance", "sigma", sigma, diag)
+    a = positive("posterior_covariance", "alpha", alpha, diag)
     factor = _factor("posterior_covariance", factor, diag, s.square() / a)
     return DPLR(((s / a).square() * (1 + s.square() * diag)).flatten(1), factor, sign)
 
@@ -281,121 +293,15 @@ def second_moment(
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
     """
-    _samples("second_moment", "x", x)
-    _like("second_moment", "diag", diag, x)
+    check_samples("second_moment", "x", x)
+    check_like("second_moment", "diag", diag, x)
     mean = posterior_mean(x, score, sigma, alpha).flatten(1)
     covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
     return covariance + DPLR(torch.zeros_like(mean), mean.unsqueeze(-1))
 
 
-# -------------------------------------------------------------------------------- conversions
-
-
-def score_from_eps(eps: Tensor, sigma: float | Tensor) -> Tensor:
-    """s1 = -E[z | x] / sigma, from a noise prediction (any alpha). eps (B, *dims)."""
-    check_tensor("score_from_eps", "eps", eps)
-    return -eps / _positive("score_from_eps", "sigma", sigma, eps)
-
-
-def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
-    """E[z | x] = -sigma s1, the noise prediction (any alpha). score (B, *dims)."""
-    check_tensor("eps_from_score", "score", score)
-    return -score * _positive("eps_from_score", "sigma", sigma, score)
-
-
-def score_from_x0(
-    x: Tensor, x0: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
-) -> Tensor:
-    """s1 = (alpha E[x0 | x] - x) / sigma^2, from a denoised sample. x, x0 (B, *dims)."""
-    _like("score_from_x0", "x0", x0, x)
-    s = _positive("score_from_x0", "sigma", sigma, x)
-    return (_positive("score_from_x0", "alpha", alpha, x) * x0 - x) / s.square()
-
-
-def x0_from_score(
-    x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
-) -> Tensor:
-    """E[x0 | x] = (x + sigma^2 s1) / alpha: `posterior_mean` under its name in diffusion."""
-    return posterior_mean(x, score, sigma, alpha)
-
-
-def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
-    """s1 from a velocity prediction E[v | x], v = alpha z - sigma x0. x, v (B, *dims).
-
-    With x = alpha x0 + sigma z: z = (sigma x + alpha v) / (alpha^2 + sigma^2) and s1 = -z / sigma.
-    Any alpha and sigma; in the variance-preserving case the denominator is 1.
-    """
-    _like("score_from_v", "v", v, x)
-    s = _positive("score_from_v", "sigma", sigma, x)
-    a = _positive("score_from_v", "alpha", alpha, x)
-    return -(s * x + a * v) / (s * (a.square() + s.square()))
-
-
-def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
-    """E[v | x] = -(sigma / alpha) (x + (alpha^2 + sigma^2) s1), v as in `score_from_v`."""
-    _like("v_from_score", "score", score, x)
-    s = _positive("v_from_score", "sigma", sigma, x)
-    a = _positive("v_from_score", "alpha", alpha, x)
-    return -(s / a) * (x + (a.square() + s.square()) * score)
-
-
-def hessian_from_jacobian(
-    jacobian: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
-) -> Tensor:
-    """s2 = (alpha J - I) / sigma^2 from the Jacobian J of the denoiser x -> E[x0 | x].
-
-    Args:
-        jacobian: d E[x0 | x]_i / d x_j, as vmap(jacrev(denoiser))(x) gives it. Shape
-            (B, *dims, *dims). float32 or float64.
-        sigma: noise standard deviation, units of the data. float or (B,), > 0.
-        alpha: signal scale. float or (B,), > 0.
-
-    Returns:
-        Shape (B, D, D). Symmetric if J is; a network's Jacobian is so only approximately.
-
-    Raises:
-        ValueError: jacobian is not (B, *dims, *dims); sigma or alpha is not positive.
-    """
-    where = "hessian_from_jacobian"
-    check_tensor(where, "jacobian", jacobian)
-    half = jacobian.dim() // 2
-    dims = jacobian.shape[1 : 1 + half]
-    if half == 0 or jacobian.dim() % 2 == 0 or dims != jacobian.shape[1 + half :]:
-        got = tuple(jacobian.shape)
-        raise ValueError(f"{where}: jacobian must have shape (B, *dims, *dims), got {got}")
-    flat = jacobian.reshape(jacobian.shape[0], dims.numel(), dims.numel())
-    s = _positive(where, "sigma", sigma, flat)
-    scaled = _positive(where, "alpha", alpha, flat) * flat
-    return (scaled - torch.eye(dims.numel(), dtype=flat.dtype, device=flat.device)) / s.square()
-
-
-# ------------------------------------------------------------------------------------ helpers
-
-
-def _positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A positive float, 0-d or (B,) value in like's dtype, shaped to broadcast against it."""
-    column = per_sample(where, name, value, like)
-    if not bool((column > 0).all()):
-        worst = column[~(column > 0)].flatten()[0].item()
-        raise ValueError(f"{where}: {name} must be positive, got {worst}")
-    return column
-
-
-def _samples(where: str, name: str, x: Tensor) -> None:
-    """Refuse what cannot be flattened to (B, D)."""
-    check_tensor(where, name, x)
-    if x.dim() < 2:
-        raise ValueError(f"{where}: {name} must have shape (B, *dims), got {tuple(x.shape)}")
-
-
-def _like(where: str, name: str, value: Tensor, x: Tensor) -> None:
-    """Refuse a value that has not the shape, dtype and device of x, and an x that is no data."""
-    check_tensor(where, "x", x)
-    check_tensor(where, name, value, like=x, shape=tuple(x.shape))
-
-
 def _factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
-    """factor times a value of `_positive`."""
+    """factor times a value of `positive`."""
     if factor is None:
         return None
     check_tensor(where, "factor", factor, like=like)

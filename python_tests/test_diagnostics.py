@@ -5,7 +5,15 @@ import sys
 import pytest
 import torch
 
-from hos_ext.diagnostics import calibration, ess, min_ess, r_hat, recalibration_factor
+from hos_ext.diagnostics import (
+    calibration,
+    ess,
+    ess_rate,
+    min_ess,
+    mode_jumps,
+    r_hat,
+    recalibration_factor,
+)
 from hos_ext.dplr import DPLR
 from hos_ext.tweedie import Posterior, UnscaledScores, posterior
 
@@ -93,20 +101,107 @@ def test_r_hat_matches_a_naive_one(n):
 
 def test_dimensions_without_meaning_give_nan_and_harm_no_other():
     draws = ar1(0.5, 3, 100, 4)
-    good_ess, good_r_hat = ess(draws), r_hat(draws)
+    figures = (ess, lambda draws: ess(draws, method="cutoff"), r_hat)
+    good = [figure(draws) for figure in figures]
     draws[0, 7, 1] = torch.nan
     draws[1, 9, 2] = torch.inf
     draws[..., 3] = 5.0
-    for got, good in ((ess(draws), good_ess), (r_hat(draws), good_r_hat)):
-        assert got[0] == good[0]
+    for figure, before in zip(figures, good, strict=True):
+        got = figure(draws)
+        assert float(got[0]) == pytest.approx(float(before[0]), rel=1e-9)
         assert got[1:].isnan().all()
-    assert torch.tensor(min_ess(draws)).isnan()
+    for method in ("bulk", "cutoff"):
+        assert torch.tensor(min_ess(draws, method=method)).isnan()
+        assert torch.tensor(ess_rate(draws, 2.0, method=method)).isnan()
     assert ess(draws[..., 3]).isnan()
 
 
 def test_chains_that_stand_still_have_an_infinite_r_hat():
     draws = torch.arange(3.0)[:, None].expand(3, 50)
     assert float(r_hat(draws)) == torch.inf
+
+
+def naive_cutoff_ess(draws):
+    """The rule from its definition, one lag and one pair of draws at a time; draws (chain, n)."""
+    chains, n = draws.shape
+    rows = draws.tolist()
+    mean = sum(sum(row) for row in rows) / (chains * n)
+    variance = sum((x - mean) ** 2 for row in rows for x in row) / (chains * n)
+    total = 0.0
+    for s in range(1, n):
+        pairs = [(row[t] - mean) * (row[t + s] - mean) for row in rows for t in range(n - s)]
+        rho = sum(pairs) / len(pairs) / variance
+        if rho < 0.05:
+            break
+        total += (1 - s / n) * rho
+    return chains * n / (1 + 2 * total)
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+@pytest.mark.parametrize("n", [4, 59, 64])
+def test_cutoff_ess_matches_a_naive_one(chains, n):
+    draws = ar1(torch.tensor([0.0, 0.7, 0.97, -0.8]), chains, n, 4, seed=n)
+    draws[..., 2] += 3 * torch.arange(float(chains))[:, None]
+    expected = [naive_cutoff_ess(draws[..., d]) for d in range(4)]
+    torch.testing.assert_close(
+        ess(draws, method="cutoff"), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
+def test_cutoff_ess_of_ar1_chains_is_the_truncated_sum():
+    """rho_s = a^s, summed while a^s >= 0.05, and what that leaves out of (1 + a) / (1 - a)."""
+    chains, n = 200, 1000
+    a = torch.tensor([0.0, 0.5, 0.8, 0.9], dtype=torch.float64)
+    lag = torch.arange(1.0, n).double()[:, None]
+    rho = a**lag
+    kept = rho >= 0.05
+    expected = chains * n / (1 + 2 * (kept * rho * (1 - lag / n)).sum(0))
+    got = ess(ar1(a, chains, n, 4), method="cutoff")
+    # A sum of S estimated correlations has a relative standard error of sqrt(2 (2 S + 1) / draws).
+    error = (2 * (2 * kept.sum(0) + 1) / (chains * n)).sqrt()
+    assert ((got / expected - 1).abs() < 3 * error).all()
+    # The terms left out sum to less than 0.05 / (1 - a); the last 1% is for n, which is finite.
+    ratio = expected * (1 + a) / (1 - a) / (chains * n)
+    assert (ratio >= 1).all()
+    assert (ratio < 1.01 / (1 - 0.1 / (1 + a))).all()
+
+
+def test_cutoff_ess_is_at_most_the_number_of_draws():
+    assert float(ess(ar1(0.0, 5, 2000), method="cutoff")) == 10_000
+    assert float(ess(ar1(-0.6, 5, 2000), method="cutoff")) == 10_000
+
+
+def test_cutoff_ess_counts_a_chain_in_its_own_mode_as_one_draw():
+    draws = ar1(0.0, 4, 500) + 1000 * torch.arange(4.0)[:, None]
+    assert float(ess(draws, method="cutoff")) == pytest.approx(4, abs=0.01)
+    assert float(ess(draws[:1], method="cutoff")) > 300
+
+
+def test_cutoff_ess_knows_neither_units_nor_the_order_of_chains():
+    draws = ar1(torch.tensor([0.0, 0.6, 0.9]), 4, 300, 3)
+    want = ess(draws, method="cutoff")
+    for moved in (draws.flip(0), 3.7 * draws - 20, -draws, 2.0**-600 * draws, 2.0**600 * draws):
+        torch.testing.assert_close(ess(moved, method="cutoff"), want, rtol=1e-9, atol=0)
+
+
+def test_cutoff_ess_keeps_dims_and_does_without_arviz(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
+    draws = ar1(0.3, 3, 60, 2, 5)
+    whole = ess(draws, method="cutoff")
+    assert whole.shape == (2, 5)
+    assert whole.dtype == torch.float64
+    torch.testing.assert_close(
+        whole[1, 3], ess(draws[:, :, 1, 3], method="cutoff"), rtol=1e-12, atol=0
+    )
+    assert min_ess(draws, method="cutoff") == float(whole.min())
+    assert ess_rate(draws, 4, method="cutoff") == float(whole.min()) / 4
+
+
+@pytest.mark.parametrize("cost", [2.5, torch.tensor(2.5), torch.tensor(2.5).double()])
+def test_ess_rate_is_the_smallest_ess_by_cost(cost):
+    draws = ar1(torch.tensor([0.0, 0.8]), 4, 200, 2)
+    assert ess_rate(draws, cost) == float(ess(draws)[1]) / 2.5
+    assert ess_rate(draws, cost, method="tail") == float(ess(draws, method="tail").min()) / 2.5
 
 
 @pytest.mark.parametrize("function", [ess, r_hat])
@@ -119,13 +214,16 @@ def test_chain_diagnostics_without_arviz_name_the_extra(function, monkeypatch):
     )
 
 
+SHAPE = "draws must have shape (chain, draw, *dims)"
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
         (
             lambda: ess(torch.zeros(2, 8), method="median"),
             ValueError,
-            "ess: method must be one of 'bulk', 'tail', 'mean', 'sd', got 'median'",
+            "ess: method must be one of 'bulk', 'tail', 'mean', 'sd', 'cutoff', got 'median'",
         ),
         (
             lambda: ess(torch.zeros(2, 3, 5)),
@@ -152,12 +250,169 @@ def test_chain_diagnostics_without_arviz_name_the_extra(function, monkeypatch):
             TypeError,
             "ess: draws must be a floating-point tensor, got list",
         ),
+        (
+            lambda: ess(torch.zeros(2, 3), method="cutoff"),
+            ValueError,
+            "ess: draws must have shape (chain, draw, *dims), chain >= 1, draw >= 4, got (2, 3)",
+        ),
+        (
+            lambda: ess_rate(torch.zeros(2, 8), 0.0),
+            ValueError,
+            "ess_rate: cost must be positive, got 0.0",
+        ),
+        (
+            lambda: ess_rate(torch.zeros(2, 8), torch.inf),
+            ValueError,
+            "ess_rate: cost must be finite, got inf",
+        ),
+        (
+            lambda: ess_rate(torch.zeros(2, 8), torch.ones(2)),
+            ValueError,
+            "ess_rate: cost must be a float or have shape (), got (2,)",
+        ),
+        (
+            lambda: ess_rate(torch.zeros(2, 8), "1 s"),
+            TypeError,
+            "ess_rate: cost must be a float or a Tensor, got str",
+        ),
+        (
+            lambda: mode_jumps([[1.0]], torch.zeros(2)),
+            TypeError,
+            "mode_jumps: draws must be a floating-point tensor, got list",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 0), torch.zeros(2)),
+            ValueError,
+            f"mode_jumps: {SHAPE}, chain >= 1, draw >= 1, got (2, 0)",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), [0.0, 1.0]),
+            TypeError,
+            "mode_jumps: modes must be a Tensor or a function, got list",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), torch.zeros(3)),
+            ValueError,
+            "mode_jumps: modes must have shape (K, 3), K >= 1, got (3,)",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8), torch.tensor(0.0)),
+            ValueError,
+            "mode_jumps: modes must have shape (K), K >= 1, got ()",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), torch.zeros(0, 3)),
+            ValueError,
+            "mode_jumps: modes must have shape (K, 3), K >= 1, got (0, 3)",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), torch.zeros(2, 3).double()),
+            ValueError,
+            "mode_jumps: modes must have dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), torch.zeros(2, 3, device="meta")),
+            ValueError,
+            "mode_jumps: modes must be on cpu, got meta",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 1), torch.tensor([[0.0], [torch.inf]])),
+            ValueError,
+            "mode_jumps: modes must be finite, got inf",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), lambda x: x.argmax(1).tolist()),
+            TypeError,
+            "mode_jumps: modes(draws) must be a Tensor, got list",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), lambda x: x.argmax(1).float()),
+            ValueError,
+            "mode_jumps: modes(draws) must have dtype int64, int32, got torch.float32",
+        ),
+        (
+            lambda: mode_jumps(torch.zeros(2, 8, 3), lambda x: x.argmax()),
+            ValueError,
+            "mode_jumps: modes(draws) must have shape (8,), got ()",
+        ),
     ],
 )
 def test_chain_diagnostics_refuse(call, kind, message):
     with pytest.raises(kind) as error:
         call()
     assert str(error.value) == message
+
+
+# ------------------------------------------------------------------------------------- mode jumps
+
+
+def along(*labels):
+    """One-dimensional draws (chain, draw, 1) at 10 times their labels, off the centres by 3."""
+    return 10 * torch.tensor(labels)[..., None] + 3.0
+
+
+CENTRES = torch.tensor([[0.0], [10.0], [20.0]])
+
+
+def test_mode_jumps_counts_changes_of_the_nearest_mode():
+    draws = along([0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1], [2, 2, 0, 0, 0, 1], [0, 2, 2, 2, 2, 0])
+    got = mode_jumps(draws, CENTRES)
+    assert got.tolist() == [0, 5, 2, 2]
+    assert got.dtype == torch.int64
+    assert mode_jumps(draws, CENTRES[:1]).tolist() == [0, 0, 0, 0]
+    assert mode_jumps(draws[..., 0], CENTRES[:, 0]).tolist() == [0, 5, 2, 2]
+    assert mode_jumps(draws[:, :1], CENTRES).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_mode_jumps_takes_images_in_every_dtype(dtype):
+    """The distance is Euclidean over all dims: no single pixel decides."""
+    generator = torch.Generator().manual_seed(0)
+    modes = torch.randn(3, 2, 5, generator=generator).to(dtype)
+    labels = torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 2, 1]])
+    draws = modes[labels] + 0.2 * torch.randn(2, 5, 2, 5, generator=generator).to(dtype)
+    assert mode_jumps(draws, modes).tolist() == [3, 1]
+    assert mode_jumps(draws.requires_grad_(), modes.requires_grad_()).tolist() == [3, 1]
+
+
+def test_mode_jumps_tells_close_modes_far_from_zero_apart():
+    """|x|^2 - 2 x m + |m|^2 would have no digit left in float32."""
+    modes = torch.full((2, 40), 4096.0) + torch.tensor([[0.0], [0.125]])
+    draws = modes[torch.tensor([[0, 1, 0, 0, 1, 1]])]
+    assert mode_jumps(draws, modes).tolist() == [3]
+
+
+def test_mode_jumps_takes_the_labels_of_a_classifier():
+    draws = along([0, 1, 1, 2], [2, 2, 2, 2])
+    calls = []
+
+    def classify(x):
+        calls.append(x)
+        assert not torch.is_grad_enabled()
+        return (x[:, 0] / 10).long()
+
+    assert mode_jumps(draws, classify).tolist() == [2, 0]
+    assert [call.shape for call in calls] == [(4, 1), (4, 1)]
+    assert torch.equal(torch.stack(calls), draws)
+    assert mode_jumps(draws, lambda x: classify(x).int()).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("classifier", [False, True])
+def test_mode_jumps_leaves_non_finite_draws_out(bad, classifier):
+    draws = along([0, 1, 1, 1, 1], [1, 1, 2, 2, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0])
+    draws = torch.cat([draws, torch.zeros_like(draws)], 2)  # one entry is enough to spoil a draw
+    draws[0, 2:, 1] = bad  # diverged after a jump
+    draws[1, 2:4, 1] = bad  # came back to the mode that it left
+    draws[2, :, 1] = bad
+    draws[3, 1:, 1] = bad
+    modes = torch.cat([CENTRES, torch.zeros_like(CENTRES)], 1)
+
+    def classify(x):
+        assert x.isfinite().all()
+        return (x[:, 0] / 10).long()
+
+    assert mode_jumps(draws, classify if classifier else modes).tolist() == [1, 0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------- calibration

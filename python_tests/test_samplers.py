@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hos_ext import ops
-from hos_ext.samplers import Chains, sample
-from hos_ext.tweedie import UnscaledScores
+from hos_ext.samplers import ADJUSTED, UNADJUSTED, Chains, sample
+from hos_ext.tweedie import DenseScores, UnscaledScores
 
 SPREAD = torch.tensor([0.05, 0.4, 1.0, 3.0], dtype=torch.float64)  # variances, a diagonal Gaussian
 CORRELATED = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
@@ -166,15 +166,30 @@ def init():
     return torch.linspace(-1, 1, 7 * 4).reshape(7, 4)
 
 
-@pytest.mark.parametrize("method", ["langevin", "ozaki"])
+@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 50])
 def test_chunks_do_not_change_the_chains(init, method, chunk_size):
     step_size = torch.linspace(0.01, 0.05, 7)
     options = {"method": method, "step_size": step_size, "n_steps": 5, "burn_in": 2}
-    whole = run(init, **options)
-    cut = run(init, chunk_size=chunk_size, **options)
+    score_fn = varying(isotropic="isotropic" in method)
+    whole = sample(score_fn, init, seed=7, **options)
+    cut = sample(score_fn, init, seed=7, chunk_size=chunk_size, **options)
     assert torch.equal(whole.draws, cut.draws)
     assert torch.equal(whole.state["x"], cut.state["x"])
+    for key, value in whole.stats.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, cut.stats[key]), key
+
+
+def varying(*, isotropic: bool = False):
+    """Low-rank scores that change with x, each row by itself, with both signs of curvature."""
+
+    def score_fn(x):
+        diag = -torch.ones_like(x) if isotropic else -1 - torch.sin(x) ** 2
+        factor = torch.stack([torch.cos(x), torch.sin(2 * x)], -1)
+        return UnscaledScores(-x + torch.sin(x), diag, factor, torch.tensor([1.0, -1.0]))
+
+    return score_fn
 
 
 def test_score_fn_sees_at_most_chunk_size_rows(init):
@@ -199,6 +214,45 @@ def test_a_resumed_run_continues_exactly(init, thin):
     torch.testing.assert_close(second.state, whole.state, rtol=0, atol=0)
     again = run(state=first.state, n_steps=40, thin=thin)
     assert torch.equal(again.draws, second.draws)
+
+
+@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+def test_every_method_resumes_and_splits_over_processes(init, method):
+    score_fn = varying(isotropic="isotropic" in method)
+    options = {"method": method, "step_size": 0.3}
+    whole = sample(score_fn, init, n_steps=6, seed=7, **options)
+    first = sample(score_fn, init, n_steps=4, seed=7, **options)
+    second = sample(score_fn, state=first.state, n_steps=2, **options)
+    assert torch.equal(torch.cat([first.draws, second.draws], 1), whole.draws)
+    part = sample(score_fn, init[3:], n_steps=6, seed=7, first_chain=3, **options)
+    assert torch.equal(part.draws, whole.draws[3:])
+    assert not torch.equal(whole.draws[:, 0], whole.draws[:, 1])
+
+
+@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+def test_score_functions_may_reuse_their_output(init, method):
+    """As a captured CUDA graph does: what the last call returned is overwritten by the next."""
+    plain = varying(isotropic="isotropic" in method)
+    static = plain(init)
+
+    def reusing(x):
+        for buffer, value in zip(static[:3], plain(x)[:3], strict=True):
+            buffer.copy_(value)
+        return static
+
+    options = {"method": method, "step_size": 0.3, "n_steps": 6, "seed": 7}
+    expected, got = sample(plain, init, **options), sample(reusing, init, **options)
+    assert torch.equal(got.draws, expected.draws)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.parametrize("method", ["ozaki", "mh_ozaki_cayley"])
+def test_a_compiled_score_function_gives_the_same_chains(init, method):
+    plain = varying()
+    compiled = torch.compile(plain, fullgraph=True)
+    options = {"method": method, "step_size": 0.1, "n_steps": 4, "seed": 7}
+    expected, got = sample(plain, init, **options), sample(compiled, init, **options)
+    torch.testing.assert_close(got.draws, expected.draws, rtol=1e-5, atol=1e-5)
 
 
 def test_state_survives_torch_save(init, tmp_path):
@@ -341,6 +395,127 @@ def test_raw_curvature_that_overflows_counts_as_divergence():
     assert chains.stats["diverged"].tolist() == [True, True]
 
 
+def test_an_adjusted_chain_rejects_and_counts_what_is_not_finite():
+    """The score is NaN right of 1: such proposals are rejected and the chain lives."""
+
+    def score_fn(x):
+        assert x.isfinite().all()
+        return torch.where(x > 1, torch.nan, -x)
+
+    init = torch.zeros(50, 1)
+    chains = sample(score_fn, init, method="mala", step_size=0.5, n_steps=40, seed=0)
+    assert chains.draws.isfinite().all()
+    assert float(chains.draws.max()) <= 1
+    assert int(chains.stats["divergences"].sum()) > 50
+    assert not chains.stats["diverged"].any()
+    assert float(chains.draws.std(1).min()) > 0
+
+
+def test_an_adjusted_chain_whose_score_is_nan_at_the_start_is_reported():
+    init = torch.tensor([[0.5], [2.0]])
+    chains = sample(
+        lambda x: torch.where(x > 1, torch.nan, -x),
+        init,
+        method="mala",
+        step_size=0.1,
+        n_steps=5,
+        seed=0,
+    )
+    assert chains.stats["diverged"].tolist() == [False, True]
+    assert chains.stats["divergences"].tolist()[1] == 5
+    assert torch.equal(chains.draws[1], torch.full((5, 1), 2.0))
+
+
+def test_a_log_density_of_minus_infinity_is_a_wall_and_no_divergence():
+    def log_prob(x):
+        return torch.where(x[:, 0] > 0, -x[:, 0], -torch.inf)
+
+    init = torch.linspace(0.1, 3, 40).unsqueeze(1)
+    init[0] = -0.1  # outside: it may come in
+    options = {"method": "mala", "step_size": 0.5, "n_steps": 400, "seed": 0}
+    chains = sample(lambda x: -torch.ones_like(x), init, log_prob=log_prob, **options)
+    assert float(chains.draws[1:].min()) > 0
+    assert int(chains.stats["divergences"].sum()) == 0
+    assert float(chains.draws[1:, 50:].mean()) == pytest.approx(1.0, abs=0.1)  # exponential
+
+
+def test_lanczos_reports_its_errors_and_what_did_not_converge(init):
+    wide = {"method": "ozaki_lanczos", "step_size": 50.0, "n_steps": 4, "seed": 0}
+    score_fn = gaussian_low_rank(60)
+    start = torch.randn(5, 60, generator=torch.Generator().manual_seed(0)).double()
+    good = sample(score_fn, start, **wide)
+    assert (good.stats["lanczos_error"] < 1e-3).all()
+    assert (good.stats["lanczos_error"] > 0).all()
+    assert good.stats["lanczos_unconverged"].tolist() == [0] * 5
+    assert (good.stats["lanczos_iterations"] > 4 * 2 * 3).all()
+    short = sample(score_fn, start, max_iterations=2, **wide)
+    assert short.stats["lanczos_unconverged"].tolist() == [4] * 5
+    assert (short.stats["lanczos_error"] > 1e-3).all()
+    assert short.stats["lanczos_iterations"].tolist() == [16] * 5
+    fine = sample(score_fn, start, tolerance=1e-8, **wide)
+    assert (fine.stats["lanczos_iterations"] > good.stats["lanczos_iterations"]).all()
+
+
+def gaussian_low_rank(d):
+    """Scores of a Gaussian of precision diag(1 ... 30) - U U^T, rank 2."""
+    diag = torch.linspace(1, 30, d).double()
+    factor = 0.5 * torch.randn(d, 2, generator=torch.Generator().manual_seed(1)).double()
+    factor = factor * (diag / d).sqrt().unsqueeze(1)
+
+    def score_fn(x):
+        push = -diag * x + (x @ factor) @ factor.T
+        return UnscaledScores(push, -diag.expand_as(x), factor.expand(len(x), -1, -1))
+
+    return score_fn
+
+
+@pytest.mark.parametrize("method", ["ozaki_full", "ozaki_isotropic", "ozaki_lanczos", "mala"])
+def test_a_non_finite_state_harms_no_other_chain_in_any_method(init, method):
+    bad = init.clone()
+    bad[2, 1] = float("nan")
+    score_fn = varying(isotropic="isotropic" in method)
+    options = {"method": method, "step_size": 0.1, "n_steps": 4, "seed": 7}
+    healthy, chains = (sample(score_fn, start, **options) for start in (init, bad))
+    assert chains.stats["diverged"].tolist() == [False, False, True] + [False] * 4
+    assert chains.stats["divergences"].tolist() == [0, 0, 4] + [0] * 4
+    others = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(chains.draws[others], healthy.draws[others])
+
+
+# ------------------------------------------------------------------------------------------- arviz
+
+
+def test_chains_become_arviz_data(init):
+    base = pytest.importorskip("arviz_base")
+    start = init.reshape(7, 2, 2)
+    options = {"method": "mh_ozaki", "step_size": 0.1, "n_steps": 6, "seed": 1}
+    chains = sample(lambda x: UnscaledScores(-(x**3), -3 * x**2), start, **options)
+    tree = chains.to_arviz("image")
+    assert set(tree.children) == {"posterior", "sample_stats"}
+    image = tree["posterior"]["image"]
+    assert image.dims[:2] == ("chain", "draw")
+    assert torch.equal(torch.from_numpy(image.values), chains.draws)
+    stats = tree["sample_stats"]
+    assert stats["acceptance"].dims == ("chain",)
+    assert torch.equal(torch.from_numpy(stats["acceptance"].values), chains.stats["acceptance"])
+    assert stats.attrs["method"] == "mh_ozaki"
+    assert stats.attrs["n_score_evaluations"] == 7
+    assert base.extract(tree).sizes["sample"] == 42
+
+
+def test_to_arviz_without_arviz_names_the_extra(init, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz_base", None)
+    with pytest.raises(RuntimeError) as error:
+        run(init).to_arviz()
+    assert str(error.value).startswith(
+        "to_arviz: arviz_base must be installed (pip install hos_ext[app]), got: "
+    )
+
+
+def test_the_run_is_timed(init):
+    assert 0 < run(init).stats["seconds"] < 60
+
+
 # ---------------------------------------------------------------------------------------- progress
 
 
@@ -377,7 +552,20 @@ def _with_factor(factor, sign=None):
 
 STATE = {"x": torch.ones(2, 3), "step": 5, "since_draw": 0, "seed": 7, "first_chain": 4}
 X = torch.ones(2, 3)
-NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for method 'ozaki', got "
+NEEDS_SCORES = (
+    "score_fn must return UnscaledScores(score, diag, factor) or DenseScores(score, hessian) for "
+    "method 'ozaki', got "
+)
+KNOWN = ", ".join(repr(method) for method in UNADJUSTED + ADJUSTED)
+
+
+def _dense(hessian):
+    return lambda x: DenseScores(-x, hessian)
+
+
+def _alternating():
+    kinds = iter([lambda x: -x, lambda x: UnscaledScores(-x, -torch.ones_like(x))] * 9)
+    return lambda x: next(kinds)(x)
 
 
 @pytest.mark.parametrize(
@@ -386,12 +574,12 @@ NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for met
         (
             {"method": "leapfrog"},
             ValueError,
-            "method must be one of 'langevin', 'ozaki', got 'leapfrog'",
+            f"method must be one of {KNOWN}, got 'leapfrog'",
         ),
         (
             {"method": ["a"]},
             ValueError,
-            "method must be one of 'langevin', 'ozaki', got ['a']",
+            f"method must be one of {KNOWN}, got ['a']",
         ),
         (
             {"curvature": "square"},
@@ -513,6 +701,56 @@ NEEDS_SCORES = "score_fn must return UnscaledScores(score, diag, factor) for met
             ValueError,
             "sign from score_fn must have shape (2,) (one for each column), got (1,)",
         ),
+        (
+            {"score_fn": _dense(torch.ones(2, 3, 2)), "method": "ozaki_full"},
+            ValueError,
+            (
+                "hessian from score_fn must have shape (2, 3, 3), got shape (2, 3, 2) "
+                "torch.float32 on cpu"
+            ),
+        ),
+        (
+            {"score_fn": _dense(torch.ones(2, 3, 3).double()), "method": "ozaki_full"},
+            ValueError,
+            "hessian from score_fn must be torch.float32 on cpu like x, got torch.float64 on cpu",
+        ),
+        (
+            {"score_fn": _dense(torch.eye(3).expand(2, 3, 3)), "method": "ozaki_isotropic"},
+            TypeError,
+            (
+                "score_fn must return UnscaledScores(score, diag, factor) for method "
+                "'ozaki_isotropic', got DenseScores"
+            ),
+        ),
+        (
+            {"init": X.half(), "method": "ozaki_full"},
+            ValueError,
+            "init must have dtype float32, float64 for method 'ozaki_full', got torch.float16",
+        ),
+        (
+            {"log_prob": lambda x: x.sum(1), "method": "ozaki"},
+            ValueError,
+            "log_prob must be None for the unadjusted method 'ozaki', got one",
+        ),
+        (
+            {"log_prob": lambda x: x, "method": "mala"},
+            ValueError,
+            (
+                "log_prob must return floating point of shape (2,), got shape (2, 3) "
+                "torch.float32 on cpu"
+            ),
+        ),
+        (
+            {"score_fn": _alternating(), "method": "mala"},
+            TypeError,
+            (
+                "score_fn must return the same kind of scores at every call, got UnscaledScores "
+                "after Tensor"
+            ),
+        ),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be finite and > 0, got 0"),
+        ({"tolerance": "small"}, TypeError, "tolerance must be a number, got 'small'"),
+        ({"max_iterations": 0}, ValueError, "max_iterations must be at least 1, got 0"),
     ],
 )
 def test_sample_refuses(options, kind, message):

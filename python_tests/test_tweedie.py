@@ -315,65 +315,6 @@ def test_a_posterior_of_rank_zero_is_a_torch_distribution_too() -> None:
     torch.testing.assert_close(got.log_prob(x + 1), want)
 
 
-# -------------------------------------------------------------------------------- conversions
-
-
-def test_predictions_of_a_gaussian_convert_to_its_score() -> None:
-    case = gaussian()
-    x, s, a = case.x, case.sigma, case.alpha
-    level, scale = s[:, None, None], a[:, None, None]
-    x0 = case.mean.reshape(x.shape)
-    eps = (x - scale * x0) / level  # E[z | x], since x = alpha x0 + sigma z
-    v = scale * eps - level * x0
-    close(tweedie.score_from_x0(x, x0, s, a), case.scores.score)
-    close(tweedie.score_from_eps(eps, s), case.scores.score)
-    close(tweedie.score_from_v(x, v, s, a), case.scores.score)
-    close(tweedie.x0_from_score(x, case.scores.score, s, a), x0)
-    close(tweedie.eps_from_score(case.scores.score, s), eps)
-    close(tweedie.v_from_score(x, case.scores.score, s, a), v)
-
-
-@pytest.mark.parametrize("level", [(0.01, 1.0), (0.6, 0.8), (80.0, 1.0), (0.999, 0.0447)])
-def test_conversions_round_trip(level: tuple[float, float]) -> None:
-    sigma, alpha = level
-    x, score = torch.randn(2, 4, 5, dtype=F64), torch.randn(4, 5, dtype=F64)
-    x = x[0]
-    trips = (
-        tweedie.score_from_eps(tweedie.eps_from_score(score, sigma), sigma),
-        tweedie.score_from_x0(x, tweedie.x0_from_score(x, score, sigma, alpha), sigma, alpha),
-        tweedie.score_from_v(x, tweedie.v_from_score(x, score, sigma, alpha), sigma, alpha),
-    )
-    for back in trips:
-        close(back, score, 1e-10)
-
-
-def test_hessian_from_the_jacobian_of_the_exact_denoiser() -> None:
-    case = gaussian()
-    s, a = case.sigma, case.alpha
-    want = torch.diag_embed(case.scores.diag.flatten(1))
-    want = want + case.scores.factor @ case.scores.factor.mT
-    # The denoiser of a Gaussian is affine with Jacobian (I + sigma^2 s2) / alpha.
-    eye = torch.eye(D, dtype=F64)
-    jacobian = (eye + s[:, None, None] ** 2 * want) / a[:, None, None]
-    close(tweedie.hessian_from_jacobian(jacobian, s, a), want)
-    shaped = jacobian.reshape(B, *DIMS, *DIMS)
-    close(tweedie.hessian_from_jacobian(shaped, s, a), want)
-    close(
-        tweedie.hessian_from_jacobian(1.5 * eye.expand(2, D, D), 0.5, 2.0),
-        8 * eye.expand(2, D, D),
-    )
-
-    def denoiser(x: Tensor) -> Tensor:
-        return x.sin() * x.flip(-1)
-
-    x = torch.randn(2, 4, dtype=F64)
-    by_torch = torch.func.vmap(torch.func.jacrev(denoiser))(x)
-    close(
-        tweedie.hessian_from_jacobian(by_torch, 0.5),
-        4 * (by_torch - torch.eye(4, dtype=F64)),
-    )
-
-
 # ------------------------------------------------------------------------------------- errors
 
 X, FACTOR, INTS = torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.int64)
@@ -510,69 +451,9 @@ FIT = posterior(X, SCORES, 1.0)
             "second_moment: diag must have shape (2, 3), got (2, 4)",
         ),
         (
-            lambda: tweedie.score_from_x0(X, torch.ones(3), 1.0),
-            ValueError,
-            "score_from_x0: x0 must have shape (2, 3), got (3,)",
-        ),
-        (
-            lambda: tweedie.score_from_v(X, X, 1.0, 0.0),
-            ValueError,
-            "score_from_v: alpha must be positive, got 0.0",
-        ),
-        (
-            lambda: tweedie.score_from_eps(X, 0.0),
-            ValueError,
-            "score_from_eps: sigma must be positive, got 0.0",
-        ),
-        (
-            lambda: tweedie.eps_from_score(X, -1.0),
-            ValueError,
-            "eps_from_score: sigma must be positive, got -1.0",
-        ),
-        (
-            lambda: tweedie.v_from_score(X, X.double(), 1.0, 1.0),
-            ValueError,
-            "v_from_score: score must have dtype torch.float32, got torch.float64",
-        ),
-        (
-            lambda: tweedie.hessian_from_jacobian(torch.ones(2, 3, 4), 1.0),
-            ValueError,
-            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2, 3, 4)",
-        ),
-        (
-            lambda: tweedie.hessian_from_jacobian(torch.ones(2, 3), 1.0),
-            ValueError,
-            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2, 3)",
-        ),
-        (
-            lambda: tweedie.hessian_from_jacobian(torch.ones(2), 1.0),
-            ValueError,
-            "hessian_from_jacobian: jacobian must have shape (B, *dims, *dims), got (2,)",
-        ),
-        (
             lambda: tweedie.posterior_mean(INTS, INTS, 0.5),
             ValueError,
             "posterior_mean: x must have dtype float32, float64, got torch.int64",
-        ),
-        (
-            lambda: tweedie.score_from_eps(INTS, 0.5),
-            ValueError,
-            "score_from_eps: eps must have dtype float32, float64, got torch.int64",
-        ),
-        (
-            lambda: tweedie.eps_from_score(INTS, 0.5),
-            ValueError,
-            "eps_from_score: score must have dtype float32, float64, got torch.int64",
-        ),
-        (
-            lambda: tweedie.score_from_x0(INTS, INTS, 0.5),
-            ValueError,
-            "score_from_x0: x must have dtype float32, float64, got torch.int64",
-        ),
-        (
-            lambda: tweedie.hessian_from_jacobian(INTS[..., None], 0.5),
-            ValueError,
-            "hessian_from_jacobian: jacobian must have dtype float32, float64, got torch.int64",
         ),
         (
             lambda: tweedie.posterior_covariance(INTS, None, 0.5),
@@ -593,21 +474,6 @@ FIT = posterior(X, SCORES, 1.0)
             lambda: tweedie.posterior_mean([1.0], X, 0.5),
             TypeError,
             "posterior_mean: x must be a Tensor, got list",
-        ),
-        (
-            lambda: tweedie.score_from_eps([1.0], 0.5),
-            TypeError,
-            "score_from_eps: eps must be a Tensor, got list",
-        ),
-        (
-            lambda: tweedie.eps_from_score([1.0], 0.5),
-            TypeError,
-            "eps_from_score: score must be a Tensor, got list",
-        ),
-        (
-            lambda: tweedie.hessian_from_jacobian([1.0], 0.5),
-            TypeError,
-            "hessian_from_jacobian: jacobian must be a Tensor, got list",
         ),
         (
             lambda: tweedie.posterior_covariance(X, [1.0], 0.5),

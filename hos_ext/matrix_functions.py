@@ -1,0 +1,366 @@
+"""Functions of batched symmetric matrices applied to vectors, without D x D where that is possible.
+
+`isotropic_spectrum` is exact for c I + U diag(sign) U^T through an r x r eigenproblem;
+`dense_spectrum` is the eigen-decomposition of a dense matrix; `lanczos` serves every other matrix,
+from products alone, to a tolerance, and says how well it did.
+A row (sample) with NaN or inf gives NaN in that row and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_int, check_tensor, per_sample
+from .dplr import DPLR, _low_rank_eigh
+
+Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
+Matvec = Callable[[Tensor], Tensor]  # (n, D) -> (n, D)
+Rows = Callable[[slice | Tensor], Matvec]  # an index of the batch -> the matvec of these rows
+
+_SYMMETRY = {torch.float32: 1e-5, torch.float64: 1e-10}  # allowed asymmetry over largest entry
+_SPREAD = 8  # allowed spread of a constant diagonal, in machine epsilons
+_BREAKDOWN = 10  # a Lanczos beta this many epsilons of the norm of A is rounding
+_MAX_ITERATIONS = 200
+
+
+# --------------------------------------------------------------------------------------- spectra
+
+
+class Spectrum(NamedTuple):
+    """Q diag(values) Q^T + rest (I - Q Q^T) for each sample of a batch."""
+
+    basis: Tensor  # Q, orthonormal columns. Shape (B, D, m)
+    values: Tensor  # eigenvalues of these columns. Shape (B, m)
+    rest: Tensor | None  # the other D - m eigenvalues, all equal. Shape (B,); None where m = D
+
+
+def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum:
+    """Eigenvalues and eigenvectors of dense symmetric matrices.
+
+    Args:
+        matrix: shape (B, D, D), D >= 1. float32 or float64. Symmetric to 1e-5 (float32) or 1e-10
+            (float64) of its largest entry; the symmetric part is used.
+        where: the function named in errors.
+
+    Returns:
+        Spectrum with m = D. NaN values for a sample that is not finite.
+
+    Raises:
+        TypeError: matrix is not a Tensor.
+        ValueError: it has another shape or dtype, or is not symmetric.
+    """
+    check_tensor(where, "matrix", matrix)
+    if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2] or matrix.shape[1] == 0:
+        raise ValueError(
+            f"{where}: matrix must have shape (B, D, D), D >= 1, got {tuple(matrix.shape)}"
+        )
+    finite = matrix.isfinite().all(-1).all(-1)
+    usable = matrix.where(finite[:, None, None], 0.0)
+    difference = (usable - usable.mT).abs().amax((-1, -2))
+    bad = difference > _SYMMETRY[matrix.dtype] * usable.abs().amax((-1, -2))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where}: matrix must be symmetric, got a difference of"
+            f" {difference[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
+        )
+    values, basis = torch.linalg.eigh(usable / 2 + usable.mT / 2)
+    return Spectrum(basis, values.where(finite.unsqueeze(-1), torch.nan), None)
+
+
+def isotropic_spectrum(
+    diag: Tensor,
+    factor: Tensor | None,
+    sign: Tensor | None = None,
+    *,
+    where: str = "isotropic_spectrum",
+) -> Spectrum:
+    """Eigenvalues and eigenvectors of c I + U diag(sign) U^T: c + mu on the columns of U, else c.
+
+    With U = Q R these are those of the r x r matrix R diag(sign) R^T (any rank, r > D too).
+
+    Args:
+        diag: c, repeated. Shape (B, D), D >= 1. float32 or float64.
+        factor: U. Shape (B, D, r), same dtype and device; None is r = 0.
+        sign: +-1 for each column. Shape (r,); None is all +1.
+        where: the function named in errors.
+
+    Returns:
+        Spectrum with m = min(D, r). NaN values and rest for a sample that is not finite, or whose
+        U U^T overflows.
+
+    Raises:
+        TypeError: an argument is not a Tensor.
+        ValueError: diag is not constant within a sample (8 machine epsilons are allowed), or the
+            arguments do not make a DPLR.
+    """
+    matrix = DPLR(diag, factor, sign)
+    finite = diag.isfinite().all(-1) & matrix.factor.square().sum((-1, -2)).isfinite()
+    level = diag.where(finite.unsqueeze(-1), 0.0)
+    spread = level.amax(-1) - level.amin(-1)
+    bad = spread > _SPREAD * torch.finfo(diag.dtype).eps * level.abs().amax(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where}: diag must be constant within each sample, got a spread of"
+            f" {spread[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
+        )
+    columns = matrix.factor.where(finite[:, None, None], 0.0)
+    basis, mu = _low_rank_eigh(columns, matrix._signs())
+    rest = level[:, 0].where(finite, torch.nan)
+    return Spectrum(basis, rest.unsqueeze(-1) + mu, None if mu.shape == diag.shape else rest)
+
+
+def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
+    """f(A) v = f(c) v + Q ((f(c + mu) - f(c)) * Q^T v) for v (B, D); Q f(values) Q^T v if m = D.
+
+    `function` is elementwise and sees (B, m), then (B, 1): per-sample parameters are (B, 1).
+    """
+    basis, values, rest = spectrum
+    weight = function(values)
+    projected = basis.mT @ v.unsqueeze(-1)
+    if rest is None:
+        return (basis @ (weight.unsqueeze(-1) * projected)).squeeze(-1)
+    common = function(rest.unsqueeze(-1))
+    return common * v + (basis @ ((weight - common).unsqueeze(-1) * projected)).squeeze(-1)
+
+
+def spectrum_logdet(spectrum: Spectrum, function: Function) -> Tensor:
+    """log det f(A) = sum log f over all D eigenvalues, f as in `spectrum_apply`. Shape (B,).
+
+    -inf where an f is zero, NaN where one is negative.
+    """
+    basis, values, rest = spectrum
+    total = function(values).log().sum(-1)
+    if rest is None:
+        return total
+    return total + (basis.shape[1] - basis.shape[2]) * function(rest.unsqueeze(-1)).log().squeeze(1)
+
+
+# --------------------------------------------------------------------------------------- Lanczos
+
+
+class LanczosResult(NamedTuple):
+    """f(A) v for each function, and per sample how it was reached."""
+
+    values: tuple[Tensor, ...]  # f(A) v, one for each function. Shape (B, D)
+    error: Tensor  # estimated relative error, the largest over the functions; NaN rows NaN. (B,)
+    iterations: Tensor  # products with A that went into the result. int64, (B,)
+    converged: Tensor  # error <= tolerance; False for NaN rows. bool, (B,)
+
+
+def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
+    """The products of `lanczos` for scale * matrix: a DPLR, or dense symmetric (B, D, D).
+
+    Args:
+        matrix: D x D is formed neither here nor later for a DPLR. The symmetry of a dense matrix is
+            not checked (`dense_spectrum` does that).
+        scale: float or (B,), finite; the step size of an Ozaki step.
+
+    Returns:
+        A function that maps an index of the batch to the product with these rows.
+
+    Raises:
+        TypeError: matrix or scale has a wrong type.
+        ValueError: their shapes or dtypes are wrong, or scale is not finite.
+    """
+    if isinstance(matrix, DPLR):
+        whole = matrix
+        column = per_sample("matrix_rows", "scale", scale, matrix.diag)
+
+        def product(rows: slice | Tensor) -> Matvec:
+            return DPLR(whole.diag[rows], whole.factor[rows], whole.sign).matvec
+    else:
+        check_tensor("matrix_rows", "matrix", matrix)
+        if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
+            raise ValueError(
+                f"matrix_rows: matrix must have shape (B, D, D), got {tuple(matrix.shape)}"
+            )
+        dense = matrix
+        column = per_sample("matrix_rows", "scale", scale, matrix[..., 0])
+
+        def product(rows: slice | Tensor) -> Matvec:
+            part = dense[rows]
+            return lambda v: (part @ v.unsqueeze(-1)).squeeze(-1)
+
+    def rows_of(rows: slice | Tensor) -> Matvec:
+        part, factor = product(rows), column if column.dim() == 0 else column[rows]
+        return lambda v: factor * part(v)
+
+    return rows_of
+
+
+@torch.no_grad()
+def lanczos(
+    rows: Rows,
+    v: Tensor,
+    functions: Sequence[Function],
+    *,
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
+) -> LanczosResult:
+    """f(A) v ~ |v| Q_m f(T_m) e_1 for a batch of symmetric A that is known by its products.
+
+    Q_m is an orthonormal basis of the Krylov space of A and v (orthogonalised twice against all of
+    it), T_m = Q_m^T A Q_m tridiagonal; one basis serves all functions. m grows until, for every
+    function, (1) f_m differs by at most tolerance |f_m| from that of the check before (every
+    iteration up to 24, then every 2, 3, ...), and (2) so does f_{m+1} whichever of its two extreme
+    Ritz values is guessed for the unknown last entry of T_{m+1}. Without (2) a function that is
+    flat on the first Ritz values, as min(l, 0) is on positive ones, would stop at once. The number
+    of iterations for a row depends on that row alone; rows that have stopped leave the products
+    when they are a quarter of the rows in them.
+
+    Args:
+        rows: maps an index of the batch axis, slice(None) at first and an int64 tensor after each
+            removal, to the product with these rows, (n, D) -> (n, D). `matrix_rows` makes one. It
+            is called without gradient: one that differentiates has to enable it.
+        v: start vectors. Shape (B, D), D >= 1. float32 or float64.
+        functions: at least one; elementwise, for tensors (n, m) of Ritz values in float64 on v's
+            device, n not B: let A hold what differs by sample (the step size).
+        tolerance: relative error at which a row stops, in (0, 1). Rounding, some 4 machine
+            epsilons times the condition of f at A, is on top.
+        max_iterations: at least 1; None is 200. D iterations are exact, so it never exceeds D.
+
+    Returns:
+        LanczosResult. The error is the larger of the differences (1) and (2), and 0 where the
+        Krylov space is exhausted (v = 0, a multiple of the identity, D iterations). NaN for a row
+        where A, v or f is not finite. Not differentiable.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: a shape, dtype, tolerance or max_iterations is wrong, or a product or a function
+            returns another shape.
+    """
+    check_tensor("lanczos", "v", v)
+    if v.dim() != 2 or v.shape[1] == 0:
+        raise ValueError(f"lanczos: v must have shape (B, D), D >= 1, got {tuple(v.shape)}")
+    if not functions:
+        raise ValueError("lanczos: functions must hold at least one, got none")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, float):
+        raise TypeError(f"lanczos: tolerance must be a float, got {type(tolerance).__name__}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"lanczos: tolerance must be in (0, 1), got {tolerance}")
+    if max_iterations is not None:
+        check_int("lanczos", "max_iterations", max_iterations, 2**31)
+        if max_iterations == 0:
+            raise ValueError("lanczos: max_iterations must be at least 1, got 0")
+    batch, size = v.shape
+    limit = min(size, _MAX_ITERATIONS if max_iterations is None else max_iterations)
+    values = [torch.full_like(v, torch.nan) for _ in functions]
+    error = torch.full((batch,), torch.nan, dtype=torch.float64, device=v.device)
+    iterations = torch.zeros(batch, dtype=torch.int64, device=v.device)
+    if batch == 0:
+        return LanczosResult(tuple(values), error.to(v.dtype), iterations, iterations > 0)
+
+    # Divided by the largest entry first: the square of a float32 overflows at 2e19.
+    largest = v.abs().amax(-1, keepdim=True)
+    q = v / largest.where(largest > 0, 1.0)
+    norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    q = q / norm.where(norm > 0, 1.0)
+    length = largest * norm
+
+    product = rows(slice(None))
+    index = torch.arange(batch, device=v.device)  # the batch rows still in the products
+    going = torch.ones(batch, dtype=torch.bool, device=v.device)  # of them, those not stopped
+    basis = v.new_empty((batch, min(16, limit), size))
+    entries = torch.zeros((2, batch, limit), dtype=torch.float64, device=v.device)  # of T
+    bound = v.new_zeros(batch)  # of the norm of T, from below
+    before = entries.new_zeros((len(functions), batch, 0))  # f(T) e_1 of the check before
+    check = 1
+    for m in range(1, limit + 1):
+        if m > basis.shape[1]:
+            basis = torch.cat([basis, torch.empty_like(basis)], 1)
+        basis[:, m - 1] = q
+        image = product(q)
+        check_tensor("lanczos", "the product", image, like=v, shape=tuple(q.shape))
+        alpha, beta, image = _orthogonalise(basis[:, :m], image)
+        bound = torch.maximum(bound, torch.maximum(alpha.abs(), beta))
+        # Rounding, and after D iterations nothing else: the Krylov space is exhausted.
+        spent = (beta <= _BREAKDOWN * torch.finfo(v.dtype).eps * bound) | (m == size)
+        beta = beta.masked_fill(spent, 0.0)
+        entries[0, :, m - 1], entries[1, :, m - 1] = alpha, beta
+        # Zero from then on: T falls into blocks, and later iterations change nothing.
+        q = (image / beta.where(beta != 0, 1.0).unsqueeze(-1)).masked_fill(spent.unsqueeze(-1), 0.0)
+        if m < check and m < limit:
+            continue
+        check = m + 1 + m // 24
+        before, estimate = _assess(entries[..., :m], before, functions, tolerance, m == limit)
+        stopped = going & ((estimate <= tolerance) | estimate.isnan() | (m == limit))
+        if bool(stopped.any()):
+            done = index[stopped]
+            error[done], iterations[done] = estimate[stopped], m
+            for value, coefficients in zip(values, before, strict=True):
+                weight = coefficients[stopped].to(v.dtype).unsqueeze(1)
+                row = length[done] * (weight @ basis[stopped, :m]).squeeze(1)
+                value[done] = row.masked_fill(estimate[stopped].isnan().unsqueeze(-1), torch.nan)
+            going = going & ~stopped
+            left = int(going.sum())
+            if left == 0:
+                break
+            if 4 * left <= 3 * going.numel():
+                index, q, basis, bound = index[going], q[going], basis[going], bound[going]
+                entries, before, going = entries[:, going], before[:, going], going[going]
+                product = rows(index)
+    return LanczosResult(tuple(values), error.to(v.dtype), iterations, error <= tolerance)
+
+
+def _orthogonalise(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha = <A q, q> for q the last of basis (n, m, D), A q freed of the basis, its norm beta."""
+    alpha = image.new_zeros(image.shape[0])
+    for _ in range(2):  # twice is enough (Parlett)
+        overlap = basis @ image.unsqueeze(-1)
+        image = image - (basis.mT @ overlap).squeeze(-1)
+        alpha = alpha + overlap[:, -1, 0]
+    return alpha, torch.linalg.vector_norm(image, dim=-1), image
+
+
+def _assess(
+    entries: Tensor, before: Tensor, functions: Sequence[Function], tolerance: float, last: bool
+) -> tuple[Tensor, Tensor]:
+    """f(T) e_1 for each function, (F, n, m), and the error estimate of each row, (n,).
+
+    entries (2, n, m) are the alphas and betas. In coefficients, as |Q c| = |c|. The estimate looks
+    ahead only where the row would stop otherwise.
+    """
+    finite = entries.isfinite().all(-1).all(0)
+    entries = entries.where(finite.unsqueeze(-1), 0.0)  # eigh raises on NaN
+    ritz, after = _coefficients(entries, functions)
+    finite = finite & after.isfinite().all(-1).all(0)
+    estimate = _change(
+        after, torch.nn.functional.pad(before, (0, after.shape[-1] - before.shape[-1]))
+    )
+    spent = (entries[1] == 0).any(-1)
+    ahead = finite & ~spent & ((estimate <= tolerance) | last)
+    if bool(ahead.any()):
+        now = torch.nn.functional.pad(after[:, ahead], (0, 1))
+        for guess in (ritz[ahead, 0], ritz[ahead, -1]):
+            row = torch.stack([guess, torch.zeros_like(guess)]).unsqueeze(-1)
+            longer = _coefficients(torch.cat([entries[:, ahead], row], -1), functions)[1]
+            estimate[ahead] = torch.maximum(estimate[ahead], _change(now, longer))
+    return after, estimate.masked_fill(spent, 0.0).where(finite, torch.nan)
+
+
+def _coefficients(entries: Tensor, functions: Sequence[Function]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n, m) of the tridiagonal T, and f(T) e_1 for each function, (F, n, m)."""
+    alpha, beta = entries[0], entries[1, :, :-1]
+    t = torch.diag_embed(alpha) + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
+    ritz, vectors = torch.linalg.eigh(t)
+    results = []
+    for function in functions:
+        weight = function(ritz)
+        if weight.shape != ritz.shape:
+            raise ValueError(
+                f"lanczos: functions must be elementwise, got {tuple(weight.shape)} from"
+                f" {tuple(ritz.shape)}"
+            )
+        results.append((vectors @ (weight * vectors[:, 0]).unsqueeze(-1)).squeeze(-1))
+    return ritz, torch.stack(results)
+
+
+def _change(now: Tensor, other: Tensor) -> Tensor:
+    """|now - other| / |now|, the largest over the functions. Shape (n,)."""
+    difference = (now - other).norm(dim=-1)
+    relative: Tensor = difference / now.norm(dim=-1)
+    return relative.where(difference != 0, 0.0).amax(0)  # 0 / 0 where f vanishes
