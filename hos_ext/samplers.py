@@ -226,7 +226,7 @@ def sample(
 
     since_draw = begin["since_draw"] % thin if burn_in == 0 else 0
     draws = x.new_empty((chains, (since_draw + n_steps) // thin, *x.shape[1:]))
-    tally = _Tally(chains, x.device)
+    tally = _tally(chains, x.device)
     total = burn_in + n_steps
     started = time.perf_counter()
     with torch.no_grad(), _progress_bar(progress, method, total * -(-chains // chunk)) as advance:
@@ -236,6 +236,7 @@ def sample(
             # Two buffers in turn: a fresh output for each step can cost more, in page faults,
             # than the step.
             current, spare = x[rows], torch.empty_like(x[rows])
+            counts = _Tally(*(each[rows] for each in tally))
             here = own(evaluate(score_fn, current, method, log_prob)) if adjusted else None
             for k in range(total):
                 keys = {"seed": seed, "offset": begin["step"] + k, "first": first + low}
@@ -250,9 +251,9 @@ def sample(
                         **keys,
                     )
                     current = here.x
-                    tally.divergences[rows] += lost
+                    counts.divergences.add_(lost)
                     if k >= burn_in:
-                        tally.acceptance[rows] += probability
+                        counts.acceptance.add_(probability)
                 else:
                     report = unadjusted_step(
                         method,
@@ -266,18 +267,18 @@ def sample(
                         **keys,
                     )
                     current, spare = spare, current
-                    tally.divergences[rows] += _non_finite(current)
+                    counts.divergences.add_(_non_finite(current))
                     if report is not None:
-                        tally.error[rows] = torch.maximum(tally.error[rows], report.error.double())
-                        tally.iterations[rows] += report.iterations
-                        tally.unconverged[rows] += ~report.converged
+                        torch.maximum(counts.error, report.error.double(), out=counts.error)
+                        counts.iterations.add_(report.iterations)
+                        counts.unconverged.add_(~report.converged)
                 draw, rest = divmod(since_draw + k + 1 - burn_in, thin)
                 if k >= burn_in and rest == 0:
                     draws[rows, draw - 1] = current
                 advance()
-            tally.diverged[rows] = _non_finite(current)
+            counts.diverged.copy_(_non_finite(current))
             if here is not None:
-                tally.diverged[rows] |= _non_finite(_score_of(here))
+                counts.diverged.logical_or_(_non_finite(_score_of(here)))
             if current.data_ptr() != x[rows].data_ptr():
                 x[rows] = current
     stats = {
@@ -305,16 +306,20 @@ def sample(
     return Chains(draws, stats, end)
 
 
-class _Tally:
-    """What is counted for each chain along the run."""
+class _Tally(NamedTuple):
+    """What is counted for each chain along the run, in place."""
 
-    def __init__(self, chains: int, device: torch.device) -> None:
-        self.divergences = torch.zeros(chains, dtype=torch.int64, device=device)
-        self.diverged = torch.zeros(chains, dtype=torch.bool, device=device)
-        self.acceptance = torch.zeros(chains, dtype=torch.float64, device=device)
-        self.error = torch.zeros(chains, dtype=torch.float64, device=device)
-        self.iterations = torch.zeros(chains, dtype=torch.int64, device=device)
-        self.unconverged = torch.zeros(chains, dtype=torch.int64, device=device)
+    divergences: Tensor
+    diverged: Tensor
+    acceptance: Tensor
+    error: Tensor
+    iterations: Tensor
+    unconverged: Tensor
+
+
+def _tally(chains: int, device: torch.device) -> _Tally:
+    dtypes = (torch.int64, torch.bool, torch.float64, torch.float64, torch.int64, torch.int64)
+    return _Tally(*(torch.zeros(chains, dtype=dtype, device=device) for dtype in dtypes))
 
 
 def _score_of(here: Point) -> Tensor:

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
@@ -30,3 +32,15 @@ def test_readme_example_prints_the_number_beside_it():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == expected
+
+
+def test_many_second_order_steps_beat_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("one_step_or_many.py", "--quick", "--out", str(out))
+    lines = re.findall(r"^(\d+ steps?: .*?)\s{2,}(-?\d+\.\d+)", printed, re.M)
+    energy = {name.strip(): float(value) for name, value in lines}
+    mean, one = energy["1 step: mean"], energy["1 step: mean + covariance"]
+    assert energy["5 steps: second order"] < one < mean
+    assert energy["5 steps: second order"] < energy["5 steps: ancestral"]
+    assert out.stat().st_size > 10_000

@@ -411,6 +411,64 @@ def test_an_adjusted_chain_rejects_and_counts_what_is_not_finite():
     assert float(chains.draws.std(1).min()) > 0
 
 
+def test_a_proposal_that_overflows_is_rejected_counted_and_not_shown_to_the_score_function():
+    def score_fn(x):
+        assert x.isfinite().all()
+        return torch.where(x > 0, 3e38, -x)
+
+    init = torch.tensor([[-1.0, -2.0], [1.0, -1.0]])
+    chains = sample(score_fn, init, method="mala", step_size=2.0, n_steps=3, seed=0)
+    assert chains.stats["divergences"].tolist()[1] == 3
+    assert torch.equal(chains.draws[1], init[1].expand(3, 2))
+    assert not chains.stats["diverged"].any()
+
+
+def test_an_adjusted_step_is_the_hand_written_one():
+    """MALA with a constant score, from its formula: proposal, ratio, and the uniform's stream."""
+    init = torch.linspace(-2, 2, 60).double().reshape(30, 2)
+    push, h = torch.tensor([0.3, -0.2]).double(), 0.4
+
+    def log_prob(x):
+        return -x.square().sum(1)
+
+    options = {"seed": 9, "first_chain": 5}
+    chains = sample(
+        lambda x: push.expand_as(x),
+        init,
+        method="mala",
+        log_prob=log_prob,
+        step_size=h,
+        n_steps=2,
+        **options,
+    )
+    x = init
+    rates = []
+    for k in range(2):
+        new = (
+            x
+            + h * push
+            + (2 * h) ** 0.5 * ops.normal((30, 2), seed=9, offset=k, first=5, dtype=torch.float64)
+        )
+        back = (x - new - h * push).square().sum(1) - (new - x - h * push).square().sum(1)
+        ratio = (log_prob(new) - log_prob(x) - back / (4 * h)).exp()
+        u = ops.uniform((30,), seed=9, offset=k, first=5, stream=1, dtype=torch.float64)
+        rates.append(ratio.clamp(max=1))
+        x = torch.where((u < ratio).unsqueeze(1), new, x)
+        torch.testing.assert_close(chains.draws[:, k], x)
+    torch.testing.assert_close(chains.stats["acceptance"], (rates[0] + rates[1]) / 2)
+
+
+def test_acceptance_is_that_of_the_steps_after_the_burn_in(init):
+    options = {"method": "mala", "step_size": 1.0}
+    whole = sample(lambda x: -(x**3), init, burn_in=3, n_steps=4, seed=7, **options)
+    warm = sample(lambda x: -(x**3), init, n_steps=3, seed=7, **options)
+    rest = sample(lambda x: -(x**3), state=warm.state, n_steps=4, **options)
+    torch.testing.assert_close(whole.stats["acceptance"], rest.stats["acceptance"])
+    assert not torch.equal(whole.stats["acceptance"], warm.stats["acceptance"])
+    nothing = sample(lambda x: -x, init, n_steps=0, **options)
+    assert nothing.stats["acceptance"].isnan().all()
+
+
 def test_an_adjusted_chain_whose_score_is_nan_at_the_start_is_reported():
     init = torch.tensor([[0.5], [2.0]])
     chains = sample(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +85,20 @@ def test_adaptation_is_a_function_of_the_seed_and_moves_the_chains(init):
     assert one.step_size == two.step_size != other.step_size
     assert torch.equal(one.state["x"], two.state["x"])
     assert not torch.equal(one.state["x"], init)
+
+
+def test_adaptation_is_the_published_recursion(init):
+    """Nesterov's averages written out as sums (Hoffman & Gelman 2014, Eq. 6), constants theirs."""
+    warm = adapt_step_size(normal_score, init, method="mala", step_size=0.2, n_steps=12, seed=3)
+    gamma, t0, kappa, mu = 0.05, 10, 0.75, math.log(10 * 0.2)
+    missing, log_mean = 0.0, 0.0
+    for t, rate in enumerate(warm.acceptance, 1):
+        missing = (1 - 1 / (t + t0)) * missing + (0.574 - rate) / (t + t0)
+        log_h = mu - t**0.5 / gamma * missing
+        log_mean = t**-kappa * log_h + (1 - t**-kappa) * log_mean
+        if t < 12:
+            assert warm.step_sizes[t] == pytest.approx(math.exp(log_h), rel=1e-12)
+    assert warm.step_size == pytest.approx(math.exp(log_mean), rel=1e-12)
 
 
 def test_adaptation_works_with_a_log_density(init):
