@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .doors import functorch_active, needs_library
 
 WIDE = (torch.float32, torch.float64)
-FLOATING = (*WIDE, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+FLOATING = (*WIDE, *HALF)
+
+_DROPOUT = nn.modules.dropout._DropoutNd
 
 
 def show(value: Any) -> str:
@@ -262,6 +265,29 @@ def check_like(where: str, name: str, value: Tensor, x: Tensor) -> None:
     """Refuse a value that has not the shape, dtype and device of x, and an x that is no data."""
     check_tensor(where, "x", x)
     check_tensor(where, name, value, like=x, shape=tuple(x.shape))
+
+
+def refuse_half(where: str, x: Tensor) -> None:
+    """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
+    if x.dtype in HALF:
+        raise ValueError(f"{where}: variance reduction needs float32 or float64, got x {x.dtype}")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in HALF:
+        raise ValueError(
+            f"{where}: variance reduction needs float32 or float64, got autocast to "
+            f"{torch.get_autocast_dtype(kind)}"
+        )
+
+
+def refuse_dropout(where: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for path, module in model.named_modules():
+        if module.training and isinstance(module, _DROPOUT) and module.p > 0:
+            raise ValueError(
+                f"{where}: dropout must be off when several points are visited (its masks differ "
+                f"between them), got p = {module.p} in {path or type(module).__name__!r}"
+            )
 
 
 def require(where: str, module: str, extra: str = "app") -> Any:

@@ -30,8 +30,6 @@ Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
 
 # Streams of the counter-based noise. Second-order steps draw from that of posterior samples and
 # correctors from that of Langevin steps.
-_STREAM_REVERSE, _STREAM_PRIOR = 49, 50
-
 _COVARIANCES = ("low_rank", "diagonal", "none")
 
 
@@ -75,7 +73,7 @@ def prior(
         shape,
         seed=_seed("prior", seed),
         first=first,
-        stream=_STREAM_PRIOR,
+        stream=ops.STREAM_PRIOR,
         dtype=dtype,
         device=device,
     )
@@ -423,7 +421,7 @@ class _Run(NamedTuple):
             seed=self.seed,
             offset=number,
             first=self.first,
-            stream=_STREAM_REVERSE,
+            stream=ops.STREAM_REVERSE,
             dtype=x.dtype,
             device=x.device,
         )

@@ -11,15 +11,12 @@ from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
-from .checks import check_level
+from .checks import HALF, check_level, refuse_dropout, refuse_half
 from .doors import functorch_active, is_plain
 from .tweedie import Scores
-
-_HALF = (torch.float16, torch.bfloat16)
-_DROPOUT = nn.modules.dropout._DropoutNd
 
 _NAME = "score_matching_loss"
 
@@ -176,9 +173,9 @@ def score_matching_loss(
         sigma = sigma.item()  # a scalar on the CPU
     reduced = variance_reduction or first_order == "vr"
     if reduced:
-        _refuse_half(name, x)
+        refuse_half(name, x)
     if reduced or first_order == "antithetic":
-        _refuse_dropout(name, model)
+        refuse_dropout(name, model)
 
     if noise is None:
         if seed is None:  # kept a tensor: reading it would break a compiled graph
@@ -214,7 +211,7 @@ def score_matching_loss(
     scores = model(points, levels)
     _check_scores(name, scores, points, diagonal)
     for key, value in (("score", scores.score), ("c", scores.c), ("factor", scores.factor)):
-        if reduced and value is not None and value.dtype in _HALF:
+        if reduced and value is not None and value.dtype in HALF:
             raise ValueError(
                 f"{name}: variance reduction needs float32 or float64, got {key} {value.dtype}"
             )
@@ -307,7 +304,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
 
 def _wide(value: Tensor) -> Tensor:
     """float32 in place of half precision, else as it is."""
-    return value.float() if value.dtype in _HALF else value
+    return value.float() if value.dtype in HALF else value
 
 
 def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
@@ -328,29 +325,6 @@ def _check_level(name: str, value: Any, x: Tensor, *, positive: bool) -> None:
     if not good.all():
         rule = "positive and finite" if positive else "finite"
         raise ValueError(f"{_NAME}: {name} must be {rule}, got {value[~good].flatten()[0]}")
-
-
-def _refuse_half(name: str, x: Tensor) -> None:
-    """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
-    if x.dtype in _HALF:
-        raise ValueError(f"{name}: variance reduction needs float32 or float64, got x {x.dtype}")
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in _HALF:
-        raise ValueError(
-            f"{name}: variance reduction needs float32 or float64, got autocast to "
-            f"{torch.get_autocast_dtype(kind)}"
-        )
-
-
-def _refuse_dropout(name: str, model: Model) -> None:
-    if not isinstance(model, nn.Module):
-        return
-    for path, module in model.named_modules():
-        if module.training and isinstance(module, _DROPOUT) and module.p > 0:
-            raise ValueError(
-                f"{name}: dropout must be off when several points are visited (its masks differ "
-                f"between them), got p = {module.p} in {path or type(module).__name__!r}"
-            )
 
 
 def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> None:

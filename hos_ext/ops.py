@@ -27,7 +27,11 @@ from .checks import (
 )
 from .doors import functorch_active, needs_library, vmap_active
 
+# Who draws from which stream of the counter-based noise: no two draws with one key share words.
+# `data` and `training` have 16 to 18 and 32 to 34 of their own.
 STREAM_STEP, STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_TRAINING = range(4)
+STREAM_TIME, STREAM_DIRECTION, STREAM_REVERSE, STREAM_PRIOR = range(4, 8)
+STREAM_PROBE, STREAM_START, STREAM_ADJOINT, STREAM_REPORT = range(8, 12)
 
 _CURVATURES = {"clamp": 0, "abs": 1, "raw": 2}
 _REDUCTIONS = ("mean", "sum", "none")
@@ -127,7 +131,8 @@ def normal(
         seed: 64-bit key, an int or a 0-d int64 tensor.
         offset: 56-bit part of the counter, such as a step; an int or a 0-d int64 tensor.
         first: global index of row 0, so that `normal((n, d), first=k)` is rows k ... k + n.
-        stream: 8-bit part of the counter: 0 steps, 1 acceptance, 2 posterior samples, 3 training.
+        stream: 8-bit part of the counter: 0 to 15 are those of this package (the STREAM_ names of
+            `ops`: 0 steps, 1 acceptance, 2 posterior samples, 3 training, ...).
         dtype: float32, float64, float16 or bfloat16; torch's default.
         device: torch's default.
 

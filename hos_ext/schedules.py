@@ -24,8 +24,6 @@ from .checks import check_int, check_tensor, per_sample
 
 _Time = TypeVar("_Time", bound=float | Tensor)
 
-_STREAM_TIME = 48  # of the counter-based noise
-
 
 class Schedule:
     """What all schedules share. Not made itself: take VE, VP, CosineVP, SubVP, EDM or DiscreteVP.
@@ -127,7 +125,7 @@ class Schedule:
             seed=seed,
             offset=offset,
             first=first,
-            stream=_STREAM_TIME,
+            stream=ops.STREAM_TIME,
             dtype=torch.float64,  # 2^-32 steps: float32 would round some to 0 and 1
             device=device,
         )
