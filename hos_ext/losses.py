@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
-from .checks import HALF, check_level, refuse_dropout, refuse_half
+from .checks import HALF, check_int, check_level, check_number, refuse_dropout, refuse_half
 from .doors import functorch_active, is_plain
+from .schedules import Schedule
 from .tweedie import Scores
 
 _NAME = "score_matching_loss"
@@ -354,3 +355,81 @@ def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> 
             f"{name}: diagonal=True needs a model without factor (rank 0), "
             f"got rank {scores.factor.shape[2]}"
         )
+
+
+class ScoreMatchingLoss(nn.Module):
+    """`score_matching_loss` as a module that draws the noise levels too, for any training loop.
+
+    `loss = criterion(model, batch)` in a plain loop or in Lightning's `training_step`. In training
+    mode every call is one step: levels and noise are functions of (seed, step, first + row), and
+    the step is a buffer, so that a run resumed from a checkpoint draws what it would have drawn.
+    In evaluation mode the step stands still: the same draws at each call, or those of `step`.
+
+    Args:
+        sigma: noise level, a float; or (low, high), drawn log-uniformly for each sample; None with
+            a schedule. Data units.
+        schedule: a `Schedule`; times are drawn by its `sample_t`.
+        seed: key of all draws.
+        options: further arguments of `score_matching_loss`: gamma, variance_reduction, diagonal,
+            centred, ...
+
+    Raises:
+        TypeError, ValueError: sigma and schedule are both given or neither, or sigma is not
+            positive; what `score_matching_loss` raises, at the call.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        sigma: float | tuple[float, float] | None = None,
+        *,
+        schedule: Schedule | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        where = "ScoreMatchingLoss"
+        if (sigma is None) == (schedule is None):
+            both = "neither" if sigma is None else "both"
+            raise ValueError(
+                f"{where}: exactly one of sigma and schedule must be given, got {both}"
+            )
+        if isinstance(sigma, tuple):
+            if len(sigma) != 2 or not sigma[0] < sigma[1]:
+                raise ValueError(f"{where}: sigma must be a float or (low, high), got {sigma}")
+            sigma = (check_number(where, "sigma", sigma[0]), check_number(where, "sigma", sigma[1]))
+        elif sigma is not None:
+            sigma = check_number(where, "sigma", sigma)
+        check_int(where, "seed", seed, 2**63)
+        self.sigma, self.schedule, self.seed, self.options = sigma, schedule, seed, options
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, model: Model, x: Tensor, *, step: Tensor | int | None = None, first: int = 0
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            model: `model(x, sigma) -> Scores`.
+            x: clean samples. Shape (B, *dims).
+            step: number of the step, in place of the module's own, which then stands still.
+            first: global index of row 0, for ranks and micro-batches of one step.
+        """
+        offset = self.step.clone() if step is None else step
+        if self.training and step is None:
+            self.step += 1
+        alpha: Tensor | float = 1.0
+        sigma: Any = self.sigma
+        keys: dict[str, Any] = {"seed": self.seed, "offset": offset, "first": first}
+        if self.schedule is not None:
+            t = self.schedule.sample_t(len(x), dtype=torch.float64, device=x.device, **keys)
+            alpha, sigma = self.schedule.alpha(t).to(x.dtype), self.schedule.sigma(t).to(x.dtype)
+        elif isinstance(self.sigma, tuple):
+            low, high = self.sigma
+            u = ops.uniform(
+                (len(x),), stream=ops.STREAM_TIME, dtype=torch.float64, device=x.device, **keys
+            )
+            sigma = (low * (high / low) ** u).to(x.dtype)
+        loss: Tensor = score_matching_loss(model, x, sigma, alpha=alpha, **keys, **self.options)
+        return loss
