@@ -1,5 +1,12 @@
 """High-order scores by denoising: the public names."""
 
+from .adapters import MeanDenoiser, azula_denoiser
+from .calibrate import (
+    CalibrationReport,
+    calibration,
+    calibration_report,
+    recalibration_factor,
+)
 from .conversions import (
     eps_from_score,
     hessian_from_jacobian,
@@ -12,17 +19,40 @@ from .conversions import (
 )
 from .densities import Gaussian, GaussianMixture, JointLogisticMixture, ProductLogisticMixture
 from .diagnostics import (
-    calibration,
     ess,
     ess_rate,
     min_ess,
     mode_jumps,
     r_hat,
-    recalibration_factor,
+)
+from .diffusion import (
+    annealed_langevin,
+    predictor_corrector,
+    prior,
+    probability_flow_ode,
+    reverse_sde,
+    second_order_reverse,
+    tweedie_denoise,
 )
 from .dplr import DPLR
-from .losses import score_matching_loss
+from .high_order import (
+    hermite,
+    noise_moment_loss,
+    order_k_loss,
+    order_k_matching_loss,
+    order_k_vr_loss,
+    second_moment_loss,
+)
+from .losses import ScoreMatchingLoss, score_matching_loss
 from .models import MLP, UNet
+from .moments import (
+    moment_recurrence,
+    moments_from_cumulants,
+    noise_cumulants,
+    posterior_cumulants,
+    posterior_moments,
+    psi_from_scores,
+)
 from .ops import (
     assemble_hessian,
     build_info,
@@ -38,7 +68,9 @@ from .ops import (
     ozaki_step,
     uniform,
 )
+from .outliers import auroc, outlier_score
 from .samplers import Chains, ChainState, sample
+from .schedules import EDM, VE, VP, CosineVP, DiscreteVP, Schedule, SubVP, from_alphas_cumprod
 from .step_size import adapt_step_size, search_step_size
 from .tweedie import (
     DenseScores,
@@ -55,22 +87,36 @@ __version__: str = build_info()["version"]
 
 __all__ = [
     "DPLR",
+    "EDM",
     "MLP",
+    "VE",
+    "VP",
+    "CalibrationReport",
     "ChainState",
     "Chains",
+    "CosineVP",
     "DenseScores",
+    "DiscreteVP",
     "Gaussian",
     "GaussianMixture",
     "JointLogisticMixture",
+    "MeanDenoiser",
     "Posterior",
     "ProductLogisticMixture",
+    "Schedule",
+    "ScoreMatchingLoss",
     "Scores",
+    "SubVP",
     "UNet",
     "UnscaledScores",
     "adapt_step_size",
+    "annealed_langevin",
     "assemble_hessian",
+    "auroc",
+    "azula_denoiser",
     "build_info",
     "calibration",
+    "calibration_report",
     "d2sm_diag_loss",
     "d2sm_diag_vr_loss",
     "d2sm_loss",
@@ -80,19 +126,36 @@ __all__ = [
     "eps_from_score",
     "ess",
     "ess_rate",
+    "from_alphas_cumprod",
+    "hermite",
     "hessian_from_jacobian",
     "hessian_matvec",
     "jacobian_from_hessian",
     "langevin_step",
     "min_ess",
     "mode_jumps",
+    "moment_recurrence",
+    "moments_from_cumulants",
+    "noise_cumulants",
+    "noise_moment_loss",
     "normal",
+    "order_k_loss",
+    "order_k_matching_loss",
+    "order_k_vr_loss",
+    "outlier_score",
     "ozaki_step",
     "posterior",
     "posterior_covariance",
+    "posterior_cumulants",
     "posterior_mean",
+    "posterior_moments",
+    "predictor_corrector",
+    "prior",
+    "probability_flow_ode",
+    "psi_from_scores",
     "r_hat",
     "recalibration_factor",
+    "reverse_sde",
     "sample",
     "score_from_eps",
     "score_from_v",
@@ -100,6 +163,9 @@ __all__ = [
     "score_matching_loss",
     "search_step_size",
     "second_moment",
+    "second_moment_loss",
+    "second_order_reverse",
+    "tweedie_denoise",
     "uniform",
     "v_from_score",
     "x0_from_score",

@@ -1,15 +1,12 @@
-"""How good chains and posteriors are: effective sample size, R-hat, mode jumps, calibration.
+"""How good chains are: effective sample size, R-hat, mode jumps.
 
 Chains come with the chain axis first, as `sample` returns them; `ess` (but for its "cutoff") and
-`r_hat` hand each dimension to arviz-stats (extra `app`). Calibration asks whether the residuals of
-a posterior mean are as large, and in the same directions, as its covariance says.
+`r_hat` hand each dimension to arviz-stats (extra `app`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,14 +14,9 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATING, check_tensor, positive, require
-from .dplr import DPLR
-from .tweedie import Posterior
 
 _ESS_METHODS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
-
-
-# ----------------------------------------------------------------------------------------- chains
 
 
 def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
@@ -225,137 +217,3 @@ def _cutoff_ess(values: Any) -> Any:
     rho = covariance[1:] / covariance[0]
     kept = np.logical_and.accumulate(rho >= _CUTOFF, axis=0)
     return chains * length / (1 + 2 * (kept * rho * (1 - lag[1:] / length)).sum(0))
-
-
-# ------------------------------------------------------------------------------------ calibration
-
-
-@torch.no_grad()
-def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[str, float]:
-    """How well posteriors N(m, C) cover the clean samples: 1 is calibrated, above overconfident.
-
-    With the residual e = x - m and A = (C + tau^2 I)^-1, over the batch:
-
-        mahalanobis = mean (e^T A e + tau^2 tr A) / D
-        trace_ratio = (mean |e|^2 + D tau^2) / (mean tr C + D tau^2)
-
-    tau > 0 is the predictive check: noise of standard deviation tau is added to both sides, and the
-    figure is its exact expectation over that noise, E (e + tau n)^T A (e + tau n), so that nothing
-    is drawn. E[e e^T] = C gives 1 for every tau. At tau = 0 `mahalanobis` hangs on the smallest
-    eigenvalues of C, where a learned covariance is weakest; tau lifts them to tau^2. `trace_ratio`
-    sees the total variance alone. A `mahalanobis` below 0 means that C is not positive definite.
-
-    Args:
-        x: the clean samples. Shape (B, *dims), dtype and device of the posterior.
-        posterior: posteriors of x given noisy samples: mean (B, *dims) and covariance (a DPLR).
-        tau: standard deviation of the added noise, in units of the data, >= 0.
-
-    Returns:
-        {"mahalanobis", "trace_ratio"}, computed in float64. NaN in the data gives NaN.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree, an empty batch, tau negative or not finite,
-            C singular at tau = 0.
-        TypeError: x is not a tensor, posterior not a Posterior, or tau not a number.
-    """
-    residual = _residual("calibration", x, posterior, tau)
-    covariance = posterior.covariance.to(torch.float64)
-    noise = residual.shape[1] * tau**2
-    spread = residual.square().sum(1).mean() + noise
-    return {
-        "mahalanobis": _mahalanobis(residual, covariance, tau),
-        "trace_ratio": float(spread / (covariance.trace().mean() + noise)),
-    }
-
-
-@torch.no_grad()
-def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> float:
-    """The scalar a > 0 for which a * C is calibrated on (x, posterior), a validation split.
-
-    Defined by calibration(x, N(m, a C), tau=tau)["mahalanobis"] = 1. At tau = 0 that is
-    a = mean e^T C^-1 e / D, which also maximises the Gaussian likelihood of the residuals over a.
-    For tau > 0 the equation is solved as it stands rather than by likelihood: it is the figure
-    that is reported, and it falls strictly from above 1 (a -> 0) to 0 (a -> infinity), so that the
-    root exists and is unique whenever C is positive definite and the residuals are not all zero.
-
-    Args:
-        x, posterior, tau: as in `calibration`. Use `posterior.recalibrated(a)` afterwards, with
-            the tau it was fitted for: one scalar cannot calibrate every tau of a misshapen C.
-
-    Returns:
-        a, to a relative 1e-6.
-
-    Raises:
-        ValueError: as in `calibration`; residuals all zero or not finite; C not positive definite;
-            a outside 1e-27 ... 1e27 for tau > 0.
-        TypeError: as in `calibration`.
-    """
-    caller = "recalibration_factor"
-    residual = _residual(caller, x, posterior, tau)
-    covariance = posterior.covariance.to(torch.float64)
-    size = float(residual.square().mean())
-    if not 0 < size < math.inf:
-        raise ValueError(
-            f"{caller}: x - posterior.mean must be finite and not all zero, got mean square {size}"
-        )
-    indefinite = int((~covariance.is_positive_definite()).sum())
-    if indefinite:
-        raise ValueError(
-            f"{caller}: posterior.covariance must be positive definite, got {indefinite} of "
-            f"{len(residual)} that are not"
-        )
-    if tau == 0:
-        return _mahalanobis(residual, covariance, 0.0)
-
-    def excess(log_a: float) -> float:
-        return _mahalanobis(residual, covariance.scale(math.exp(log_a)), tau) - 1
-
-    low, high = -64.0, 64.0
-    if not excess(low) > 0 > excess(high):
-        raise ValueError(
-            f"{caller}: x must be calibrated by a factor in 1e-27 ... 1e27, got mean square {size} "
-            "of x - posterior.mean"
-        )
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return math.exp((low + high) / 2)
-
-
-def _residual(caller: str, x: Tensor, posterior: Posterior, tau: float) -> Tensor:
-    """x - m in float64, flat (B, D), after checking the arguments."""
-    if not isinstance(posterior, Posterior):
-        raise TypeError(
-            f"{caller}: posterior must be a tweedie.Posterior, got {type(posterior).__name__}"
-        )
-    mean = posterior.mean
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{caller}: x must be a tensor, got {type(x).__name__}")
-    if x.shape != mean.shape or x.dtype != mean.dtype or x.device != mean.device:
-        raise ValueError(
-            f"{caller}: x must be {_describe(mean)} like posterior.mean, got {_describe(x)}"
-        )
-    if x.dim() < 2 or x.shape[0] == 0:
-        raise ValueError(f"{caller}: x must have shape (B, *dims), B >= 1, got {tuple(x.shape)}")
-    number: object = tau
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{caller}: tau must be a float, got {type(tau).__name__}")
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"{caller}: tau must be >= 0 and finite, got {tau}")
-    return (x - mean).flatten(1).double()
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
-
-
-def _mahalanobis(residual: Tensor, covariance: DPLR, tau: float) -> float:
-    """mean (e^T A e + tau^2 tr A) / D with A = (C + tau^2 I)^-1."""
-    shifted = covariance + tau**2
-    quadratic = (residual * shifted.solve(residual)).sum(1)
-    if tau > 0:
-        # A = d^-1 - d^-1 U S U^T A, so tr A needs only the r columns of A U.
-        solved = shifted.solve(shifted.factor) * shifted.factor
-        low_rank = (solved if shifted.sign is None else solved * shifted.sign).sum(2)
-        quadratic = quadratic + tau**2 * ((1 - low_rank) / shifted.diag).sum(1)
-    return float(quadratic.mean()) / residual.shape[1]

@@ -266,7 +266,7 @@ class DPLR:
             z1, z2 = noise[..., :size], noise[..., size:]
             return root * z1 + (self.factor @ z2.permute(1, 2, 0)).permute(2, 0, 1)
         # With V S V^T = Q diag(lam) Q^T the root of I + V S V^T is I + Q (sqrt(1 + lam) - 1) Q^T.
-        basis, lam = _low_rank_eigh(self.factor / root.unsqueeze(-1), self._signs())
+        basis, lam = low_rank_eigh(self.factor / root.unsqueeze(-1), self._signs())
         slack = 64 * torch.finfo(self.dtype).eps * lam.abs().amax(-1, keepdim=True)
         if bool((lam < -1 - slack).any()):
             raise ValueError(
@@ -323,7 +323,7 @@ class DPLR:
         """The k leading eigenvectors (1, D, k) of a batch of one in float64, for `eigh`."""
         size = self.diag.shape[1]
         # Orthogonal columns: cancelling or dependent ones would cost the solves their digits.
-        columns, weight = _low_rank_eigh(self.factor, self._signs())
+        columns, weight = low_rank_eigh(self.factor, self._signs())
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         kept = weight[0].abs() > 1e-15 * largest
         columns, weight = columns[..., kept], weight[0, kept]
@@ -482,7 +482,7 @@ class DPLR:
         return count
 
 
-def _low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+def low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """Q (B, D, m) and lam (B, m), m = min(D, r), with U diag(sign) U^T = Q diag(lam) Q^T."""
     q, r = torch.linalg.qr(factor)
     lam, rotation = torch.linalg.eigh((r * sign) @ r.mT)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_int, check_tensor, per_sample
-from .dplr import DPLR, _low_rank_eigh
+from .dplr import DPLR, low_rank_eigh
 
 Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
 Matvec = Callable[[Tensor], Tensor]  # (n, D) -> (n, D)
@@ -109,7 +109,7 @@ def isotropic_spectrum(
             f" {spread[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
         )
     columns = matrix.factor.where(finite[:, None, None], 0.0)
-    basis, mu = _low_rank_eigh(columns, matrix._signs())
+    basis, mu = low_rank_eigh(columns, matrix._signs())
     rest = level[:, 0].where(finite, torch.nan)
     return Spectrum(basis, rest.unsqueeze(-1) + mu, None if mu.shape == diag.shape else rest)
 

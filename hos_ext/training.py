@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.optim import swa_utils
 
 from . import data, diagnostics, ops
+from .calibrate import calibration, recalibration_factor
 from .checks import require
 from .losses import score_matching_loss
 from .models import MLP
@@ -448,7 +449,7 @@ def recalibrate(
     noise = ops.normal(clean.shape, seed=seed, offset=_VALIDATION_OFFSET, stream=_STREAM_NOISE)
     unit = clean / sigma.view(-1, 1, 1)
     scores = model(clean + sigma.view(-1, 1, 1) * noise, sigma)
-    return diagnostics.recalibration_factor(unit, posterior(unit + noise, scores, 1.0), tau=0.5)
+    return recalibration_factor(unit, posterior(unit + noise, scores, 1.0), tau=0.5)
 
 
 def denoising_errors(result: Denoised) -> dict[str, float]:
@@ -459,13 +460,13 @@ def denoising_errors(result: Denoised) -> dict[str, float]:
 
 
 def calibration_figures(result: Denoised, recalibration: float) -> dict[str, float]:
-    """`diagnostics.calibration` as it is and, with tau = sigma / 2, as a predictive check."""
+    """`calibration` as it is and, with tau = sigma / 2, as a predictive check."""
     raw, tau = result.posterior, result.sigma / 2
     scaled = raw.recalibrated(recalibration)
-    figures = diagnostics.calibration(result.clean, raw)
-    recalibrated = diagnostics.calibration(result.clean, scaled)
-    predictive = diagnostics.calibration(result.clean, raw, tau=tau)
-    predictive_recalibrated = diagnostics.calibration(result.clean, scaled, tau=tau)
+    figures = calibration(result.clean, raw)
+    recalibrated = calibration(result.clean, scaled)
+    predictive = calibration(result.clean, raw, tau=tau)
+    predictive_recalibrated = calibration(result.clean, scaled, tau=tau)
     return {
         "sigma": result.sigma,
         **figures,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import show
-from .dplr import DPLR, _low_rank_eigh
+from .dplr import DPLR, low_rank_eigh
 from .matrix_functions import (
     Function,
     LanczosResult,
@@ -286,7 +286,7 @@ def _cayley_kernel(hessian: DPLR, h: Tensor, curvature: str) -> tuple[DPLR, Tens
     size = diag.abs() if curvature == "abs" else -diag.clamp_max(0)
     size = torch.maximum(size, floor.expand_as(size))
     root = size.sqrt().unsqueeze(-1)
-    basis, lam = _low_rank_eigh(factor / root, sign)
+    basis, lam = low_rank_eigh(factor / root, sign)
     lam = 1 - (1 - lam).abs() if curvature == "abs" else lam.clamp_max(1)
     columns = half.sqrt().unsqueeze(-1) * root * basis
     # Signs are shared by the batch, but not those of lam: one set of columns for each.

@@ -9,13 +9,14 @@ of order one at every noise level; `UnscaledScores` are s1 and s2 themselves.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-from .checks import check_like, check_samples, check_tensor, positive
+from .checks import check_like, check_number, check_samples, check_tensor, positive
 from .dplr import DPLR
 
 
@@ -101,6 +102,52 @@ class Posterior(NamedTuple):
         """Standard deviation of each entry. Shape (B, *dims). NaN where the model's variance is
         negative, which an unconstrained head may produce."""
         return self.covariance.diagonal().sqrt().reshape(self.mean.shape)
+
+    def credible_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The central interval of each entry by itself: mean -+ q std, q a normal quantile.
+
+        Args:
+            level: its probability under the Gaussian, in (0, 1).
+
+        Returns:
+            low and high, each of shape (B, *dims). Units of the data. NaN where `std` is.
+
+        Raises:
+            TypeError: level is not a number.
+            ValueError: level is not in (0, 1).
+        """
+        where = "Posterior.credible_interval"
+        number = check_number(where, "level", level)
+        if number >= 1:
+            raise ValueError(f"{where}: level must be in (0, 1), got {number:g}")
+        quantile = math.sqrt(2) * torch.erfinv(torch.tensor(number, dtype=torch.float64)).item()
+        reach = quantile * self.std
+        return self.mean - reach, self.mean + reach
+
+    def correlation(self, index: int | tuple[int, ...]) -> Tensor:
+        """The correlation of one entry with every entry: a row of the covariance, O(D r).
+
+        Args:
+            index: the entry: its place in the flattened sample, or a tuple with one index for each
+                of dims. Not negative.
+
+        Returns:
+            Shape (B, *dims), in [-1, 1] to rounding, 1 at index. NaN for entries whose variance is
+            not positive, and everywhere if that of index is not.
+
+        Raises:
+            TypeError: index is neither an int nor a tuple of ints.
+            ValueError: index is outside the sample.
+        """
+        flat = _flat_index("Posterior.correlation", index, tuple(self.mean.shape[1:]))
+        diag, factor, sign = self.covariance.diag, self.covariance.factor, self.covariance.sign
+        row = factor[:, flat] if sign is None else factor[:, flat] * sign
+        covariance = (factor @ row.unsqueeze(-1)).squeeze(-1)
+        at = torch.arange(diag.shape[1], device=diag.device) == flat
+        covariance = torch.where(at, covariance + diag, covariance).reshape(self.mean.shape)
+        std = self.std
+        own = std.flatten(1)[:, flat].reshape(-1, *[1] * (std.dim() - 1))
+        return covariance / (std * own)
 
     def sample(self, n: int, *, seed: int | None = None, offset: int = 0, first: int = 0) -> Tensor:
         """n draws of N(mean, covariance). Shape (n, B, *dims); arguments as `DPLR.sample`."""
@@ -298,6 +345,23 @@ def second_moment(
     mean = posterior_mean(x, score, sigma, alpha).flatten(1)
     covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
     return covariance + DPLR(torch.zeros_like(mean), mean.unsqueeze(-1))
+
+
+def _flat_index(where: str, index: int | tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """The place of an entry in the flattened sample."""
+    if isinstance(index, tuple):
+        parts, sizes = index, dims
+    else:
+        parts, sizes = (index,), (math.prod(dims),)
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in parts):
+        raise TypeError(f"{where}: index must be an int or a tuple of ints, got {index!r}")
+    inside = len(parts) == len(sizes) and all(0 <= i < n for i, n in zip(parts, sizes, strict=True))
+    if not inside:
+        raise ValueError(f"{where}: index must be inside {sizes}, got {index!r}")
+    flat = 0
+    for i, n in zip(parts, sizes, strict=True):
+        flat = flat * n + int(i)
+    return flat
 
 
 def _factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hos_ext import tweedie
 from hos_ext.dplr import DPLR
@@ -242,6 +245,85 @@ def test_principal_components_are_the_leading_eigenpairs() -> None:
     want = torch.linalg.eigvalsh(case.covariance).flip(-1)[:, :2]
     close(values, want)
     close(case.covariance @ vectors, vectors * values.unsqueeze(1))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_credible_intervals_are_those_of_the_gaussian_marginals(sign: int) -> None:
+    case = gaussian(sign)
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    variance = case.covariance.diagonal(dim1=1, dim2=2).reshape(B, *DIMS)
+    law = torch.distributions.Normal(got.mean, variance.sqrt())
+    for level in (0.01, 0.5, 0.95, 1 - 1e-9):
+        low, high = got.credible_interval(level)
+        close(law.cdf(high) - law.cdf(low), torch.full_like(low, level))
+        close(got.mean - low, high - got.mean)
+    low, high = got.credible_interval()
+    close((high - low) / got.std, torch.full_like(low, 2 * 1.959963984540054))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_correlation_is_a_row_of_the_dense_matrix(sign: int) -> None:
+    case = gaussian(sign)
+    got = posterior(case.x, case.scores.scaled(case.sigma), case.sigma, case.alpha)
+    root = case.covariance.diagonal(dim1=1, dim2=2).rsqrt()
+    want = root.unsqueeze(-1) * case.covariance * root.unsqueeze(-2)
+    for flat, index in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        row = got.correlation(flat)
+        close(row, want[:, flat].reshape(B, *DIMS))
+        assert torch.equal(row, got.correlation(index))
+        close(row[(slice(None), *index)], torch.ones(B, dtype=F64))
+    close(got.correlation(numpy.int64(4)), got.correlation(4))
+
+
+def test_correlation_with_an_entry_of_no_variance_is_nan() -> None:
+    x = torch.zeros(1, 3)
+    got = posterior(x, Scores(x, torch.tensor([[0.0, 1.0, 2.0]])), 0.5)
+    assert got.correlation(1).isnan().tolist() == [[True, False, False]]
+    assert got.correlation(0).isnan().all()
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def test_everything_works_on_whole_images_in_memory_of_the_factor() -> None:
+    """3 x 256 x 256 pixels: one D x D matrix would be 155 GB."""
+    generator = torch.Generator().manual_seed(0)
+    dims, rank = (3, 256, 256), 16
+    size = math.prod(dims)
+    x = torch.randn(1, *dims, generator=generator)
+    c = 0.1 + torch.rand(1, *dims, generator=generator)
+    factor = torch.randn(1, size, rank, generator=generator) / 100
+    with Largest() as largest:
+        got = posterior(x, Scores(torch.zeros_like(x), c, factor), 1.0)
+        low, high = got.credible_interval(0.9)
+        row = got.correlation((1, 100, 200))
+        draws = got.sample(2, seed=1)
+        value = got.log_prob(draws[0])
+        values, vectors = got.principal_components(3)
+        law = got.to_distribution().log_prob(draws[0].flatten(1))
+    assert size * rank <= largest.numel < 2 * size * rank
+    assert row.shape == low.shape == x.shape
+    inside = ((draws > low) & (draws < high)).double().mean()
+    assert abs(float(inside) - 0.9) < 5 * (0.09 / draws.numel()) ** 0.5
+    column = 65536 + 100 * 256 + 200
+    flat = (factor[0] @ factor[0, column])[:5] / got.std.flatten()[:5] / got.std.flatten()[column]
+    torch.testing.assert_close(row.flatten()[:5], flat, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(value, law, rtol=1e-5, atol=0)
+    # The covariance of a draw, by its own density: E log N = -(log det + D log 2 pi + D) / 2.
+    expected = -(got.covariance.logdet() + size * (1 + math.log(2 * math.pi))) / 2
+    assert float((value - expected).abs()) < 5 * (size / 2) ** 0.5
+    residual = got.covariance @ vectors - vectors * values.unsqueeze(1)
+    assert float(residual.norm()) < 1e-4 * float(values[0, 0])
 
 
 def test_recalibrated_scales_the_covariance_only() -> None:
@@ -499,6 +581,46 @@ FIT = posterior(X, SCORES, 1.0)
             lambda: FIT.log_prob([1.0]),
             TypeError,
             "Posterior.log_prob: x must be a Tensor, got list",
+        ),
+        (
+            lambda: FIT.credible_interval(0.0),
+            ValueError,
+            "Posterior.credible_interval: level must be finite and > 0, got 0",
+        ),
+        (
+            lambda: FIT.credible_interval(1),
+            ValueError,
+            "Posterior.credible_interval: level must be in (0, 1), got 1",
+        ),
+        (
+            lambda: FIT.credible_interval("a"),
+            TypeError,
+            "Posterior.credible_interval: level must be a number, got 'a'",
+        ),
+        (
+            lambda: FIT.correlation(3),
+            ValueError,
+            "Posterior.correlation: index must be inside (3,), got 3",
+        ),
+        (
+            lambda: FIT.correlation(-1),
+            ValueError,
+            "Posterior.correlation: index must be inside (3,), got -1",
+        ),
+        (
+            lambda: FIT.correlation((0, 1)),
+            ValueError,
+            "Posterior.correlation: index must be inside (3,), got (0, 1)",
+        ),
+        (
+            lambda: FIT.correlation(True),
+            TypeError,
+            "Posterior.correlation: index must be an int or a tuple of ints, got True",
+        ),
+        (
+            lambda: FIT.correlation((1.0,)),
+            TypeError,
+            "Posterior.correlation: index must be an int or a tuple of ints, got (1.0,)",
         ),
         (
             lambda: posterior(X, SCORES, True),
