@@ -35,6 +35,7 @@ from .diffusion import (
     tweedie_denoise,
 )
 from .dplr import DPLR
+from .hessians import ScoreHessian, posterior_from_score
 from .high_order import (
     hermite,
     noise_moment_loss,
@@ -104,6 +105,7 @@ __all__ = [
     "Posterior",
     "ProductLogisticMixture",
     "Schedule",
+    "ScoreHessian",
     "ScoreMatchingLoss",
     "Scores",
     "SubVP",
@@ -147,6 +149,7 @@ __all__ = [
     "posterior",
     "posterior_covariance",
     "posterior_cumulants",
+    "posterior_from_score",
     "posterior_mean",
     "posterior_moments",
     "predictor_corrector",

@@ -65,6 +65,22 @@ class DPLR:
         self.factor = factor
         self.sign = sign
 
+    @classmethod
+    def of(cls, diag: Tensor, factor: Tensor | None = None, sign: Tensor | None = None) -> DPLR:
+        """The same from parts that have been checked: nothing is read, nothing waits for a device.
+
+        sign may have another real dtype than diag.
+        """
+        matrix = cls.__new__(cls)
+        matrix.diag = diag
+        matrix.factor = diag.new_empty((*diag.shape, 0)) if factor is None else factor
+        matrix.sign = None if sign is None else sign.detach().to(diag.dtype)
+        return matrix
+
+    def rows(self, index: Tensor | slice) -> DPLR:
+        """The matrices of these samples of the batch."""
+        return DPLR.of(self.diag[index], self.factor[index], self.sign)
+
     # ------------------------------------------------------------------------------- description
 
     @property

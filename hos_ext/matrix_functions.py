@@ -59,6 +59,17 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
         raise ValueError(
             f"{where}: matrix must have shape (B, D, D), D >= 1, got {tuple(matrix.shape)}"
         )
+    usable, finite = check_symmetric(where, matrix)
+    values, basis = torch.linalg.eigh(usable / 2 + usable.mT / 2)
+    return Spectrum(basis, values.where(finite.unsqueeze(-1), torch.nan), None)
+
+
+def check_symmetric(where: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse matrices (B, D, D) that are not symmetric; 0 in place of those not finite, and which.
+
+    Raises:
+        ValueError: a difference beyond 1e-5 (float32) or 1e-10 (float64) of the largest entry.
+    """
     finite = matrix.isfinite().all(-1).all(-1)
     usable = matrix.where(finite[:, None, None], 0.0)
     difference = (usable - usable.mT).abs().amax((-1, -2))
@@ -68,8 +79,7 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
             f"{where}: matrix must be symmetric, got a difference of"
             f" {difference[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
         )
-    values, basis = torch.linalg.eigh(usable / 2 + usable.mT / 2)
-    return Spectrum(basis, values.where(finite.unsqueeze(-1), torch.nan), None)
+    return usable, finite
 
 
 def isotropic_spectrum(
@@ -172,7 +182,7 @@ def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
         column = per_sample("matrix_rows", "scale", scale, matrix.diag)
 
         def product(rows: slice | Tensor) -> Matvec:
-            return DPLR(whole.diag[rows], whole.factor[rows], whole.sign).matvec
+            return whole.rows(rows).matvec
     else:
         check_tensor("matrix_rows", "matrix", matrix)
         if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypedDict
 
@@ -20,14 +20,13 @@ from torch import Tensor
 from .checks import WIDE, check_number, require
 from .transitions import (
     LogDensity,
-    Point,
     ScoreFunction,
     evaluate,
     metropolis_step,
     own,
+    score_of,
     unadjusted_step,
 )
-from .tweedie import DenseScores, UnscaledScores
 
 UNADJUSTED = (
     "langevin",
@@ -196,14 +195,8 @@ def sample(
     Reference:
         Meng et al. 2021, Eqs. 19, 20; Roberts & Tweedie 1996 (the adjusted step).
     """
-    if method not in UNADJUSTED and method not in ADJUSTED:
-        known = ", ".join(repr(name) for name in (*UNADJUSTED, *ADJUSTED))
-        raise ValueError(f"sample: method must be one of {known}, got {method!r}")
+    check_method("sample", method, curvature, (*UNADJUSTED, *ADJUSTED))
     adjusted = method in ADJUSTED
-    if curvature not in ("clamp", "abs", "raw"):
-        raise ValueError(
-            f"sample: curvature must be one of 'clamp', 'abs', 'raw', got {curvature!r}"
-        )
     if log_prob is not None and not adjusted:
         raise ValueError(
             f"sample: log_prob must be None for the unadjusted method {method!r}, got one"
@@ -211,15 +204,14 @@ def sample(
     n_steps = _whole("n_steps", n_steps, 0)
     burn_in = _whole("burn_in", burn_in, 0)
     thin = _whole("thin", thin, 1)
-    tolerance = check_number("sample", "tolerance", tolerance, positive=True)
+    tolerance = check_number("sample", "tolerance", tolerance)
+    if tolerance >= 1:
+        raise ValueError(f"sample: tolerance must be below 1, got {tolerance:g}")
     if max_iterations is not None:
         max_iterations = _whole("max_iterations", max_iterations, 1)
     begin = begin_chains(init, seed, first_chain, state)
     x, first, seed = begin["x"], begin["first_chain"], begin["seed"]
-    if method not in ("langevin", "ozaki") and x.dtype not in WIDE:
-        raise ValueError(
-            f"sample: init must have dtype float32, float64 for method {method!r}, got {x.dtype}"
-        )
+    check_dtype("sample", method, x)
     chains = x.shape[0]
     chunk = max(chains, 1) if chunk_size is None else _whole("chunk_size", chunk_size, 1)
     _check_step_size(step_size, x)
@@ -264,6 +256,7 @@ def sample(
                         curvature=curvature,
                         tolerance=tolerance,
                         max_iterations=max_iterations,
+                        at_start=k == 0,
                         **keys,
                     )
                     current, spare = spare, current
@@ -278,7 +271,7 @@ def sample(
                 advance()
             counts.diverged.copy_(_non_finite(current))
             if here is not None:
-                counts.diverged.logical_or_(_non_finite(_score_of(here)))
+                counts.diverged.logical_or_(_non_finite(score_of(here)))
             if current.data_ptr() != x[rows].data_ptr():
                 x[rows] = current
     stats = {
@@ -322,11 +315,6 @@ def _tally(chains: int, device: torch.device) -> _Tally:
     return _Tally(*(torch.zeros(chains, dtype=dtype, device=device) for dtype in dtypes))
 
 
-def _score_of(here: Point) -> Tensor:
-    scores = here.scores
-    return scores.score if isinstance(scores, (UnscaledScores, DenseScores)) else scores
-
-
 def _non_finite(x: Tensor) -> Tensor:
     """Whether a row holds a NaN or an infinity, or is about to (its sum overflows). Shape (B,).
 
@@ -337,6 +325,24 @@ def _non_finite(x: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- checks
+
+
+def check_method(where: str, method: object, curvature: object, methods: Sequence[str]) -> None:
+    if not isinstance(method, str) or method not in methods:
+        known = ", ".join(repr(name) for name in methods)
+        raise ValueError(f"{where}: method must be one of {known}, got {method!r}")
+    if not isinstance(curvature, str) or curvature not in ("clamp", "abs", "raw"):
+        raise ValueError(
+            f"{where}: curvature must be one of 'clamp', 'abs', 'raw', got {curvature!r}"
+        )
+
+
+def check_dtype(where: str, method: str, x: Tensor) -> None:
+    """Half precision is for the two fused steps."""
+    if method not in ("langevin", "ozaki") and x.dtype not in WIDE:
+        raise ValueError(
+            f"{where}: init must have dtype float32, float64 for method {method!r}, got {x.dtype}"
+        )
 
 
 def begin_chains(
@@ -395,7 +401,12 @@ def _check_step_size(step_size: float | Tensor, x: Tensor) -> None:
         raise TypeError(
             f"sample: step_size must be a float or a tensor, got {type(step_size).__name__}"
         )
-    h = step_size.detach() if isinstance(step_size, Tensor) else torch.tensor(float(step_size))
+    if isinstance(step_size, Tensor):
+        if not step_size.is_floating_point():
+            raise ValueError(f"sample: step_size must be floating, got {step_size.dtype}")
+        if step_size.requires_grad:
+            raise ValueError("sample: step_size must not require grad, got requires_grad=True")
+    h = step_size if isinstance(step_size, Tensor) else torch.tensor(float(step_size))
     if h.dim() and h.shape != x.shape[:1]:
         raise ValueError(
             f"sample: step_size must be a float or have shape ({x.shape[0]},), "

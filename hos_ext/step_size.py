@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .checks import check_int, check_number
 from .diagnostics import min_ess
-from .samplers import ADJUSTED, ChainState, begin_chains, sample
-from .transitions import LogDensity, ScoreFunction, evaluate, metropolis_step, own
+from .samplers import ADJUSTED, ChainState, begin_chains, check_dtype, check_method, sample
+from .transitions import LogDensity, ScoreFunction, evaluate, metropolis_step, own, score_of
 
 
 class StepSizeSearch(NamedTuple):
@@ -27,8 +27,10 @@ class StepSizeAdaptation(NamedTuple):
     """What `adapt_step_size` found, and the chains it warmed up."""
 
     step_size: float
-    acceptance: list[float]  # mean acceptance probability over the chains, step by step
+    acceptance: list[float]  # mean acceptance probability over the living chains, step by step
     step_sizes: list[float]  # the step size of each step
+    divergences: Tensor  # (chain,), steps rejected because something was not finite
+    diverged: Tensor  # (chain,), bool: not finite from the start, and not counted in acceptance
     state: ChainState  # to go on with `sample`
 
 
@@ -39,7 +41,7 @@ def search_step_size(
     *,
     n_steps: int,
     ess_method: str = "bulk",
-    seed: int = 0,
+    seed: int | None = 0,
     **options: Any,
 ) -> StepSizeSearch:
     """The step size with the largest smallest-ESS per score evaluation (the paper's rule).
@@ -53,7 +55,7 @@ def search_step_size(
         step_sizes: the candidates h > 0, in squared units of the data.
         n_steps: steps of each run after its burn-in; at least 4 draws must be kept.
         ess_method: a method of `ess`: "cutoff" is the rule used with such figures.
-        seed: key of the noise.
+        seed: key of the noise; None draws one, for all candidates, from torch's default generator.
         options: further arguments of `sample`: method, burn_in, thin, log_prob, curvature, ...
 
     Returns:
@@ -70,6 +72,13 @@ def search_step_size(
     candidates = [check_number("search_step_size", "step_sizes", h) for h in step_sizes]
     if not candidates:
         raise ValueError("search_step_size: step_sizes must hold at least one step size, got none")
+    if "step_size" in options:
+        raise ValueError(
+            "search_step_size: step_size must not be given beside step_sizes, got "
+            f"{options['step_size']}"
+        )
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
     rates = []
     for h in candidates:
         chains = sample(score_fn, init, step_size=h, n_steps=n_steps, seed=seed, **options)
@@ -104,7 +113,8 @@ def adapt_step_size(
 ) -> StepSizeAdaptation:
     """Warm up adjusted chains and find the step size whose acceptance is `target`.
 
-    Dual averaging on log h: with the mean acceptance a_t of all chains at step t,
+    Dual averaging on log h: with the mean acceptance a_t at step t of all chains that began at a
+    finite state with a finite score (the others can never move),
         m += (target - a_t - m) / (t + 10),    log h = log(10 h_0) - sqrt(t) m / 0.05,
     and the answer is the average of log h, step t entering it with weight t^-0.75. The law of a
     chain whose step size still changes is not p: go on from `state` with the step size fixed.
@@ -130,9 +140,7 @@ def adapt_step_size(
         constants); Roberts & Rosenthal 1998 (0.574).
     """
     where = "adapt_step_size"
-    if method not in ADJUSTED:
-        known = ", ".join(repr(name) for name in ADJUSTED)
-        raise ValueError(f"{where}: method must be one of {known}, got {method!r}")
+    check_method(where, method, curvature, ADJUSTED)
     start = check_number(where, "step_size", step_size)
     check_int(where, "n_steps", n_steps, 2**56)
     if n_steps < 1:
@@ -142,11 +150,21 @@ def adapt_step_size(
     state = begin_chains(init, seed, first_chain, None)
     if len(state["x"]) == 0:
         raise ValueError(f"{where}: init must hold at least one chain, got none")
+    check_dtype(where, method, state["x"])
     here = own(evaluate(score_fn, state["x"], method, log_prob))
+    alive = _finite(here.x) & _finite(score_of(here))
+    if here.log_prob is not None:
+        alive &= ~here.log_prob.isnan()
+    if not bool(alive.any()):
+        raise ValueError(
+            f"{where}: init must hold a chain with a finite state, score and log_prob, got none of "
+            f"{len(alive)}"
+        )
+    divergences = torch.zeros(len(alive), dtype=torch.int64, device=alive.device)
     h, log_mean, missing = start, 0.0, 0.0
     acceptance, step_sizes = [], []
     for t in range(1, n_steps + 1):
-        here, probability, _ = metropolis_step(
+        here, probability, lost = metropolis_step(
             method,
             score_fn,
             log_prob,
@@ -158,7 +176,8 @@ def adapt_step_size(
             first=first_chain,
         )
         state["step"] += 1
-        acceptance.append(float(probability.mean()))
+        divergences += lost
+        acceptance.append(float(probability[alive].mean()))
         step_sizes.append(h)
         missing += (target - acceptance[-1] - missing) / (t + 10)
         log_h = math.log(10 * start) - math.sqrt(t) / 0.05 * missing
@@ -171,4 +190,10 @@ def adapt_step_size(
         log_mean = weight * log_h + (1 - weight) * log_mean
         h = math.exp(log_h)
     state["x"] = here.x
-    return StepSizeAdaptation(math.exp(log_mean), acceptance, step_sizes, state)
+    return StepSizeAdaptation(
+        math.exp(log_mean), acceptance, step_sizes, divergences, ~alive, state
+    )
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.flatten(1).isfinite().all(1)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from . import ops
 from .checks import show
-from .dplr import DPLR, low_rank_eigh
+from .dplr import DPLR
 from .matrix_functions import (
     Function,
     LanczosResult,
     Spectrum,
+    check_symmetric,
     dense_spectrum,
     isotropic_spectrum,
     lanczos,
@@ -36,8 +37,8 @@ from .matrix_functions import (
 from .reference import phi1, treat_curvature
 from .tweedie import DenseScores, UnscaledScores
 
-Scores: TypeAlias = Tensor | UnscaledScores | DenseScores
-ScoreFunction: TypeAlias = Callable[[Tensor], Scores]
+AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores
+ScoreFunction: TypeAlias = Callable[[Tensor], AnyScores]
 LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -45,7 +46,7 @@ class Point(NamedTuple):
     """A batch of states with what the user's functions gave there."""
 
     x: Tensor  # (B, *dims)
-    scores: Scores
+    scores: AnyScores
     log_prob: Tensor | None  # (B,)
 
 
@@ -68,14 +69,21 @@ class Lanczos(NamedTuple):
 
 
 def evaluate(
-    score_fn: ScoreFunction, x: Tensor, method: str, log_prob: LogDensity | None = None
+    score_fn: ScoreFunction,
+    x: Tensor,
+    method: str,
+    log_prob: LogDensity | None = None,
+    *,
+    first: bool = True,
 ) -> Point:
-    """The scores (and log density) at x, checked."""
+    """The scores (and log density) at x, checked; the values of signs at the first call alone."""
     scores = score_fn(x)
     if isinstance(scores, UnscaledScores):
-        _check_low_rank(scores, x)
+        _check_low_rank(scores, x, first)
     elif isinstance(scores, DenseScores):
         _check_dense(scores, x)
+        if method in ("mala", "mh_ozaki", "ozaki_lanczos"):  # others use `dense_spectrum`
+            check_symmetric("sample: hessian from score_fn", scores.hessian)
     elif method in ("langevin", "mala"):
         _check_like_x("score", scores, x)
     else:
@@ -86,7 +94,7 @@ def evaluate(
     return Point(x, scores, None if log_prob is None else _check_log_prob(log_prob(x), x))
 
 
-def _check_low_rank(scores: UnscaledScores, x: Tensor) -> None:
+def _check_low_rank(scores: UnscaledScores, x: Tensor, first: bool) -> None:
     _check_like_x("score", scores.score, x)
     _check_like_x("diag", scores.diag, x)
     factor, sign, size = scores.factor, scores.sign, x.shape[1:].numel()
@@ -98,11 +106,19 @@ def _check_low_rank(scores: UnscaledScores, x: Tensor) -> None:
             f"got {show(factor)}"
         )
     _check_kind("factor", factor, x)
-    if sign is not None and sign.shape != factor.shape[-1:]:
+    if sign is None:
+        return
+    if not isinstance(sign, Tensor):
+        raise TypeError(f"sample: sign from score_fn must be a tensor, got {type(sign).__name__}")
+    if sign.shape != factor.shape[-1:]:
         raise ValueError(
             f"sample: sign from score_fn must have shape {tuple(factor.shape[-1:])} (one for "
             f"each column), got {tuple(sign.shape)}"
         )
+    if sign.device != x.device:
+        raise ValueError(f"sample: sign from score_fn must be on {x.device}, got {sign.device}")
+    if first and not bool((sign.abs() == 1).all()):
+        raise ValueError(f"sample: sign from score_fn must hold +1 or -1, got {sign.tolist()}")
 
 
 def _check_dense(scores: DenseScores, x: Tensor) -> None:
@@ -146,7 +162,7 @@ def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
         )
 
 
-def _score(here: Point) -> Tensor:
+def score_of(here: Point) -> Tensor:
     return here.scores if isinstance(here.scores, Tensor) else here.scores.score
 
 
@@ -168,7 +184,7 @@ def _hessian(here: Point) -> DPLR | Tensor | None:
     """s2 as it came; None where only s1 did."""
     scores = here.scores
     if isinstance(scores, UnscaledScores):
-        return DPLR(scores.diag.flatten(1), scores.factor, scores.sign)
+        return DPLR.of(scores.diag.flatten(1), scores.factor, scores.sign)
     return scores.hessian if isinstance(scores, DenseScores) else None
 
 
@@ -183,7 +199,7 @@ def _matvec(hessian: DPLR | Tensor, v: Tensor) -> Tensor:
 
 def transition(method: str, here: Point, step_size: float | Tensor, curvature: str) -> Transition:
     """The law of the next state under a method whose normal law has a closed form."""
-    x, score = here.x.flatten(1), _score(here).flatten(1)
+    x, score = here.x.flatten(1), score_of(here).flatten(1)
     h = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).reshape(-1, 1)
     if method == "langevin":
         return _diagonal_law(x + h * score, (2 * h).sqrt().expand_as(x))
@@ -241,66 +257,97 @@ def _spectral_law(
 
 def _woodbury_law(x: Tensor, score: Tensor, hessian: DPLR, h: Tensor, curvature: str) -> Transition:
     """Cayley: K = I - h A / 2 is diagonal plus low rank, and one Woodbury solve is a step."""
-    kernel, good = _cayley_kernel(hessian, h, curvature)
+    parts = _cayley_kernels(hessian, h.expand(len(x), 1), curvature)
     root = (2 * h).sqrt()
-    lost = torch.where(good, 0.0, torch.nan).to(x.dtype).unsqueeze(1)
 
     def draw(z: Tensor) -> Tensor:
-        push = torch.where(good.unsqueeze(1), h * score + root * z, 0.0)
-        return x + kernel.solve(push) + lost
+        push, new = h * score + root * z, torch.full_like(x, torch.nan)
+        for rows, kernel in parts:
+            new[rows] = x[rows] + kernel.solve(push[rows])
+        return new
 
     def log_density(y: Tensor) -> Tensor:
-        white = (kernel.matvec(y - x) - h * score) / root
-        scale = kernel.logdet() - x.shape[1] * root.log().squeeze(1)
-        return -white.square().sum(1) / 2 + scale + lost.squeeze(1)
+        moved, value = y - x, torch.full_like(x[:, 0], torch.nan)
+        push, scale = h * score, (root.log() * x.shape[1]).expand(len(x), 1)
+        for rows, kernel in parts:
+            white = (kernel.matvec(moved[rows]) - push[rows]) / root.expand(len(x), 1)[rows]
+            value[rows] = kernel.logdet() - scale[rows, 0] - white.square().sum(1) / 2
+        return value
 
     return Transition(draw, log_density)
 
 
-def _cayley_kernel(hessian: DPLR, h: Tensor, curvature: str) -> tuple[DPLR, Tensor]:
-    """K = I - h A / 2 > 0, and the rows where there is one; others hold the identity.
+def _cayley_kernels(hessian: DPLR, h: Tensor, curvature: str) -> list[tuple[Tensor, DPLR]]:
+    """K = I - h A / 2 > 0 for the rows of the batch that have one; (row numbers, K) in groups.
 
-    "raw" has one where h s2 < 2. Where s2 is negative definite A = s2. Elsewhere the eigenvalues of
-    a diagonal plus low-rank matrix are not at hand, and the treatment goes by congruence: with
-    E = -min(d, 0) or |d| (bounded away from 0) and V = E^-1/2 U,
-        s2 = -E^1/2 (I - V S V^T) E^1/2,    I - V S V^T -> its positive part, or its modulus,
-    which leaves A <= 0, continuous in s2, and equal to the spectral treatment where they commute.
+    "raw" has one where h s2 < 2. Where s2 is negative definite A = s2; elsewhere `_treated_kernel`.
     """
     half = h / 2
-    finite = (half * hessian.diag).isfinite().all(1)
-    finite = finite & (half.unsqueeze(-1) * hessian.factor).isfinite().flatten(1).all(1)
-    diag = torch.where(finite.unsqueeze(1), hessian.diag, -1.0)
-    factor = torch.where(finite[:, None, None], hessian.factor, 0.0)
-    sign = diag.new_ones(hessian.rank) if hessian.sign is None else hessian.sign
-    shape = half.sqrt().unsqueeze(-1) * factor
+    sign = hessian.diag.new_ones(hessian.rank) if hessian.sign is None else hessian.sign
+    shape = half.sqrt().unsqueeze(-1) * hessian.factor
+    # V of `_treated_kernel` is the largest of all that is squared.
+    v = hessian.factor / _bounded(hessian.diag, half).sqrt().unsqueeze(-1)
+    total = (half * hessian.diag).square() + v.square().sum(-1) + shape.square().sum(-1)
+    rows = total.sum(1).isfinite().nonzero().squeeze(1)
+    diag, shape, half = hessian.diag[rows], shape[rows], half[rows]
+    plain = DPLR.of(1 - half * diag, shape, -sign)
     if curvature == "raw":
-        kernel = DPLR(1 - half * diag, shape, -sign)
-        good = finite & kernel.is_positive_definite()
-        blank = good[:, None]
-        kernel = DPLR(
-            torch.where(blank, kernel.diag, 1.0), torch.where(blank.unsqueeze(1), shape, 0.0), -sign
+        good = plain.is_positive_definite().nonzero().squeeze(1)
+        return [(rows[good], plain.rows(good))]
+    negative = DPLR.of(-half * diag, shape, -sign).is_positive_definite()
+    kept, rest = negative.nonzero().squeeze(1), (~negative).nonzero().squeeze(1)
+    groups = [(rows[kept], plain.rows(kept))]
+    if len(rest):
+        factor = hessian.factor[rows[rest]]
+        groups.append(
+            (rows[rest], _treated_kernel(diag[rest], factor, sign, half[rest], curvature))
         )
-        return kernel, good
-    negative = DPLR(-diag, factor, -sign).is_positive_definite().unsqueeze(1)
-    floor = torch.finfo(diag.dtype).eps ** 0.5 / h
-    size = diag.abs() if curvature == "abs" else -diag.clamp_max(0)
-    size = torch.maximum(size, floor.expand_as(size))
-    root = size.sqrt().unsqueeze(-1)
-    basis, lam = low_rank_eigh(factor / root, sign)
-    lam = 1 - (1 - lam).abs() if curvature == "abs" else lam.clamp_max(1)
-    columns = half.sqrt().unsqueeze(-1) * root * basis
-    # Signs are shared by the batch, but not those of lam: one set of columns for each.
-    up = columns * lam.clamp_min(0).sqrt().unsqueeze(1)
-    down = columns * (-lam).clamp_min(0).sqrt().unsqueeze(1)
-    treated = torch.cat([shape * 0, up, down], -1)
-    plain = torch.cat([shape, up * 0, down * 0], -1)
-    ones = diag.new_ones(lam.shape[1])
-    kernel = DPLR(
-        1 + half * torch.where(negative, -diag, size),
-        torch.where(negative.unsqueeze(-1), plain, treated),
-        torch.cat([-sign, -ones, ones]),
-    )
-    return kernel, finite
+    return groups
+
+
+def _treated_kernel(
+    diag: Tensor, factor: Tensor, sign: Tensor, half: Tensor, curvature: str
+) -> DPLR:
+    """K = I - half A, A <= 0 the Hessian s2 = diag(d) + U S U^T treated by congruence.
+
+    The eigenvalues of s2 are not at hand. With E = |d| (bounded away from 0), V = E^-1/2 U and
+    J = diag(-sign d),
+        s2 = -E^1/2 N E^1/2,  N = J - V S V^T,    A = -E^1/2 f(N) E^1/2,
+    f the positive part ("clamp") or the modulus ("abs"). A is s2 itself if s2 <= 0, continuous in
+    s2, and what the spectral treatment gives where that commutes with E. N is J but on the span Q
+    of the columns of V, those of each sign of d by themselves:
+        f(N) = f(J) + Q (f(Q^T N Q) - Q^T f(J) Q) Q^T.
+    """
+    size, down = _bounded(diag, half), diag <= 0
+    v = factor / size.sqrt().unsqueeze(-1)
+    sides = [_span(v.where(side.unsqueeze(-1), 0.0)) for side in (down, ~down)]
+    q = torch.cat(sides, -1)
+    j = torch.where(down, 1.0, -1.0).to(diag)
+    fj = torch.where(down, 1.0, 1.0 if curvature == "abs" else 0.0).to(diag)
+    inside = q.mT @ v
+    values, vectors = torch.linalg.eigh(q.mT @ (j.unsqueeze(-1) * q) - (inside * sign) @ inside.mT)
+    values = values.abs() if curvature == "abs" else values.clamp_min(0)
+    change = (vectors * values.unsqueeze(1)) @ vectors.mT - q.mT @ (fj.unsqueeze(-1) * q)
+    weight, rotation = torch.linalg.eigh(change)
+    columns = (half * size).sqrt().unsqueeze(-1) * (q @ rotation)
+    # Signs are shared by the batch, those of the weights are not: one set of columns for each.
+    both = [columns * w.clamp_min(0).sqrt().unsqueeze(1) for w in (weight, -weight)]
+    ones = torch.ones_like(weight[0])
+    return DPLR.of(1 + half * size * fj, torch.cat(both, -1), torch.cat([ones, -ones]))
+
+
+def _bounded(diag: Tensor, half: Tensor) -> Tensor:
+    """|d|, at least sqrt(eps) / h: what that changes in h d is lost in rounding."""
+    floor = torch.finfo(diag.dtype).eps ** 0.5 / (2 * half)
+    return torch.maximum(diag.abs(), floor.expand_as(diag))
+
+
+def _span(v: Tensor) -> Tensor:
+    """Orthonormal columns (B, D, m) with the span of those of v, zero beyond its rank."""
+    basis, values = torch.linalg.svd(v, full_matrices=False)[:2]
+    least = torch.finfo(v.dtype).eps * max(v.shape[1:]) * values[:, :1]
+    kept: Tensor = basis * ((values > least) & (values > 0)).unsqueeze(1)
+    return kept
 
 
 def _isotropic(hessian: DPLR | Tensor) -> Spectrum:
@@ -335,10 +382,11 @@ def unadjusted_step(
     first: int,
     tolerance: float,
     max_iterations: int | None,
+    at_start: bool,
 ) -> Lanczos | None:
     """One step from x into out."""
-    here = evaluate(score_fn, x, method)
-    score = _score(here)
+    here = evaluate(score_fn, x, method, first=at_start)
+    score = score_of(here)
     if method == "langevin":
         ops.langevin_step(x, score, step_size, seed=seed, offset=offset, first=first, out=out)
         return None
@@ -393,7 +441,7 @@ def _lanczos_step(
     def apply(function: Function, v: Tensor) -> LanczosResult:
         return lanczos(rows, v, [function], tolerance=tolerance, max_iterations=max_iterations)
 
-    push, spread = apply(drift, _score(here).flatten(1)), apply(noise, z)
+    push, spread = apply(drift, score_of(here).flatten(1)), apply(noise, z)
     report = Lanczos(
         torch.maximum(push.error, spread.error),
         push.iterations + spread.iterations,
@@ -427,9 +475,9 @@ def metropolis_step(
     forward = transition(proposal, here, step_size, curvature)
     new = forward.draw(_normals(x, seed, offset, first))
     finite = new.isfinite().all(1)
-    # The user's functions never see a state that is not finite.
+    # The user's functions see no proposal that is not finite.
     new = torch.where(finite.unsqueeze(1), new, x.flatten(1))
-    there = evaluate(score_fn, new.view(x.shape), method, log_prob)
+    there = evaluate(score_fn, new.view(x.shape), method, log_prob, first=False)
     backward = transition(proposal, there, step_size, curvature)
     ratio = log_ratio(forward, backward, here, there)
     lost = ratio.isnan() | ~finite
@@ -458,7 +506,7 @@ def _log_prob_difference(here: Point, there: Point) -> Tensor:
     if here.log_prob is not None and there.log_prob is not None:
         return there.log_prob - here.log_prob
     dx = (there.x - here.x).flatten(1)
-    difference = ((_score(here) + _score(there)).flatten(1) * dx).sum(1) / 2
+    difference = ((score_of(here) + score_of(there)).flatten(1) * dx).sum(1) / 2
     before, after = _hessian(here), _hessian(there)
     if before is None or after is None:
         return difference
@@ -482,7 +530,9 @@ def _choose(accept: Tensor, there: Point, here: Point) -> Point:
     return Point(pick(there.x, here.x), _pick_scores(pick, there.scores, here.scores), log_prob)
 
 
-def _pick_scores(pick: Callable[[Tensor, Tensor], Tensor], new: Scores, old: Scores) -> Scores:
+def _pick_scores(
+    pick: Callable[[Tensor, Tensor], Tensor], new: AnyScores, old: AnyScores
+) -> AnyScores:
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         return pick(new, old)
     if isinstance(new, DenseScores) and isinstance(old, DenseScores):

@@ -44,3 +44,42 @@ def test_many_second_order_steps_beat_one(tmp_path):
     assert energy["5 steps: second order"] < one < mean
     assert energy["5 steps: second order"] < energy["5 steps: ancestral"]
     assert out.stat().st_size > 10_000
+
+
+def numbers(printed: str, start: str) -> list[float]:
+    """The numbers of the line that starts so."""
+    line = next(line for line in printed.splitlines() if line.startswith(start))
+    return [float(n) for n in re.findall(r"-?\d+\.\d+", line[len(start) :])]
+
+
+def test_calibrated_uncertainty_recalibrates(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("calibrated_uncertainty.py", "--quick", "--out", str(out))
+    for sigma in ("0.2", "0.4", "0.8"):
+        before = numbers(printed, f"sigma {sigma}, as trained")[0]
+        after = numbers(printed, f"sigma {sigma}, covariance times")[1]
+        assert abs(after - 1) <= abs(before - 1) + 0.02
+        assert 0.85 < after < 1.15
+    assert out.stat().st_size > 10_000
+
+
+def test_outlier_scores_are_compared_on_every_corruption(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("out_of_distribution.py", "--quick", "--out", str(out))
+    rows = [re.findall(r"\d\.\d{3}", line) for line in printed.splitlines()[1:]]
+    assert [len(row) for row in rows] == [4] * 18  # six corruptions at three noise levels
+    assert all(0 <= float(value) <= 1 for row in rows for value in row)
+    assert numbers(printed, "shuffled pixels      0.2")[0] > 0.9  # however little it was trained
+    assert out.stat().st_size > 10_000
+
+
+def test_any_denoiser_has_a_calibrated_posterior(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("any_denoiser.py", "--quick", "--out", str(out))
+    for name in ("trace ratio", "mahalanobis"):
+        value = float(re.search(rf"{name}\D*(\d+\.\d+)", printed).group(1))
+        assert 0.8 < value < 1.25
+    assert out.stat().st_size > 10_000

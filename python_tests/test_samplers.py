@@ -245,6 +245,50 @@ def test_score_functions_may_reuse_their_output(init, method):
     assert torch.equal(got.draws, expected.draws)
 
 
+@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+def test_every_method_gives_the_same_chains_on_every_device(init, method, device):
+    score_fn = varying(isotropic="isotropic" in method)
+
+    def there(x):
+        scores = score_fn(x)
+        return UnscaledScores(*scores[:3], scores.sign.to(x.device))
+
+    step_size = torch.linspace(0.1, 0.3, 7).double()
+    options = {"method": method, "n_steps": 3, "seed": 7}
+    expected = sample(score_fn, init.double(), step_size=step_size, **options)
+    got = sample(there, init.double().to(device), step_size=step_size.to(device), **options)
+    assert got.draws.device.type == device.type
+    torch.testing.assert_close(got.draws.cpu(), expected.draws, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["langevin", "ozaki", "mh_ozaki", "mh_ozaki_cayley"])
+def test_a_score_function_captured_in_a_cuda_graph_gives_the_same_chains(init, method):
+    start = init.cuda()
+    score_fn = varying()
+
+    def plain(x):
+        scores = score_fn(x)
+        return UnscaledScores(*scores[:3], scores.sign.to(x.device))
+
+    static = start.clone()
+    for _ in range(3):
+        plain(static)
+    graph = torch.cuda.CUDAGraph()
+    sign = torch.tensor([1.0, -1.0], device="cuda")
+    with torch.cuda.graph(graph):
+        output = score_fn(static)
+
+    def replayed(x):
+        static.copy_(x)
+        graph.replay()
+        return UnscaledScores(*output[:3], sign)
+
+    options = {"method": method, "step_size": 0.2, "n_steps": 5, "seed": 7}
+    expected, got = sample(plain, start, **options), sample(replayed, start, **options)
+    torch.testing.assert_close(got.draws, expected.draws, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("method", ["ozaki", "mh_ozaki_cayley"])
 def test_a_compiled_score_function_gives_the_same_chains(init, method):
@@ -253,6 +297,18 @@ def test_a_compiled_score_function_gives_the_same_chains(init, method):
     options = {"method": method, "step_size": 0.1, "n_steps": 4, "seed": 7}
     expected, got = sample(plain, init, **options), sample(compiled, init, **options)
     torch.testing.assert_close(got.draws, expected.draws, rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_with_another_thinning_or_a_burn_in_starts_the_count_anew(init):
+    first = run(init, n_steps=5, thin=4)  # one draw, and one step towards the next
+    every = run(init, n_steps=15)
+    other = run(state=first.state, n_steps=9, thin=3)  # 1 step already: draws after 2, 5, 8
+    assert torch.equal(other.draws, every.draws[:, [6, 9, 12]])
+    longer = run(init, n_steps=7, thin=4)  # 3 steps towards the next
+    shorter = run(state=longer.state, n_steps=4, thin=2)  # 3 % 2 = 1: draws after 1 and 3
+    assert torch.equal(shorter.draws, every.draws[:, [7, 9]])
+    burnt = run(state=first.state, n_steps=8, thin=4, burn_in=1)
+    assert torch.equal(burnt.draws, every.draws[:, [9, 13]])
 
 
 def test_state_survives_torch_save(init, tmp_path):
@@ -514,6 +570,27 @@ def test_lanczos_reports_its_errors_and_what_did_not_converge(init):
     assert (fine.stats["lanczos_iterations"] > good.stats["lanczos_iterations"]).all()
 
 
+def test_lanczos_reports_the_worse_of_drift_and_noise_and_the_worst_step(init):
+    """The score is an eigenvector at the first step, so that only the noise needs iterations."""
+    d = 40
+    diag = torch.linspace(1, 30, d).double()
+    seen = []
+
+    def score_fn(x):
+        push = torch.zeros_like(x)
+        push[:, 0] = -x[:, 0]
+        if seen:  # a curvature that is easy from the second step on
+            return UnscaledScores(push, -torch.ones_like(x))
+        seen.append(1)
+        return UnscaledScores(push, -diag.expand_as(x).contiguous())
+
+    start = torch.ones(3, d).double()
+    options = {"method": "ozaki_lanczos", "step_size": 5.0, "seed": 0, "max_iterations": 3}
+    chains = sample(score_fn, start, n_steps=2, **options)
+    assert chains.stats["lanczos_unconverged"].tolist() == [1] * 3
+    assert (chains.stats["lanczos_error"] > 1e-3).all()
+
+
 def gaussian_low_rank(d):
     """Scores of a Gaussian of precision diag(1 ... 30) - U U^T, rank 2."""
     diag = torch.linspace(1, 30, d).double()
@@ -527,7 +604,7 @@ def gaussian_low_rank(d):
     return score_fn
 
 
-@pytest.mark.parametrize("method", ["ozaki_full", "ozaki_isotropic", "ozaki_lanczos", "mala"])
+@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
 def test_a_non_finite_state_harms_no_other_chain_in_any_method(init, method):
     bad = init.clone()
     bad[2, 1] = float("nan")
@@ -805,6 +882,39 @@ def _alternating():
                 "score_fn must return the same kind of scores at every call, got UnscaledScores "
                 "after Tensor"
             ),
+        ),
+        (
+            {"score_fn": _with_factor(torch.ones(2, 3, 1), torch.tensor([0.5])), "method": "ozaki"},
+            ValueError,
+            "sign from score_fn must hold +1 or -1, got [0.5]",
+        ),
+        (
+            {"score_fn": _with_factor(torch.ones(2, 3, 1), [1.0]), "method": "ozaki"},
+            TypeError,
+            "sign from score_fn must be a tensor, got list",
+        ),
+        (
+            {
+                "score_fn": _dense(torch.tensor([[1.0, 0.9], [0.0, 1.0]]).expand(2, 2, 2)),
+                "init": torch.ones(2, 2),
+                "method": "ozaki_lanczos",
+            },
+            ValueError,
+            (
+                "hessian from score_fn: matrix must be symmetric, got a difference of 0.9 for "
+                "sample 0"
+            ),
+        ),
+        ({"tolerance": 2.0}, ValueError, "tolerance must be below 1, got 2"),
+        (
+            {"step_size": torch.tensor(1)},
+            ValueError,
+            "step_size must be floating, got torch.int64",
+        ),
+        (
+            {"step_size": torch.tensor(1.0, requires_grad=True)},
+            ValueError,
+            "step_size must not require grad, got requires_grad=True",
         ),
         ({"tolerance": 0.0}, ValueError, "tolerance must be finite and > 0, got 0"),
         ({"tolerance": "small"}, TypeError, "tolerance must be a number, got 'small'"),

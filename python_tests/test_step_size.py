@@ -111,6 +111,33 @@ def test_adaptation_works_with_a_log_density(init):
     assert exact.step_size == pytest.approx(trapezoid.step_size, rel=1e-9)
 
 
+def test_a_chain_that_is_dead_from_the_start_does_not_count(init):
+    options = {"method": "mala", "step_size": 0.1, "n_steps": 40, "target": 0.9, "seed": 3}
+    whole = adapt_step_size(lambda x: -(x**3), init, **options)
+    assert not whole.diverged.any()
+    dead = torch.cat([init, torch.full((1, 3), torch.nan, dtype=F64)])
+    joined = adapt_step_size(lambda x: -(x**3), dead, **options)
+    assert joined.step_size == whole.step_size
+    assert joined.diverged.tolist() == [False] * 8 + [True]
+    assert joined.divergences.tolist() == [0] * 8 + [40]
+    with pytest.raises(ValueError, match=r"^adapt_step_size: init must hold a chain with a finite"):
+        adapt_step_size(lambda x: x * torch.nan, init, **options)
+
+
+def test_adaptation_of_a_part_of_the_chains_has_their_noise(init):
+    options = {"method": "mala", "step_size": 0.1, "n_steps": 6}
+    whole = adapt_step_size(normal_score, init, seed=1, **options)
+    part = adapt_step_size(normal_score, init[5:], seed=1, first_chain=5, **options)
+    other = adapt_step_size(normal_score, init[5:], seed=1, **options)
+    assert not torch.equal(part.state["x"], other.state["x"])
+    first = {"method": "mala", "step_size": 0.1, "n_steps": 1}
+    alone = adapt_step_size(normal_score, init[5:], seed=1, first_chain=5, **first)
+    together = adapt_step_size(normal_score, init, seed=1, **first)
+    assert torch.equal(alone.state["x"], together.state["x"][5:])
+    assert part.state["first_chain"] == 5
+    assert whole.state["first_chain"] == 0
+
+
 def test_adaptation_says_when_every_step_is_accepted(init):
     with pytest.raises(ValueError, match="target must be met between step sizes 1e-20 and 1e20"):
         adapt_step_size(normal_scores, init, method="mh_ozaki", step_size=0.1, n_steps=2000)
@@ -125,6 +152,16 @@ def test_adaptation_says_when_every_step_is_accepted(init):
             "method must be one of " + ", ".join(map(repr, ADJUSTED)) + ", got 'ozaki'",
         ),
         ({"step_size": 0}, ValueError, "step_size must be finite and > 0, got 0"),
+        (
+            {"curvature": "foo"},
+            ValueError,
+            "curvature must be one of 'clamp', 'abs', 'raw', got 'foo'",
+        ),
+        (
+            {"init": torch.zeros(2, 3, dtype=torch.bfloat16)},
+            ValueError,
+            "init must have dtype float32, float64 for method 'mala', got torch.bfloat16",
+        ),
         ({"target": 1.0}, ValueError, "target must be below 1, got 1.0"),
         ({"target": 0.0}, ValueError, "target must be finite and > 0, got 0"),
         ({"n_steps": 0}, ValueError, "n_steps must be at least 1, got 0"),
@@ -140,7 +177,17 @@ def test_adaptation_refuses(options, kind, message):
     assert str(error.value) == f"adapt_step_size: {message}"
 
 
+def test_search_without_a_seed_uses_one_for_all_candidates(init):
+    torch.manual_seed(4)
+    found = search_step_size(normal_score, init, [0.3, 0.3], n_steps=50, seed=None)
+    assert found.rates[0] == found.rates[1]
+    again = search_step_size(normal_score, init, [0.3], n_steps=50, seed=None)
+    assert again.rates[0] != found.rates[0]
+
+
 def test_search_refuses_no_and_bad_candidates(init):
+    with pytest.raises(ValueError, match=r"^search_step_size: step_size must not be given beside"):
+        search_step_size(normal_score, init, [0.1], n_steps=10, step_size=0.1)
     with pytest.raises(ValueError, match=r"^search_step_size: step_sizes must hold at least one"):
         search_step_size(normal_score, init, [], n_steps=10)
     with pytest.raises(ValueError, match="step_sizes must be finite and > 0, got -1"):
