@@ -35,6 +35,7 @@ from .diffusion import (
     tweedie_denoise,
 )
 from .dplr import DPLR
+from .guidance import condition, condition_mean, guided
 from .hessians import ScoreHessian, posterior_from_score
 from .high_order import (
     hermite,
@@ -44,6 +45,7 @@ from .high_order import (
     order_k_vr_loss,
     second_moment_loss,
 )
+from .likelihood import log_likelihood
 from .losses import ScoreMatchingLoss, score_matching_loss
 from .models import MLP, UNet
 from .moments import (
@@ -119,6 +121,8 @@ __all__ = [
     "build_info",
     "calibration",
     "calibration_report",
+    "condition",
+    "condition_mean",
     "d2sm_diag_loss",
     "d2sm_diag_vr_loss",
     "d2sm_loss",
@@ -129,11 +133,13 @@ __all__ = [
     "ess",
     "ess_rate",
     "from_alphas_cumprod",
+    "guided",
     "hermite",
     "hessian_from_jacobian",
     "hessian_matvec",
     "jacobian_from_hessian",
     "langevin_step",
+    "log_likelihood",
     "min_ess",
     "mode_jumps",
     "moment_recurrence",

@@ -83,3 +83,22 @@ def test_any_denoiser_has_a_calibrated_posterior(tmp_path):
         value = float(re.search(rf"{name}\D*(\d+\.\d+)", printed).group(1))
         assert 0.8 < value < 1.25
     assert out.stat().st_size > 10_000
+
+
+def test_inverse_problems_compare_guidance(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("inverse_problems.py", "--quick", "--out", str(out))
+    assert "inpainting" in printed
+    assert "deblurring" in printed
+    assert re.search(r"second order.*\d+\.\d+", printed)
+    assert out.stat().st_size > 10_000
+
+
+def test_likelihood_by_the_learned_trace_is_that_of_the_exact_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("likelihood.py", "--quick", "--out", str(out))
+    learned, exact = (numbers(printed, f"  {name}")[0] for name in ("learned", "exact, D products"))
+    assert learned == pytest.approx(exact, rel=1e-2)  # exact scores: the same trace
+    assert out.stat().st_size > 10_000
