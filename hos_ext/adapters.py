@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from .checks import check_like, check_samples, per_sample, require
+from .checks import check_samples, per_sample, require
 from .schedules import Schedule
-from .tweedie import Posterior, Scores, posterior
+from .tweedie import Posterior, Scores, model_scores, posterior
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
 
@@ -53,7 +53,7 @@ class MeanDenoiser(nn.Module):
         check_samples(where, "x", x)
         level = _levels(where, sigma, x) / self.scale
         inside = (x - self.shift) / self.scale
-        answer = posterior(inside, _scores(where, self.model, inside, level), level)
+        answer = posterior(inside, model_scores(where, self.model, inside, level), level)
         covariance = answer.covariance.scale(self.scale**2)
         return Posterior(answer.mean * self.scale + self.shift, covariance)
 
@@ -87,7 +87,9 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
 
         def forward(self, x_t: Tensor, t: Tensor, **options: Any) -> Any:
             alpha, sigma = (v.expand(len(x_t)).to(x_t) for v in self.schedule(t))
-            answer = posterior(x_t, _scores("azula_denoiser", self.model, x_t, sigma), sigma, alpha)
+            answer = posterior(
+                x_t, model_scores("azula_denoiser", self.model, x_t, sigma), sigma, alpha
+            )
             variance = answer.covariance.diagonal().reshape(x_t.shape)
             result = azula.GaussianPosterior(mean=answer.mean, var=variance)
             result.posterior = answer
@@ -111,11 +113,3 @@ def _levels(where: str, sigma: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.numel() in (1, len(x)):
         sigma = sigma.reshape(-1).expand(len(x))
     return per_sample(where, "sigma", sigma, x).reshape(-1).expand(len(x))
-
-
-def _scores(where: str, model: Model, x: Tensor, sigma: Tensor) -> Scores:
-    scores = model(x, sigma)
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
-    check_like(where, "score from model", scores.score, x)
-    return scores

@@ -11,25 +11,22 @@ step, raise one error that names the time and the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_first, check_int, check_like, check_samples
+from .checks import check_first, check_int, check_number, check_samples
 from .dplr import DPLR
-from .samplers import Chains, ChainState, sample
+from .samplers import ADJUSTED, UNADJUSTED, Chains, ChainState, sample
 from .schedules import Schedule
-from .tweedie import Posterior, Scores, UnscaledScores, posterior
+from .tweedie import Posterior, Scores, UnscaledScores, model_scores, posterior
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
 
-# Streams of the counter-based noise. Second-order steps draw from that of posterior samples and
-# correctors from that of Langevin steps.
 _COVARIANCES = ("low_rank", "diagonal", "none")
 
 
@@ -63,15 +60,12 @@ def prior(
     Raises:
         TypeError, ValueError: an argument out of range or of the wrong kind.
     """
-    _check_schedule("prior", schedule)
-    if isinstance(data_std, bool) or not isinstance(data_std, (int, float)):
-        raise TypeError(f"prior: data_std must be a float, got {type(data_std).__name__}")
-    if not 0 <= data_std < math.inf:
-        raise ValueError(f"prior: data_std must be at least 0 and finite, got {data_std}")
+    check_schedule("prior", schedule)
+    data_std = check_number("prior", "data_std", data_std, positive=False)
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
     noise = ops.normal(
         shape,
-        seed=_seed("prior", seed),
+        seed=given_seed("prior", seed),
         first=first,
         stream=ops.STREAM_PRIOR,
         dtype=dtype,
@@ -123,7 +117,7 @@ def reverse_sde(
         Song et al. 2021, arXiv:2011.13456, Eq. 6 and 10.
     """
     where, steps = "reverse_sde", {"euler": _euler_sde, "heun": _heun_sde}
-    step = steps[_one_of(where, "method", method, steps)]
+    step = steps[one_of(where, "method", method, steps)]
     return _run(where, model, init, schedule, step, n_steps, times, seed, offset, first, chunk_size)
 
 
@@ -158,7 +152,7 @@ def probability_flow_ode(
         Song et al. 2021, arXiv:2011.13456, Eq. 13.
     """
     where, steps = "probability_flow_ode", {"euler": _euler_ode, "heun": _heun_ode}
-    step = steps[_one_of(where, "method", method, steps)]
+    step = steps[one_of(where, "method", method, steps)]
     return _run(where, model, init, schedule, step, n_steps, times, 0, 0, first, chunk_size)
 
 
@@ -194,7 +188,8 @@ def second_order_reverse(
         model, init, schedule, n_steps, times, seed, offset, first, chunk_size: as `reverse_sde`.
             The noise is that of `Posterior.sample` with the same seed and offset: a draw from the
             posterior at the end takes another seed, or the number of steps as its offset.
-        covariance: "low_rank", the whole C; "diagonal", its diagonal; "none".
+        covariance: "low_rank", the whole C; "diagonal", its diagonal; "none", for which the model's
+            score is all that is used (its c may be None).
 
     Returns:
         x at the last time, as init.
@@ -204,7 +199,7 @@ def second_order_reverse(
             variance, or c and factor that are not finite.
     """
     where = "second_order_reverse"
-    step = _second_order(_one_of(where, "covariance", covariance, _COVARIANCES))
+    step = _second_order(one_of(where, "covariance", covariance, _COVARIANCES))
     return _run(where, model, init, schedule, step, n_steps, times, seed, offset, first, chunk_size)
 
 
@@ -224,17 +219,21 @@ def predictor_corrector(
     offset: int = 0,
     first: int = 0,
     chunk_size: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """A reverse step to each time, then steps of a Markov chain that keep its marginal.
 
     Args:
         model, init, schedule, n_steps, times, seed, offset, first, chunk_size: as `reverse_sde`.
         predictor: "euler" or "heun" of `reverse_sde`, or "second_order".
-        corrector: a method of `sample`: "langevin", "ozaki", ...
+        corrector: a method of `sample`: "langevin", "ozaki", ... ("langevin" uses the model's score
+            alone; "mala" does where its c is None).
         corrector_steps: steps at each time, >= 0. Step k of the run has the chain noise of
             (offset + k) corrector_steps onwards, none of it used twice.
         corrector_step_size: h of `sample` in units of sigma(t)^2, > 0.
         covariance: of the predictor "second_order".
+        options: further arguments of `sample` for the corrector: curvature, tolerance,
+            max_iterations.
 
     Returns:
         x at the last time, as init.
@@ -247,13 +246,16 @@ def predictor_corrector(
         noise, here the step is a fixed part of sigma^2.
     """
     where = "predictor_corrector"
-    second = _second_order(_one_of(where, "covariance", covariance, _COVARIANCES))
+    second = _second_order(one_of(where, "covariance", covariance, _COVARIANCES))
     steps: dict[str, _Step] = {"euler": _euler_sde, "heun": _heun_sde, "second_order": second}
-    predict = steps[_one_of(where, "predictor", predictor, steps)]
+    predict = steps[one_of(where, "predictor", predictor, steps)]
+    one_of(where, "corrector", corrector, (*UNADJUSTED, *ADJUSTED))
     check_int(where, "corrector_steps", corrector_steps, 2**31)
-    relative = _relative_step(where, "corrector_step_size", corrector_step_size)
+    relative = check_number(where, "corrector_step_size", corrector_step_size)
+    _check_options(where, options)
+    used = ("score",) if corrector == "langevin" else ("score", "c", "factor")
 
-    def step(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+    def step(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
         x = predict(run, x, t, s, number)
         if corrector_steps == 0:
             return x
@@ -266,12 +268,13 @@ def predictor_corrector(
             first_chain=run.first,
         )
         return sample(
-            lambda y: run.scores(y, s, "score", "c", "factor").unscaled(sigma),
+            lambda y: _chain_scores(run.scores(y, s, *used), sigma, corrector),
             method=corrector,
             step_size=relative * sigma**2,
             n_steps=0,
             burn_in=corrector_steps,
             state=state,
+            **options,
         ).state["x"]
 
     return _run(where, model, init, schedule, step, n_steps, times, seed, offset, first, chunk_size)
@@ -289,11 +292,13 @@ def annealed_langevin(
     seed: int | None = None,
     first_chain: int = 0,
     chunk_size: int | None = None,
+    **options: Any,
 ) -> Chains:
     """Markov chains at falling noise levels, each level started where the last one ended.
 
     Args:
-        model: `model(x, sigma) -> Scores`, at these sigmas.
+        model: `model(x, sigma) -> Scores`, at these sigmas. "langevin" uses the score alone, and
+            so does "mala" where c is None.
         init: start of every chain. Shape (chain, *dims), float32 or float64. It is not changed.
         sigmas: descending noise levels, > 0. Units of the data.
         method: a method of `sample`.
@@ -301,11 +306,13 @@ def annealed_langevin(
         n_steps: steps at each level.
         thin, seed, first_chain, chunk_size: as `sample`. The number of the step goes on from level
             to level: no noise is used twice.
+        options: further arguments of `sample`: curvature, tolerance, max_iterations.
 
     Returns:
-        Chains of the last level, whose target is the data with noise sigmas[-1]; "divergences" and
-        "n_score_evaluations" in `stats` count all levels. A chain that the scores make non-finite
-        is counted there, as in `sample`.
+        Chains of the last level, whose target is the data with noise sigmas[-1]. In `stats`
+        "seconds", "n_score_evaluations" and "divergences" are sums over all levels; the rest, such
+        as "acceptance", is that of the last one. A chain that the scores make non-finite is counted
+        there, as in `sample`.
 
     Raises:
         TypeError, ValueError: an argument out of range or of the wrong kind; what `sample` raises.
@@ -318,16 +325,25 @@ def annealed_langevin(
     levels = _descending(where, "sigmas", sigmas, 1)
     if not levels[-1] > 0:
         raise ValueError(f"{where}: sigmas must be positive, got {levels[-1]}")
-    relative = _relative_step(where, "step_size", step_size)
+    relative = check_number(where, "step_size", step_size)
+    one_of(where, "method", method, (*UNADJUSTED, *ADJUSTED))
+    check_int(where, "n_steps", n_steps, 2**31)
+    _check_options(where, options)
+    check_int(where, "first_chain", first_chain, 2**63)
     check_first(where, first_chain, init.shape)
     state = ChainState(
-        x=init, step=0, since_draw=0, seed=_seed(where, seed), first_chain=first_chain
+        x=init, step=0, since_draw=0, seed=given_seed(where, seed), first_chain=first_chain
     )
-    divergences, evaluations = 0, 0
+    sums: dict[str, Any] = {"seconds": 0.0, "n_score_evaluations": 0, "divergences": 0}
     for sigma in levels:
+
+        def scores(x: Tensor, sigma: float = sigma) -> Tensor | UnscaledScores:
+            level = x.new_full((len(x),), sigma)
+            return _chain_scores(model_scores(where, model, x, level), sigma, method)
+
         last = sigma == levels[-1]
         chains = sample(
-            partial(_level_scores, where, model, sigma),
+            scores,
             method=method,
             step_size=relative * sigma**2,
             n_steps=n_steps if last else 0,
@@ -335,12 +351,11 @@ def annealed_langevin(
             thin=thin,
             chunk_size=chunk_size,
             state=state,
+            **options,
         )
         state = chains.state
-        divergences = divergences + chains.stats["divergences"]
-        evaluations = evaluations + chains.stats["n_score_evaluations"]
-    stats = {**chains.stats, "divergences": divergences, "n_score_evaluations": evaluations}
-    return Chains(chains.draws, stats, state)
+        sums = {name: total + chains.stats[name] for name, total in sums.items()}
+    return Chains(chains.draws, {**chains.stats, **sums}, state)
 
 
 def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tensor) -> Posterior:
@@ -364,7 +379,7 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
     """
     where = "tweedie_denoise"
     check_samples(where, "x", x)
-    _check_schedule(where, schedule)
+    check_schedule(where, schedule)
     level = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
     if level.shape not in ((), x.shape[:1]):
         raise ValueError(
@@ -372,13 +387,13 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
         )
     sigma = schedule.sigma(level).to(x).expand(len(x))
     alpha = schedule.alpha(level).to(x).expand(len(x))
-    return posterior(x, _scores(where, model, x, sigma), sigma, alpha)
+    return posterior(x, model_scores(where, model, x, sigma), sigma, alpha)
 
 
 # ------------------------------------------------------------------------------------------ steps
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """What stays the same over the steps of one chunk."""
 
     where: str
@@ -390,7 +405,7 @@ class _Run(NamedTuple):
     def scores(self, x: Tensor, t: float, *used: str) -> Scores:
         """The model's scores at time t, those named finite."""
         sigma = x.new_full((len(x),), self.schedule.sigma(t))
-        scores = _scores(self.where, self.model, x, sigma)
+        scores = model_scores(self.where, self.model, x, sigma)
         for name in used:
             self.refuse_non_finite(f"{name} from model", getattr(scores, name), t)
         return scores
@@ -427,32 +442,32 @@ class _Run(NamedTuple):
         )
 
 
-_Step: TypeAlias = Callable[[_Run, Tensor, float, float, int], Tensor]
+_Step: TypeAlias = Callable[[Run, Tensor, float, float, int], Tensor]
 
 
-def _velocity(run: _Run, x: Tensor, t: float, part: float) -> Tensor:
+def _velocity(run: Run, x: Tensor, t: float, part: float) -> Tensor:
     """-(beta / 2) x - part g^2 s1: part 1 for the SDE, 1/2 for the ODE."""
     sigma, g = run.schedule.sigma(t), run.schedule.diffusion(t)
     score = run.scores(x, t, "score").score  # sigma s1
     return -run.schedule.beta(t) / 2 * x - part * g**2 / sigma * score
 
 
-def _euler_ode(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+def _euler_ode(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
     return x + (s - t) * _velocity(run, x, t, 0.5)
 
 
-def _heun_ode(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+def _heun_ode(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
     slope = _velocity(run, x, t, 0.5)
     end = x + (s - t) * slope
     return x + (s - t) / 2 * (slope + _velocity(run, end, s, 0.5))
 
 
-def _euler_sde(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+def _euler_sde(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
     g = run.schedule.diffusion(t)
     return x + (s - t) * _velocity(run, x, t, 1.0) + g * math.sqrt(t - s) * run.noise(x, number)
 
 
-def _heun_sde(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+def _heun_sde(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
     g, g_end = run.schedule.diffusion(t), run.schedule.diffusion(s)
     shock = math.sqrt(t - s) * run.noise(x, number)
     slope = _velocity(run, x, t, 1.0)
@@ -463,21 +478,21 @@ def _heun_sde(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
 def _second_order(covariance: str) -> _Step:
     """The step of `second_order_reverse`."""
 
-    def step(run: _Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
+    def step(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
         alpha_t, sigma_t = run.schedule.alpha(t), run.schedule.sigma(t)
         alpha_s, sigma_s = run.schedule.alpha(s), run.schedule.sigma(s)
         kept = (sigma_s / alpha_s * (alpha_t / sigma_t)) ** 2  # w
-        used = ("score",) if covariance == "none" else ("score", "c", "factor")
-        moments = posterior(x, run.scores(x, t, *used), sigma_t, alpha_t)
-        mean = kept * alpha_s / alpha_t * x + alpha_s * (1 - kept) * moments.mean
-        variance = sigma_s**2 * (1 - kept)
-        spread = moments.covariance
         if covariance == "none":
-            spread = DPLR(torch.zeros_like(spread.diag))
+            clean = (x + sigma_t * run.scores(x, t, "score").score) / alpha_t
+            spread = DPLR(torch.zeros_like(x).flatten(1))
         else:
+            scores = run.scores(x, t, "score", "c", "factor")
+            clean, spread = posterior(x, scores, sigma_t, alpha_t)
             run.refuse_negative("posterior variance", spread.diagonal(), t)
             if covariance == "diagonal":
                 spread = DPLR(spread.diagonal())
+        mean = kept * alpha_s / alpha_t * x + alpha_s * (1 - kept) * clean
+        variance = sigma_s**2 * (1 - kept)
         law = spread.scale((alpha_s * (1 - kept)) ** 2) + variance
         # c may be negative where the factor makes up for it, but a draw needs its root.
         run.refuse_negative("diagonal part of the step's covariance", law.diag, t)
@@ -509,11 +524,11 @@ def _run(
 ) -> Tensor:
     """Take init down the grid, chunk by chunk."""
     check_samples(where, "init", init)
-    _check_schedule(where, schedule)
-    grid = _grid(where, schedule, n_steps, times)
+    check_schedule(where, schedule)
+    grid = time_grid(where, schedule, n_steps, times)
     check_int(where, "offset", offset, 2**56)
     check_first(where, first, init.shape)
-    seed = _seed(where, seed)
+    seed = given_seed(where, seed)
     chunk = max(len(init), 1)
     if chunk_size is not None:
         check_int(where, "chunk_size", chunk_size, 2**63)
@@ -523,7 +538,7 @@ def _run(
     out = torch.empty_like(init, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():
         for low in range(0, len(init), chunk):
-            run = _Run(where, model, schedule, seed, first + low)
+            run = Run(where, model, schedule, seed, first + low)
             x = init[low : low + chunk].detach()
             for number, (t, s) in enumerate(pairwise(grid), offset):
                 x = step(run, x, t, s, number)
@@ -532,29 +547,23 @@ def _run(
     return out
 
 
-def _scores(where: str, model: Model, x: Tensor, sigma: Tensor) -> Scores:
-    """The model's scores, of the right kind and with the score fitting x."""
-    scores = model(x, sigma)
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
-    check_like(where, "score from model", scores.score, x)
-    return scores
-
-
-def _level_scores(where: str, model: Model, sigma: float, x: Tensor) -> UnscaledScores:
-    """The scores that a chain at a fixed noise level needs."""
-    return _scores(where, model, x, x.new_full((len(x),), sigma)).unscaled(sigma)
+def _chain_scores(scores: Scores, sigma: float, method: str) -> Tensor | UnscaledScores:
+    """What `sample` needs at a noise level: s1 alone for Langevin steps, and where there is no c
+    for MALA, whose acceptance is nearer to the truth with s2."""
+    if method == "langevin" or (method == "mala" and scores.c is None):
+        return scores.score / sigma
+    return scores.unscaled(sigma)
 
 
 # ----------------------------------------------------------------------------------------- checks
 
 
-def _check_schedule(where: str, schedule: object) -> None:
+def check_schedule(where: str, schedule: object) -> None:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
 
 
-def _grid(
+def time_grid(
     where: str, schedule: Schedule, n_steps: int | None, times: Sequence[float] | Tensor | None
 ) -> list[float]:
     if n_steps is not None and times is None:
@@ -591,22 +600,22 @@ def _descending(where: str, name: str, values: Sequence[float] | Tensor, least: 
     return numbers
 
 
-def _relative_step(where: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where}: {name} must be a float, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{where}: {name} must be positive and finite, got {value}")
-    return float(value)
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    """Those arguments of `sample` that a sampler does not set itself."""
+    known = ("curvature", "tolerance", "max_iterations")
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{where}: options must be among {', '.join(known)}, got {name!r}")
 
 
-def _one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
+def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
     return value
 
 
-def _seed(where: str, seed: int | None) -> int:
+def given_seed(where: str, seed: int | None) -> int:
     if seed is None:
         return int(torch.randint(2**63 - 1, ()))
     check_int(where, "seed", seed, 2**64)

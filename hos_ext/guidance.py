@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_int, check_number, check_samples, check_tensor, positive
-from .diffusion import Model, _check_schedule, _scores
+from .diffusion import Model, check_schedule
 from .dplr import DPLR
 from .schedules import Schedule
-from .tweedie import Posterior, Scores, posterior
+from .tweedie import Posterior, Scores, model_scores, posterior
 
 # A matrix (m, D), a boolean mask of shape dims, or (A x, A^T y) on batches.
 Operator: TypeAlias = Tensor | tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -155,7 +155,7 @@ def guided(
         Pseudoinverse-guided diffusion (C = r^2 I, the score by backprop).
     """
     where = "guided"
-    _check_schedule(where, schedule)
+    check_schedule(where, schedule)
     if not isinstance(covariance, bool):
         raise TypeError(f"{where}: covariance must be a bool, got {type(covariance).__name__}")
     if covariance and isinstance(operator, tuple):
@@ -169,7 +169,7 @@ def guided(
 
     def conditioned(x: Tensor, sigma: Tensor) -> Scores:
         check_samples(where, "x", x)
-        scores = _scores(where, model, x, sigma)
+        scores = model_scores(where, model, x, sigma)
         level = positive(where, "sigma", sigma, x)
         alpha = schedule.alpha(schedule.t_of_sigma(sigma))
         ratio = positive(where, "alpha", alpha, x) / level

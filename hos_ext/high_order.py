@@ -457,7 +457,7 @@ def _target(
 
 def _paired(k: int, psi: Tensor, target: Tensor, derivative: Tensor | None) -> Tensor:
     """The entries of the variance-reduced loss. psi: points +, -, [clean]."""
-    # The difference meets sigma^-k in target: neighbours are subtracted before anything else.
+    # The difference meets sigma^-k in target: neighbours are subtracted first, which is exact.
     if k % 2:
         difference = psi[0] - psi[1]
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_first, check_int, check_like, check_number, check_samples, check_tensor
-from .diffusion import Model, _check_schedule, _grid, _one_of, _Run, _seed
+from .diffusion import Model, Run, check_schedule, given_seed, one_of
 from .dplr import DPLR
 from .schedules import Schedule
 
@@ -85,15 +85,15 @@ def log_likelihood(
     """
     where = "log_likelihood"
     check_samples(where, "x", x)
-    _check_schedule(where, schedule)
-    _one_of(where, "method", method, _METHODS)
-    _one_of(where, "trace", trace, _TRACES)
+    check_schedule(where, schedule)
+    one_of(where, "method", method, _METHODS)
+    one_of(where, "trace", trace, _TRACES)
     std = check_number(where, "data_std", data_std, positive=False)
     check_int(where, "n_probes", n_probes, 2**31)
     if n_probes == 0:
         raise ValueError(f"{where}: n_probes must be at least 1, got 0")
     check_first(where, first, x.shape)
-    grid = _grid(where, schedule, n_steps, times)[::-1]
+    grid = time_grid(where, schedule, n_steps, times)[::-1]
     low, high, size = grid[0], grid[-1], x.shape[1:].numel()
     levels = _log_ratio(schedule, torch.tensor(grid, dtype=torch.float64))
     if times is None:
@@ -104,7 +104,7 @@ def log_likelihood(
     steps = zip(levels.diff().tolist(), ends[:-1], middle, ends[1:], strict=True)
     scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
 
-    run = _Run(where, model, schedule, 0, first)
+    run = Run(where, model, schedule, 0, first)
     with torch.no_grad():
         slope_at = partial(_slope, run, std, trace, _probes(x, trace, n_probes, seed, first))
         w = x.detach() / scale_0
@@ -130,7 +130,7 @@ def log_likelihood(
 
 
 def _slope(
-    run: _Run, std: float, trace: str, probes: Tensor | None, w: Tensor, t: float
+    run: Run, std: float, trace: str, probes: Tensor | None, w: Tensor, t: float
 ) -> tuple[Tensor, Tensor]:
     """dw / d log(sigma / alpha), and its divergence, (B,)."""
     alpha, sigma = run.schedule.alpha(t), run.schedule.sigma(t)
@@ -176,7 +176,7 @@ def _probes(x: Tensor, trace: str, n_probes: int, seed: int | None, first: int) 
         size = x.shape[1:].numel()
         units = torch.eye(size, dtype=x.dtype, device=x.device)
         return units.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
-    key = _seed("log_likelihood", seed)
+    key = given_seed("log_likelihood", seed)
     draws = [
         ops.uniform(
             x.shape,

@@ -217,6 +217,8 @@ def moment_recurrence(
         positive(where, name, value, x).reshape(-1).expand(x.shape[0])
         for name, value in (("sigma", sigma), ("alpha", alpha))
     )
+    if x.shape[0] == 0:  # jacrev cannot shape the rows of none
+        return [flat.new_zeros((0, *[flat.shape[1]] * n)) for n in range(1, order + 1)]
 
     def mean(row: Tensor, s: Tensor, a: Tensor) -> Tensor:
         score = score_fn(row.reshape(1, *x.shape[1:])).reshape(-1)

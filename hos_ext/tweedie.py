@@ -9,6 +9,7 @@ of order one at every noise level; `UnscaledScores` are s1 and s2 themselves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import NamedTuple
 
@@ -222,6 +223,17 @@ class Posterior(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ moments
+
+
+def model_scores(
+    where: str, model: Callable[[Tensor, Tensor], Scores], x: Tensor, sigma: Tensor
+) -> Scores:
+    """What `model(x, sigma)` returns: `Scores`, their score of the shape, dtype and device of x."""
+    scores = model(x, sigma)
+    if not isinstance(scores, Scores):
+        raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
+    check_like(where, "score from model", scores.score, x)
+    return scores
 
 
 def posterior(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import BEYOND, WITHIN
+from conftest import BEYOND, WITHIN, assert_near
 from torch import Tensor
 
-from hos_ext import diffusion, ops
+from hos_ext import diffusion, ops, samplers
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.diffusion import (
     annealed_langevin,
@@ -24,7 +24,7 @@ from hos_ext.diffusion import (
     tweedie_denoise,
 )
 from hos_ext.schedules import EDM, VE, VP, CosineVP, Schedule, SubVP, from_alphas_cumprod
-from hos_ext.tweedie import Scores
+from hos_ext.tweedie import Scores, UnscaledScores
 
 F64 = torch.float64
 D = 2
@@ -46,6 +46,8 @@ MILD = [
     CosineVP(t_min=0.1, t_max=0.8),
     SubVP(0.5, 4.0, t_min=0.1),
     EDM(0.1, 5.0),
+    from_alphas_cumprod([0.99, 0.9, 0.7, 0.4, 0.15]),
+    from_alphas_cumprod(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)),  # DDPM
 ]
 
 
@@ -58,7 +60,12 @@ def level(schedule: Schedule, sigma: Tensor) -> tuple[float, float]:
     assert sigma.dim() == 1
     assert bool((sigma == sigma[:1]).all())
     value = sigma[0].item()
-    return value, schedule.alpha(schedule.t_of_sigma(value))
+    return value, alpha_at(schedule, value)
+
+
+@cache
+def alpha_at(schedule: Schedule, sigma: float) -> float:
+    return schedule.alpha(schedule.t_of_sigma(sigma))
 
 
 def gaussian_model(density: Gaussian, schedule: Schedule):
@@ -321,20 +328,24 @@ def test_whole_schedules_run_from_prior_to_data(schedule):
 # ------------------------------------------------------------------------ corrector, annealing
 
 
-@pytest.mark.parametrize("corrector", ["langevin", "ozaki"])
+CORRECTORS = [*samplers.UNADJUSTED, *samplers.ADJUSTED]
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS)
 def test_corrector_moves_a_wrong_marginal_by_its_closed_form(corrector):
-    # On N(0, 1/p) a step multiplies the variance by a^2 and adds b.
-    schedule, t = VP(), 0.5
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    variance = alpha**2 * 0.25 + sigma**2
-    h, k = 0.3 * sigma**2, 3
+    # On N(0, 1/p) a step multiplies the variance by a^2 and adds b. sigma is small, so that the
+    # unit of the step, sigma^2, shows.
+    schedule = VP()
+    t = schedule.t_of_sigma(0.1)
+    variance = schedule.alpha(t) ** 2 * 0.01 + 0.1**2
+    h, k = 0.3 * 0.1**2, 3
 
     def model(x: Tensor, level: Tensor) -> Scores:
         s = level[:, None]
-        v = (1 - s**2) * 0.25 + s**2
+        v = (1 - s**2) * 0.01 + s**2
         return Scores(-s * x / v, 1 - s**2 / v * torch.ones_like(x))
 
-    start = 1.5 * variance**0.5 * ops.normal((20000, 2), seed=9, dtype=F64)
+    start = 1.5 * variance**0.5 * ops.normal((8000, 2), seed=9, dtype=F64)
     # A predictor step too short to matter, then k corrections.
     x = predictor_corrector(
         model,
@@ -346,9 +357,12 @@ def test_corrector_moves_a_wrong_marginal_by_its_closed_form(corrector):
         corrector_step_size=0.3,
         seed=0,
     )
-    if corrector == "langevin":
+    if corrector in ("langevin", "mala"):  # of mala only that it goes there too
         a, b = 1 - h / variance, 2 * h
-    else:
+    elif corrector.endswith("cayley"):
+        root = 1 + h / variance / 2
+        a, b = 1 - h / variance / root, 2 * h / root**2
+    else:  # exact, and therefore always accepted
         a = math.exp(-h / variance)
         b = variance * (1 - a**2)
     wanted = 2.25 * variance
@@ -440,6 +454,111 @@ def test_annealed_chains_go_on_with_their_noise():
     assert torch.equal(split.draws, chains.draws[2:])
 
 
+def test_score_alone_suffices_where_only_the_score_is_used():
+    """The same draws with and without c, and an error where it is missing."""
+    schedule = VP()
+    full = exact_model(GAUSSIAN, schedule)
+
+    def alone(x: Tensor, sigma: Tensor) -> Scores:
+        return gaussian_model(GAUSSIAN, schedule)(x, sigma)._replace(c=None)
+
+    x = prior(schedule, (50, D), seed=0, dtype=F64)
+    near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    runs = [
+        partial(second_order_reverse, covariance="none"),
+        predictor_corrector,
+        partial(predictor_corrector, predictor="second_order", covariance="none"),
+    ]
+    for run in runs:
+        options = {"schedule": schedule, "n_steps": 3, "seed": 1}
+        near(run(alone, x, **options), run(full, x, **options))
+    sigmas = [0.9, 0.5]
+    near(
+        annealed_langevin(alone, x, sigmas, n_steps=3, seed=1).draws,
+        annealed_langevin(full, x, sigmas, n_steps=3, seed=1).draws,
+    )
+    mala = {"method": "mala", "n_steps": 5, "seed": 1, "step_size": 0.4}
+    acceptance = [
+        annealed_langevin(model, x, sigmas, **mala).stats["acceptance"] for model in (alone, full)
+    ]
+    # On a Gaussian the trapezoid rule is exact; s2 makes no difference to it.
+    near(*acceptance)
+    assert bool((acceptance[0] < 1).any())
+    assert bool(
+        predictor_corrector(alone, x, schedule, n_steps=2, corrector="mala").isfinite().all()
+    )
+    for run in (
+        second_order_reverse,
+        partial(second_order_reverse, covariance="diagonal"),
+        partial(predictor_corrector, corrector="ozaki"),
+        partial(predictor_corrector, predictor="second_order"),
+    ):
+        with pytest.raises(TypeError, match=r"c must be a Tensor, got NoneType$"):
+            run(alone, x, schedule, n_steps=2)
+    with pytest.raises(TypeError, match=r"c must be a Tensor, got NoneType$"):
+        annealed_langevin(alone, x, sigmas, n_steps=2, method="ozaki")
+
+
+def test_adjusted_langevin_corrects_its_ratio_where_there_is_c(monkeypatch):
+    seen = []
+    original = diffusion.sample
+
+    def spy(score_fn, *args, **options):
+        seen.append(type(score_fn(options["state"]["x"])))
+        return original(score_fn, *args, **options)
+
+    monkeypatch.setattr(diffusion, "sample", spy)
+    for method in ("langevin", "mala", "ozaki"):
+        annealed_langevin(rowwise, X, [1.0], n_steps=1, method=method)
+        predictor_corrector(rowwise, X, VP(), n_steps=1, corrector=method)
+    assert seen == [Tensor] * 2 + [UnscaledScores] * 4
+
+
+def test_further_arguments_reach_the_chain():
+    """Where s2 is positive they change the step; few products end a Lanczos step early."""
+    schedule = VP()
+
+    def model(x: Tensor, sigma: Tensor) -> Scores:
+        factor = torch.randn(len(x), 6, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+        return Scores(-x, 1 + torch.arange(6.0).expand(len(x), -1).double(), factor)
+
+    x = ops.normal((2, 6), seed=0, dtype=F64)
+    annealed = partial(annealed_langevin, model, x, [0.5, 0.4], n_steps=2, seed=1, step_size=0.5)
+    correct = partial(predictor_corrector, model, x, schedule, n_steps=2, seed=1)
+    for options in ({"curvature": "abs"}, {"curvature": "raw"}):
+        moved = annealed(method="ozaki", **options).draws
+        assert not torch.allclose(moved, annealed(method="ozaki").draws)
+        moved = correct(corrector="ozaki", **options)
+        assert not torch.allclose(moved, correct(corrector="ozaki"))
+    for options in ({"max_iterations": 1}, {"tolerance": 0.5}):
+        lanczos = {"method": "ozaki_lanczos", "curvature": "abs"}
+        stats = annealed(**lanczos, **options).stats
+        assert bool(
+            (stats["lanczos_iterations"] < annealed(**lanczos).stats["lanczos_iterations"]).all()
+        )
+        lanczos["corrector"] = lanczos.pop("method")
+        assert not torch.equal(correct(**lanczos, **options), correct(**lanczos))
+
+
+def test_annealed_chains_sum_over_levels_what_can_be_summed(monkeypatch):
+    original = diffusion.sample
+
+    def timed(*args, **options):
+        chains = original(*args, **options)
+        chains.stats["seconds"] = 2.5
+        return chains
+
+    monkeypatch.setattr(diffusion, "sample", timed)
+    options = {"n_steps": 4, "seed": 0, "method": "mh_ozaki", "step_size": 0.5}
+    whole = annealed_langevin(rowwise, X, [1.0, 0.7, 0.5], **options).stats
+    assert whole["seconds"] == 7.5
+    assert whole["n_score_evaluations"] == 15  # one more at the start of a level
+    first = annealed_langevin(rowwise, X, [1.0, 0.7], **options).state
+    assert first["step"] == 8
+    assert whole["step_size"] == 0.5 * 0.25
+    assert bool((whole["acceptance"] <= 1).all())
+
+
 def test_annealed_chains_count_divergences_of_all_levels():
     def model(x: Tensor, sigma: Tensor) -> Scores:
         bad = (torch.arange(len(x)) == 1) & (sigma > 0.7)
@@ -492,6 +611,22 @@ def test_prior_has_the_variance_of_the_last_marginal(schedule):
 
 # ------------------------------------------------------------------------------------- the noise
 
+
+def annealed_draws(model, init: Tensor, schedule: Schedule, **_) -> Tensor:
+    options = {"n_steps": 3, "seed": 4, "method": "ozaki"}
+    return annealed_langevin(model, init, [1.0, 0.5], **options).draws
+
+
+def denoised(model, x: Tensor, schedule: Schedule, **_) -> Tensor:
+    t = torch.linspace(0.2, 0.9, len(x), dtype=x.dtype, device=x.device)
+    found = tweedie_denoise(model, x, schedule, t)
+    return found.mean + found.sample(1, seed=4)[0]
+
+
+def flow(model, init: Tensor, schedule: Schedule, *, seed: int, **options) -> Tensor:
+    return probability_flow_ode(model, init, schedule, **options)
+
+
 SAMPLERS = {
     "reverse_sde euler": partial(reverse_sde, method="euler"),
     "reverse_sde heun": partial(reverse_sde, method="heun"),
@@ -521,6 +656,20 @@ def test_chunks_and_processes_draw_the_same(sampler):
     assert torch.equal(sampler(rowwise, x[2:], schedule, first=2, **options), whole[2:])
     assert not torch.equal(sampler(rowwise, x[2:], schedule, **options), whole[2:])
     assert torch.equal(x, prior(schedule, (7, 3), seed=0))
+
+
+@pytest.mark.parametrize(
+    "sampler", [*SAMPLERS.values(), flow, annealed_draws, denoised], ids=lambda s: None
+)
+@pytest.mark.parametrize("schedule", [VP(), from_alphas_cumprod(TABLE)], ids=named)
+def test_draws_are_the_same_on_every_device(sampler, schedule, device):
+    x = prior(schedule, (5, 3), seed=0, dtype=F64)
+    there = prior(schedule, (5, 3), seed=0, dtype=F64, device=device)
+    assert_near(there, x)
+    options = {"n_steps": 5, "seed": 4}
+    moved = sampler(rowwise, there, schedule, **options)
+    assert moved.device.type == device.type
+    assert_near(moved, sampler(rowwise, x, schedule, **options), times=10)
 
 
 @every_sampler
@@ -615,14 +764,17 @@ def test_scores_that_are_not_finite_name_time_and_sample(name, value):
     # rows 0 ... 2 are one chunk, whose row 1 is bad: sample 11
     assert str(caught.value) == f"second_order_reverse: {message}".replace("14", "11")
     if name == "score":
-        for sampler in (reverse_sde, predictor_corrector):
+        for sampler in (reverse_sde, predictor_corrector):  # corrector "langevin"
             with pytest.raises(ValueError, match=r"must be finite, got (nan|inf) at t = 0\.25 for"):
                 sampler(model, x, schedule, **options)
         del options["seed"]
         with pytest.raises(ValueError, match=r"^probability_flow_ode: score from model must be"):
             probability_flow_ode(model, x, schedule, **options)
     else:
-        assert bool(reverse_sde(model, x, schedule, **options).isfinite().all())
+        for sampler in (reverse_sde, predictor_corrector):
+            assert bool(sampler(model, x, schedule, **options).isfinite().all())
+        with pytest.raises(ValueError, match=rf"^predictor_corrector: {name} from model must be f"):
+            predictor_corrector(model, x, schedule, corrector="ozaki", **options)
         options["covariance"] = "none"
         assert bool(second_order_reverse(model, x, schedule, **options).isfinite().all())
 
@@ -680,6 +832,7 @@ def test_negative_variances_name_time_and_sample():
 
 
 X = torch.zeros(2, 3)
+KNOWN = ", ".join(map(repr, CORRECTORS))
 
 
 @pytest.mark.parametrize(
@@ -741,7 +894,29 @@ X = torch.zeros(2, 3)
         ),
         (
             lambda: predictor_corrector(rowwise, X, VP(), n_steps=1, corrector_step_size=0.0),
-            ("predictor_corrector: corrector_step_size must be positive and finite, got 0.0"),
+            "predictor_corrector: corrector_step_size must be finite and > 0, got 0",
+        ),
+        (
+            lambda: predictor_corrector(
+                rowwise, X, VP(), n_steps=1, corrector="hmc", corrector_steps=0
+            ),
+            f"predictor_corrector: corrector must be one of {KNOWN}, got 'hmc'",
+        ),
+        (
+            lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, method="hmc"),
+            f"annealed_langevin: method must be one of {KNOWN}, got 'hmc'",
+        ),
+        (
+            lambda: annealed_langevin(rowwise, X, [1.0, 0.5], n_steps=-1),
+            "annealed_langevin: n_steps must be in [0, 2**31), got -1",
+        ),
+        (
+            lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, first_chain=-1),
+            "annealed_langevin: first_chain must be in [0, 2**63), got -1",
+        ),
+        (
+            lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, curvature="flip"),
+            "sample: curvature must be one of 'clamp', 'abs', 'raw', got 'flip'",
         ),
         (
             lambda: predictor_corrector(rowwise, X, VP(), n_steps=1, corrector_steps=-1),
@@ -781,11 +956,11 @@ X = torch.zeros(2, 3)
         ),
         (
             lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, step_size=math.inf),
-            "annealed_langevin: step_size must be positive and finite, got inf",
+            "annealed_langevin: step_size must be finite and > 0, got inf",
         ),
         (
             lambda: prior(VP(), (2, 3), data_std=-1.0),
-            "prior: data_std must be at least 0 and finite, got -1.0",
+            "prior: data_std must be finite and >= 0, got -1",
         ),
         (
             lambda: tweedie_denoise(rowwise, X, VP(), 0.0),
@@ -823,14 +998,28 @@ def test_bad_values_are_refused(call, message):
             "reverse_sde: schedule must be a Schedule, got float",
         ),
         (lambda: prior("VP", (2, 3)), "prior: schedule must be a Schedule, got str"),
-        (lambda: prior(VP(), (2, 3), data_std="1"), "prior: data_std must be a float, got str"),
+        (lambda: prior(VP(), (2, 3), data_std="1"), "prior: data_std must be a number, got '1'"),
         (
             lambda: reverse_sde(rowwise, X, VP(), times="ab"),
             "reverse_sde: times must be a sequence of numbers, got str",
         ),
         (
             lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, step_size="a"),
-            "annealed_langevin: step_size must be a float, got str",
+            "annealed_langevin: step_size must be a number, got 'a'",
+        ),
+        (
+            lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, burn_in=3),
+            (
+                "annealed_langevin: options must be among curvature, tolerance, max_iterations, "
+                "got 'burn_in'"
+            ),
+        ),
+        (
+            lambda: predictor_corrector(rowwise, X, VP(), n_steps=1, log_prob=len),
+            (
+                "predictor_corrector: options must be among curvature, tolerance, max_iterations, "
+                "got 'log_prob'"
+            ),
         ),
         (
             lambda: reverse_sde(rowwise, [1.0], VP(), n_steps=1),

@@ -296,6 +296,19 @@ def test_differences_are_taken_before_products():
     assert ((got - want).abs() / want.abs()).max() < 5e-7
 
 
+@pytest.mark.parametrize(("k", "sigma"), [(2, 1e-3), (4, 1e-2)])
+def test_neighbours_are_subtracted_before_they_are_added(k, sigma):
+    """As above; psi+ + psi- rounds first, and sigma^-k makes that 1.5e-2 and 4e-4 of the loss."""
+    z, centre = randn(8, 784).float(), randn(8, 784, seed=1)
+    points = [centre + sigma * z, centre - sigma * z, centre]
+    score = torch.stack([torch.tanh(x) for x in points]).float()
+    lower = [torch.zeros_like(score)] * (k - 1)  # psi is the score: no rounding of its own
+    got = order_k_vr_loss(k, score, lower, z, sigma, reduction="none")
+    wide = [s.double() for s in lower]
+    want = order_k_vr_loss(k, score.double(), wide, z.double(), sigma, reduction="none")
+    assert ((got - want).abs() / want.abs()).max() < 5e-6
+
+
 # ------------------------------------------------------------------------------ minimisers, exactly
 
 # Data at three points: the noisy law is a mixture of three equal Gaussians, the posterior discrete.

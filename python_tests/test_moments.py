@@ -298,6 +298,10 @@ def test_empty_batches_and_first_orders_alone_pass():
     x = torch.zeros(0, D, dtype=F64)
     scores = [torch.zeros(0, *[D] * n, dtype=F64) for n in (1, 2, 3)]
     assert [m.shape for m in posterior_moments(x, scores, SIGMA)] == [s.shape for s in scores]
+    for empty in (x, x.reshape(0, 1, D)):
+        moments = moment_recurrence(lambda x: -x, empty, 3, SIGMA, ALPHA)
+        assert [m.shape for m in moments] == [s.shape for s in scores]
+        assert {m.dtype for m in moments} == {F64}
     x = randn(B, 2, 3)
     score = randn(B, 2, 3, seed=1)
     want = (x + SIGMA**2 * score) / ALPHA

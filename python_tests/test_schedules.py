@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import assert_near
 from scipy import stats
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from hos_ext import ops
@@ -74,6 +76,9 @@ def test_closed_forms_at_the_ends():
     assert VE().sigma(1.0) == pytest.approx(50)
     for sigma_max in torch.linspace(0.2, 3, 50).tolist():  # sigma(1) may round below it
         assert VE(0.1, sigma_max).t_of_sigma(sigma_max) == pytest.approx(1, abs=1e-14)
+    for low in torch.linspace(0.01, 0.5, 50).tolist():  # to the bit at t_min
+        for schedule in (VP(t_min=low), VE(low), from_alphas_cumprod([1 - low, 0.3 - low / 2])):
+            assert schedule.t_of_sigma(schedule.sigma(schedule.t_min)) == schedule.t_min
     assert VE().sigma(0.5) == pytest.approx(math.sqrt(0.5))
     assert VP().alpha(1.0) == pytest.approx(math.exp(-10.05 / 2), rel=1e-14)
     assert VP().sigma(1.0) == pytest.approx(math.sqrt(1 - math.exp(-10.05)), rel=1e-14)
@@ -141,6 +146,18 @@ def test_grid_falls_from_t_max_to_t_min(schedule: Schedule):
     warped = grid ** (1 / 7) if isinstance(schedule, EDM) else grid
     torch.testing.assert_close(warped.diff(), warped.diff()[:1].expand(9), rtol=1e-9, atol=0)
     assert schedule.times(1).tolist() == [schedule.t_max, schedule.t_min]
+
+
+@every_schedule
+def test_schedules_answer_where_their_times_lie(schedule: Schedule, device: torch.device):
+    t = inside(schedule)
+    for method in (schedule.alpha, schedule.sigma, schedule.beta, schedule.diffusion):
+        assert_near(method(t.to(device)), method(t))
+        assert method(t.to(device)).device.type == device.type
+    assert_near(schedule.t_of_sigma(schedule.sigma(t.to(device))), t)
+    drawn = schedule.sample_t(9, seed=1, dtype=F64, device=device)
+    assert drawn.device.type == device.type
+    assert_near(drawn, schedule.sample_t(9, seed=1, dtype=F64))
 
 
 # ------------------------------------------------------------------------------- times for training
@@ -230,19 +247,52 @@ def test_diffusers_schedules_are_met_at_the_integers():
         t = steps.float()
         alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
         torch.testing.assert_close(alpha * x + sigma * noise, expected, rtol=1e-5, atol=1e-6)
-        # The rate below t is -log(1 - betas[t]), to the rounding of the float32 table.
-        rate = -torch.log1p(-scheduler.betas.double()[steps[1:]])
-        torch.testing.assert_close(schedule.beta(t.double()[1:]), rate, rtol=1e-3, atol=0)
+        # -log(1 - betas[t]) below t and above, to the rounding of the float32 table.
+        rate = -torch.log1p(-scheduler.betas.double())
+        below, above = (rate[steps[1:-1] + i] for i in (0, 1))
+        mean = 2 * below * above / (below + above)
+        torch.testing.assert_close(schedule.beta(t.double()[1:-1]), mean, rtol=1e-3, atol=0)
 
 
-def test_table_is_exact_at_integers_and_log_linear_between():
+WILD = torch.tensor([0.999, 0.9989999, 0.5, 0.4999999, 1e-3, 0.999e-3, 1e-30], dtype=F64)
+
+
+@pytest.mark.parametrize("table", [TABLE, WILD, WILD[[0, 2, 6]], WILD[[0, 6]]], ids=len)
+def test_table_is_exact_at_integers_and_a_smooth_monotone_cubic_between(table: Tensor):
+    schedule, last = from_alphas_cumprod(table), len(table) - 1
+    nodes = torch.arange(last + 1, dtype=F64)
+    torch.testing.assert_close(schedule.alpha(nodes) ** 2, table, rtol=1e-14, atol=0)
+    torch.testing.assert_close(schedule.sigma(nodes) ** 2, 1 - table, rtol=1e-11, atol=0)
+    t = torch.linspace(0, last, 1001, dtype=F64)
+    integral, beta = -2 * schedule.alpha(t).log(), schedule.beta(t)
+    assert bool((beta > 0).all())
+    assert bool((integral.diff() > 0).all())
+    # An independent implementation; its slopes at the two ends are others.
+    if last > 2:
+        cubic, inner = PchipInterpolator(nodes, -table.log()), (t >= 1) & (t <= last - 1)
+        for order, value in ((0, integral), (1, beta)):
+            wanted = torch.from_numpy(cubic(t, order))[inner]
+            torch.testing.assert_close(value[inner], wanted, rtol=1e-8, atol=1e-12)
+    for i in (0, last - 1):  # a parabola: B' is linear
+        ends = [schedule.beta(i + p) for p in (0.0, 0.5, 1.0)]
+        assert ends[0] + ends[2] - 2 * ends[1] == pytest.approx(0, abs=1e-13 * max(ends))
+    # continuous at the integers
+    step = torch.tensor([-1e-12, 1e-12], dtype=F64)
+    left, right = schedule.beta((nodes[1:-1, None] + step).flatten()).reshape(-1, 2).mT
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=0)
+    back = schedule.sigma(schedule.t_of_sigma(schedule.sigma(t)))
+    torch.testing.assert_close(back, schedule.sigma(t), rtol=1e-14, atol=0)
+
+
+@every_schedule
+def test_time_from_noise_carries_its_derivative(schedule: Schedule):
+    t = inside(schedule)
+    there, back = derivative(schedule.sigma, t), derivative(schedule.t_of_sigma, schedule.sigma(t))
+    torch.testing.assert_close(back * there, torch.ones_like(t), rtol=1e-9, atol=0)
+
+
+def test_tables_come_as_any_array():
     schedule = from_alphas_cumprod(TABLE)
-    t = torch.arange(50, dtype=F64)
-    torch.testing.assert_close(schedule.alpha(t) ** 2, TABLE, rtol=1e-14, atol=0)
-    torch.testing.assert_close(schedule.sigma(t) ** 2, 1 - TABLE, rtol=1e-11, atol=0)
-    middle = schedule.alpha(t[:-1] + 0.25) ** 2
-    torch.testing.assert_close(middle, TABLE[:-1] ** 0.75 * TABLE[1:] ** 0.25, rtol=1e-13, atol=0)
-    assert schedule.beta(3.0) == schedule.beta(2.5) != schedule.beta(3.5)
     assert from_alphas_cumprod(TABLE.tolist()).sigma(7.5) == schedule.sigma(7.5)
     assert from_alphas_cumprod(TABLE.numpy()).sigma(7.5) == schedule.sigma(7.5)
 
@@ -303,6 +353,13 @@ def test_table_is_exact_at_integers_and_log_linear_between():
         (
             lambda: from_alphas_cumprod([0.9, 0.5, 0.5]),
             "DiscreteVP: alphas_cumprod must decrease, got 0.5 after 0.5 at 2",
+        ),
+        (
+            lambda: from_alphas_cumprod([1e-3, math.nextafter(1e-3, 0)]),
+            (
+                "DiscreteVP: alphas_cumprod must decrease, got 0.0009999999999999998 after 0.001 "
+                "at 1"
+            ),
         ),
         (
             lambda: from_alphas_cumprod([0.9]),
