@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_first, check_int, check_like, check_number, check_samples, check_tensor
-from .diffusion import Model, Run, check_schedule, given_seed, one_of
+from .diffusion import Model, Run, check_schedule, given_seed, one_of, time_grid
 from .dplr import DPLR
 from .schedules import Schedule
 
