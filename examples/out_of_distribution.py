@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hos_ext import auroc, data, outlier_score, training
+from hos_ext.checks import require
 
 SIGMAS = (0.2, 0.4, 0.8)
 KINDS = ("norm", "laplacian", "mahalanobis", "uncertainty")  # the first one is first-order
@@ -51,10 +52,9 @@ def corrupted(grey: Tensor) -> dict[str, Tensor]:
 def crops(parquet: str, n: int) -> Tensor:
     """The 8x8 middles of n pictures of a Hugging Face parquet file, in grey levels 0 ... 16."""
     import numpy
-    import pyarrow.parquet
     from PIL import Image
 
-    table = pyarrow.parquet.read_table(parquet).slice(0, n)
+    table = require("out_of_distribution", "pyarrow.parquet").read_table(parquet).slice(0, n)
     column = next(c for c in table.column_names if c in ("img", "image"))
     pictures = []
     for row in table[column].to_pylist():
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few training steps")
     parser.add_argument("--other", help="a parquet file of pictures, such as CIFAR-10's")
     arguments = parser.parse_args()
-    model = train(5 if arguments.quick else 1500)
+    model = train(100 if arguments.quick else 1500)
     test = data.load_digits().test
     samples = corrupted(test)
     if arguments.other:

@@ -6,12 +6,14 @@ of its own: `azula_denoiser` makes one, for its samplers and its guidance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from .checks import check_samples, per_sample, require
+from .checks import check_number, check_samples, positive, require
 from .schedules import Schedule
 from .tweedie import Posterior, Scores, model_scores, posterior
 
@@ -26,19 +28,33 @@ class MeanDenoiser(nn.Module):
     other units, `shift` and `scale` say how, x_model = (x - shift) / scale.
 
     Args:
-        model: `model(x, sigma) -> Scores`, trained with alpha = 1.
+        model: `model(x, sigma) -> Scores`, trained with alpha = 1, or with the schedule's alpha.
+        schedule: of a model trained with alpha: it is called with alpha x at the time at which
+            sigma(t) / alpha(t) is the sigma asked for, which must lie within the schedule.
         shift, scale: numbers, scale > 0.
 
     Raises:
-        TypeError: the model returns something else.
+        TypeError: the model returns something else; an argument of the wrong kind.
         ValueError: x, sigma or what the model returns does not fit, or scale is not positive.
     """
 
-    def __init__(self, model: Model, *, shift: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        schedule: Schedule | None = None,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"MeanDenoiser: scale must be positive, got {scale}")
-        self.model, self.shift, self.scale = model, shift, scale
+        where = "MeanDenoiser"
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
+        self.model, self.schedule = model, schedule
+        self.scale = check_number(where, "scale", scale)
+        if not isinstance(shift, (int, float)) or not math.isfinite(shift):
+            raise ValueError(f"{where}: shift must be a finite number, got {shift!r}")
+        self.shift = float(shift)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **options: Any) -> Tensor:
         """The posterior mean. x (B, *dims); sigma a float, or any shape with 1 or B elements.
@@ -53,7 +69,13 @@ class MeanDenoiser(nn.Module):
         check_samples(where, "x", x)
         level = _levels(where, sigma, x) / self.scale
         inside = (x - self.shift) / self.scale
-        answer = posterior(inside, model_scores(where, self.model, inside, level), level)
+        alpha = torch.ones_like(level)
+        if self.schedule is not None:
+            t = self.schedule.t_of_ratio(level.double())
+            level, alpha = self.schedule.sigma(t).to(x), self.schedule.alpha(t).to(x)
+            inside = alpha.reshape(-1, *[1] * (x.dim() - 1)) * inside
+        scores = model_scores(where, self.model, inside, level)
+        answer = posterior(inside, scores, level, alpha)
         covariance = answer.covariance.scale(self.scale**2)
         return Posterior(answer.mean * self.scale + self.shift, covariance)
 
@@ -73,9 +95,15 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
         A module: `denoiser(x_t, t)` for azula's samplers.
 
     Raises:
+        TypeError: schedule is none.
         RuntimeError: azula is not installed.
     """
     azula = require("azula_denoiser", "azula.denoise", "adapters")
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(
+            "azula_denoiser: schedule must be a Schedule, or one of azula, got "
+            f"{type(schedule).__name__}"
+        )
 
     class SecondOrderDenoiser(azula.Denoiser):  # type: ignore[misc, name-defined]
         """Made by `hos_ext.azula_denoiser`."""
@@ -112,4 +140,4 @@ def _levels(where: str, sigma: float | Tensor, x: Tensor) -> Tensor:
     """sigma as (B,), from a float or from any shape with one element for all or for each."""
     if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.numel() in (1, len(x)):
         sigma = sigma.reshape(-1).expand(len(x))
-    return per_sample(where, "sigma", sigma, x).reshape(-1).expand(len(x))
+    return positive(where, "sigma", sigma, x).reshape(-1).expand(len(x))

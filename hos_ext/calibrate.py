@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -108,6 +107,7 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
         TypeError: x is not a tensor, posterior not a Posterior, or tau not a number.
     """
     residual = _residual("calibration", x, posterior, tau)
+    tau = float(tau)
     covariance = posterior.covariance.to(torch.float64)
     squares, expected = _sizes(residual, covariance, tau)
     return {
@@ -161,6 +161,7 @@ def calibration_report(
     """
     where = "calibration_report"
     residual = _residual(where, x, posterior, tau)
+    tau = float(tau)
     batch, size = residual.shape
     if batch < 2:
         raise ValueError(f"{where}: x must have at least 2 samples, got {batch}")
@@ -228,8 +229,9 @@ def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -
             a outside 1e-27 ... 1e27 for tau > 0.
         TypeError: as in `calibration`.
     """
-    residual = _residual("recalibration_factor", x, posterior, tau)
-    return _factor("recalibration_factor", residual, posterior.covariance.to(torch.float64), tau)
+    where = "recalibration_factor"
+    residual = _residual(where, x, posterior, tau)
+    return _factor(where, residual, posterior.covariance.to(torch.float64), float(tau))
 
 
 def _factor(caller: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
@@ -271,24 +273,12 @@ def _residual(caller: str, x: Tensor, posterior: Posterior, tau: float) -> Tenso
             f"{caller}: posterior must be a tweedie.Posterior, got {type(posterior).__name__}"
         )
     mean = posterior.mean
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{caller}: x must be a tensor, got {type(x).__name__}")
-    if x.shape != mean.shape or x.dtype != mean.dtype or x.device != mean.device:
-        raise ValueError(
-            f"{caller}: x must be {_describe(mean)} like posterior.mean, got {_describe(x)}"
-        )
+    because = " like posterior.mean"
+    check_tensor(caller, "x", x, like=mean, shape=tuple(mean.shape), because=because)
     if x.dim() < 2 or x.shape[0] == 0:
         raise ValueError(f"{caller}: x must have shape (B, *dims), B >= 1, got {tuple(x.shape)}")
-    number: object = tau
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{caller}: tau must be a float, got {type(tau).__name__}")
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"{caller}: tau must be >= 0 and finite, got {tau}")
+    check_number(caller, "tau", tau, positive=False)
     return (x - mean).flatten(1).double()
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def _distances(residual: Tensor, covariance: DPLR, tau: float) -> Tensor:

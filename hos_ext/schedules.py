@@ -78,6 +78,22 @@ class Schedule:
         t = self._t_of_sigma(wide.clamp(low, high)).clamp(self.t_min, self.t_max)
         return _like(t.where(wide > low, self.t_min).where(wide < high, self.t_max), sigma)
 
+    def t_of_ratio(self, ratio: _Time) -> _Time:
+        """The time at which sigma(t) / alpha(t), the noise in units of the data, is the given one.
+
+        That is the sigma of x / alpha = x0 + (sigma / alpha) z, which a denoiser for plain noise is
+        asked for. By bisection in float64, within [t_min, t_max].
+        """
+        where = f"{self._name()}.t_of_ratio"
+        ends = (self.sigma(t) / self.alpha(t) for t in (self.t_min, self.t_max))
+        wide = _checked(where, "ratio", ratio, *ends)
+        low, high = torch.full_like(wide, self.t_min), torch.full_like(wide, self.t_max)
+        for _ in range(60):
+            middle = (low + high) / 2
+            short = self._sigma(middle) < wide * self._alpha(middle)
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return _like((low + high) / 2, ratio)
+
     def times(self, n: int) -> Tensor:
         """The grid of the samplers: n + 1 times from t_max down to t_min, float64, on the CPU.
 

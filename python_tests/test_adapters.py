@@ -67,9 +67,32 @@ def test_mean_denoiser_in_other_units(x):
     torch.testing.assert_close(covariance, moved.posterior_covariance(x, 0.8))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_mean_denoiser_of_a_model_trained_with_alpha(x, scale):
+    """A VP model serves plain noise: it is called where sigma(t) / alpha(t) is that asked for."""
+    law, schedule = data(), VP()
+    model = exact_model(law, lambda s: schedule.alpha(schedule.t_of_sigma(s)))
+    denoiser = MeanDenoiser(model, schedule=schedule, scale=scale)
+    moved = Gaussian(scale * law.mean, scale**2 * law.covariance)
+    sigma = torch.tensor([0.3, 1.0, 4.0], dtype=F64)
+    got, covariance = denoiser(x, sigma), denoiser.posterior(x, sigma).covariance.dense()
+    for b, level in enumerate(sigma.tolist()):
+        row = x[b : b + 1]
+        torch.testing.assert_close(got[b : b + 1], moved.posterior_mean(row, level))
+        torch.testing.assert_close(covariance[b], moved.posterior_covariance(row, level)[0])
+
+
 def test_mean_denoiser_refuses_what_does_not_fit(x):
-    with pytest.raises(ValueError, match=r"^MeanDenoiser: scale must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"^MeanDenoiser: scale must be finite and > 0, got 0"):
         MeanDenoiser(exact_model(data()), scale=0)
+    with pytest.raises(ValueError, match=r"^MeanDenoiser: scale must be finite and > 0, got inf"):
+        MeanDenoiser(exact_model(data()), scale=float("inf"))
+    with pytest.raises(ValueError, match=r"^MeanDenoiser: shift must be a finite number, got nan"):
+        MeanDenoiser(exact_model(data()), shift=float("nan"))
+    with pytest.raises(TypeError, match=r"^MeanDenoiser: schedule must be a Schedule, got int"):
+        MeanDenoiser(exact_model(data()), schedule=3)
+    with pytest.raises(ValueError, match=r"^MeanDenoiser: sigma must be positive, got 0"):
+        MeanDenoiser(exact_model(data()))(x, 0.0)
     with pytest.raises(TypeError, match=r"^MeanDenoiser: model must return Scores, got Tensor"):
         MeanDenoiser(lambda x, sigma: x)(x, 0.5)
     with pytest.raises(ValueError, match=r"^MeanDenoiser: sigma must be a float or have shape"):
@@ -110,6 +133,12 @@ def test_azula_samples_with_the_denoiser(x, ours):
     assert draws.isfinite().all()
 
 
+def test_azula_denoiser_needs_a_schedule():
+    pytest.importorskip("azula.noise")
+    with pytest.raises(TypeError, match=r"^azula_denoiser: schedule must be a Schedule, or one of"):
+        azula_denoiser(exact_model(data()), None)
+
+
 def test_without_azula_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "azula.denoise", None)
     with pytest.raises(RuntimeError) as error:
@@ -135,6 +164,40 @@ def test_loss_module_draws_levels_and_noise_by_step_and_row():
     criterion.eval()
     again = criterion(model, batch), criterion(model, batch)
     assert torch.equal(*again)
+
+
+def test_ranks_draw_the_rows_of_one_batch(monkeypatch):
+    model, batch = MLP((3,), 1), torch.randn(8, 3)
+    criterion = ScoreMatchingLoss((0.1, 1.0), reduction="none")
+    whole = criterion(model, batch, step=4)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        halves.append(criterion(model, batch[4 * rank : 4 * rank + 4], step=4))
+    torch.testing.assert_close(torch.cat(halves), whole)
+
+
+def test_levels_and_noise_of_the_loss_module_are_independent():
+    seen = []
+
+    def model(x: Tensor, sigma: Tensor) -> Scores:
+        seen.append((x[: len(x) // 3], sigma[: len(x) // 3]))
+        return Scores(x * 0, x * 0 + 1)
+
+    n = 20_000
+    ScoreMatchingLoss((0.1, 10.0))(model, torch.zeros(n, 1))
+    noisy, sigma = seen[0]
+    z, level = noisy[:, 0] / sigma, sigma.log()
+    for feature in (z, z.square(), z.abs()):
+        correlation = torch.corrcoef(torch.stack([feature, level]))[0, 1]
+        assert abs(float(correlation)) < 5 / n**0.5
+
+
+def test_loss_module_takes_a_fixed_alpha():
+    model, batch = MLP((3,), 1), torch.randn(8, 3)
+    value = ScoreMatchingLoss(0.6, alpha=0.8, seed=3)(model, batch, step=1)
+    assert torch.equal(value, score_matching_loss(model, batch, 0.6, alpha=0.8, seed=3, offset=1))
 
 
 def test_loss_module_resumes_from_its_state():
@@ -188,6 +251,20 @@ def test_levels_of_the_loss_module_are_log_uniform():
         ({"sigma": (1.0, 0.5)}, ValueError, "sigma must be a float or (low, high), got (1.0, 0.5)"),
         ({"sigma": "a"}, TypeError, "sigma must be a number, got 'a'"),
         ({"sigma": 1.0, "seed": 0.5}, TypeError, "seed must be an int, got float"),
+        ({"schedule": 3}, TypeError, "schedule must be a Schedule, got int"),
+        (
+            {"schedule": VP(), "alpha": 0.5},
+            ValueError,
+            "alpha must be 1 but with a fixed sigma, got 0.5",
+        ),
+        (
+            {"sigma": 1.0, "variance_reducton": True},
+            TypeError,
+            (
+                "options must be of centred, detach_score, diagonal, first_order, gamma, "
+                "reduction, scale_free, variance_reduction, got variance_reducton"
+            ),
+        ),
     ],
 )
 def test_loss_module_refuses(options, kind, message):

@@ -116,6 +116,20 @@ def test_mahalanobis_with_its_floor_is_the_dense_one(floor: float) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("sign", [None, torch.tensor([1.0, -1.0, 1.0], dtype=F64)])
+def test_traces_count_signed_columns(sign: Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score, c, factor = (
+        torch.randn(*shape, generator=generator, dtype=F64) for shape in ((6, 8), (6, 8), (6, 8, 3))
+    )
+    weight = torch.ones(3, dtype=F64) if sign is None else sign
+    kappa = torch.diag_embed(c) + factor * weight @ factor.mT
+    trace = kappa.diagonal(dim1=1, dim2=2).sum(1)
+    scores = Scores(score, c, factor, sign)
+    torch.testing.assert_close(outlier_score(scores, kind="uncertainty"), trace)
+    torch.testing.assert_close(outlier_score(scores), score.square().sum(1) + trace - 8)
+
+
 def test_scores_need_no_factor_and_no_samples() -> None:
     score, c = torch.tensor([[0.3, -0.4]]), torch.tensor([[0.5, 0.75]])
     values = [float(outlier_score(Scores(score, c), kind=kind)) for kind in KINDS]

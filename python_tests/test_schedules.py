@@ -398,3 +398,15 @@ def test_wrong_kinds_are_refused(call, message):
     with pytest.raises(TypeError) as caught:
         call()
     assert str(caught.value) == message
+
+
+@every_schedule
+def test_t_of_ratio_inverts_sigma_over_alpha(schedule: Schedule):
+    t = inside(schedule)
+    ratio = schedule.sigma(t) / schedule.alpha(t)
+    torch.testing.assert_close(schedule.t_of_ratio(ratio), t, rtol=1e-9, atol=1e-12)
+    one = float(ratio[3])
+    assert schedule.t_of_ratio(one) == pytest.approx(float(t[3]), rel=1e-9)
+    name = type(schedule).__name__
+    with pytest.raises(ValueError, match=rf"^{name}.t_of_ratio: ratio must be in"):
+        schedule.t_of_ratio(-1.0)
