@@ -188,10 +188,12 @@ def report(name: str, draws: Tensor, truth: Tensor, scored: Tensor, milliseconds
     )
 
 
-def clean(model: Model, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
-    """A draw of the digit from x at the last noise level and y."""
+def clean(model: Model, x: Tensor, y: Tensor | None, problem: Problem) -> Tensor:
+    """A draw of the digit from x at the last noise level and y; y of None: from x alone."""
     last: Posterior = tweedie_denoise(model, x, SCHEDULE, SCHEDULE.t_min)
-    return condition(last, y, problem.operator, NOISE_STD).sample(1, seed=9)[0]
+    if y is not None:
+        last = condition(last, y, problem.operator, NOISE_STD)
+    return last.sample(1, seed=9)[0]
 
 
 def draw(
@@ -261,7 +263,7 @@ def main() -> None:
         print(f"{title}, {measured[0].numel()} of {truth[0].numel()} values measured")
 
         def run(
-            name: str, sampler, conditioned: Model, steps: int, problem=problem, flat=flat
+            name: str, sampler, conditioned: Model, steps: int, flat=flat, problem=problem
         ) -> Tensor:
             began = time.perf_counter()
             x = sampler(conditioned, start, SCHEDULE, n_steps=steps, seed=10)
@@ -270,6 +272,7 @@ def main() -> None:
             report(f"{name}, {steps} steps", draws, truth, problem.scored, milliseconds)
             return draws
 
+        run("unguided", heun, model, n, None)
         if title == "inpainting":
             whole = guided(model, SCHEDULE, flat, problem.operator, NOISE_STD)
             draws = run("second order", second_order_reverse, whole, n // 2)

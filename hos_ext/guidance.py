@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_int, check_number, check_samples, check_tensor, positive
+from .checks import (
+    check_int,
+    check_number,
+    check_samples,
+    check_tensor,
+    positive,
+    refuse_dropout,
+)
 from .diffusion import Model, check_schedule
 from .dplr import DPLR
 from .schedules import Schedule
@@ -37,6 +44,7 @@ def condition(
         K = diag(sign) + (L^-1 A U)^T (L^-1 A U),   rank r.
 
     For a mask diag(d) - E E^T is diagonal, d v / (d + v) at observed entries, without cancellation.
+    All of it is computed in float64, whatever the dtype of the result.
 
     Args:
         posterior: of x0 given the noisy sample. mean (B, *dims), float32 or float64; covariance
@@ -55,8 +63,9 @@ def condition(
 
     Raises:
         TypeError: an argument of the wrong kind; an operator of functions.
-        ValueError: shapes, dtypes or devices disagree; noise_std is not positive; y is not finite;
-            the covariance is not finite or negative.
+        ValueError: shapes, dtypes or devices disagree; noise_std is not positive; y or the matrix
+            is not finite; the covariance is not finite or negative; noise_std is too small for
+            float64, or, with a matrix, for the dtype of the mean to hold the variances.
     """
     where = "condition"
     if not isinstance(operator, Tensor):
@@ -66,8 +75,15 @@ def condition(
         )
     problem = _problem(where, y, operator, noise_std)
     mean, covariance = _moments(where, posterior)
-    shift, law = _dense(problem, covariance, _residual(where, problem, mean))
-    return Posterior(mean + shift.reshape(mean.shape), law())
+    shift, law = _dense(where, problem, covariance, _residual(where, problem, mean))
+    exact = law()
+    rounded = exact.to(mean.dtype)
+    if operator.dtype != torch.bool:
+        # diag(d) - E E^T cancels, and float32 may keep no digit of it.
+        variance = exact.diagonal()
+        bad = ((rounded.diagonal() - variance).abs() > 0.1 * variance).any(1)
+        _refuse(where, problem, bad, f"for {mean.dtype} to hold the posterior variances")
+    return Posterior(mean + shift.reshape(mean.shape), rounded)
 
 
 def condition_mean(
@@ -76,7 +92,7 @@ def condition_mean(
     operator: Operator,
     noise_std: float | Tensor,
     *,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
     max_iterations: int = 1000,
 ) -> Tensor:
     """E[x0 | x, y] = m + C A^T S^-1 (y - A m), for every kind of operator.
@@ -91,7 +107,8 @@ def condition_mean(
         y: measurements. Shape (B, *ydims), or (1, *ydims) for one shared by all samples.
         operator: as `condition`, or a pair (matvec, rmatvec): A from (B, *dims) to (B, *ydims), and
             its adjoint, each linear and sample by sample. <A v, u> = <v, A^T u> is checked once.
-        tolerance: of the residual over the right side, both whitened, > 0.
+        tolerance: of the residual over the right side, both whitened, > 0. None is 1e-4 in float32,
+            1e-6 in float64.
         max_iterations: of conjugate gradients, >= 1.
 
     Returns:
@@ -103,12 +120,11 @@ def condition_mean(
     """
     where = "condition_mean"
     problem = _problem(where, y, operator, noise_std)
-    tolerance = check_number(where, "tolerance", tolerance)
-    _check_iterations(where, max_iterations)
+    tolerance = _check_stop(where, tolerance, max_iterations, problem.y)
     mean, covariance = _moments(where, posterior)
     residual = _residual(where, problem, mean)
     if isinstance(operator, Tensor):
-        shift = _dense(problem, covariance, residual)[0]
+        shift = _dense(where, problem, covariance, residual)[0]
     else:
         dims = tuple(mean.shape[1:])
         shift = _iterate(where, problem, covariance, residual, dims, tolerance, max_iterations)
@@ -123,7 +139,7 @@ def guided(
     noise_std: float | Tensor,
     *,
     covariance: bool = True,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
     max_iterations: int = 1000,
 ) -> Model:
     """A model of p(x_t | y), for the samplers of `diffusion`, from a model of p(x_t).
@@ -148,13 +164,15 @@ def guided(
         A function (x, sigma) -> Scores. It raises what `condition_mean` and the model raise.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range.
+        TypeError, ValueError: an argument of the wrong kind or out of range; a model with active
+            dropout.
 
     Reference:
         Boys et al. 2023, arXiv:2310.06721 (moment matching, there by backprop); Song et al. 2023,
         Pseudoinverse-guided diffusion (C = r^2 I, the score by backprop).
     """
     where = "guided"
+    refuse_dropout(where, model)
     check_schedule(where, schedule)
     if not isinstance(covariance, bool):
         raise TypeError(f"{where}: covariance must be a bool, got {type(covariance).__name__}")
@@ -164,8 +182,7 @@ def guided(
             "True"
         )
     problem = _problem(where, y, operator, noise_std)
-    tolerance = check_number(where, "tolerance", tolerance)
-    _check_iterations(where, max_iterations)
+    tolerance = _check_stop(where, tolerance, max_iterations, problem.y)
 
     def conditioned(x: Tensor, sigma: Tensor) -> Scores:
         check_samples(where, "x", x)
@@ -177,9 +194,9 @@ def guided(
         residual = _residual(where, problem, mean)
         c, factor, sign = torch.full_like(x, torch.nan), None, None
         if isinstance(operator, Tensor):
-            shift, law = _dense(problem, spread, residual)
+            shift, law = _dense(where, problem, spread, residual)
             if covariance:
-                scaled = law().scale(ratio.square().flatten())
+                scaled = law().to(x.dtype).scale(ratio.square().flatten())
                 c, factor, sign = scaled.diag.reshape(x.shape), scaled.factor, scaled.sign
         else:
             dims = tuple(x.shape[1:])
@@ -196,11 +213,11 @@ class _Problem(NamedTuple):
     """A measurement that has been checked by itself."""
 
     y: Tensor  # (B or 1, *ydims)
-    operator: Operator
-    variance: Tensor  # of each measurement, (m,)
+    operator: Operator  # a matrix in float64
+    variance: Tensor  # of each measurement, (m,), float64
 
     def forward(self, where: str, v: Tensor) -> Tensor:
-        """A v, flattened, for v (B, *dims)."""
+        """A v, flattened, for v (B, *dims); float64 where A is a matrix."""
         if not isinstance(self.operator, Tensor):
             out = self.operator[0](v)
             shape = (len(v), *self.y.shape[1:])
@@ -208,7 +225,7 @@ class _Problem(NamedTuple):
             return out.flatten(1)
         if self.operator.dtype == torch.bool:
             return v[:, self.operator]
-        return v.flatten(1) @ self.operator.mT
+        return v.double().flatten(1) @ self.operator.mT
 
     def adjoint(self, where: str, u: Tensor, dims: tuple[int, ...] | None) -> Tensor:
         """A^T u as functions give it, (B, *dims), for u (B, m); dims of None: not known yet."""
@@ -232,6 +249,9 @@ def _problem(where: str, y: Tensor, operator: Operator, noise_std: float | Tenso
                     f"{where}: operator must be a matrix (m, D) or a boolean mask, got shape "
                     f"{tuple(operator.shape)}"
                 )
+            if not bool(operator.isfinite().all()):
+                value = operator[~operator.isfinite()][0].item()
+                raise ValueError(f"{where}: operator must be finite, got {value}")
             count, rows = operator.shape[0], "rows of the matrix"
         if operator.device != y.device:
             raise ValueError(f"{where}: operator must be on {y.device}, got {operator.device}")
@@ -255,10 +275,12 @@ def _problem(where: str, y: Tensor, operator: Operator, noise_std: float | Tenso
         if bool(bad.any()):
             value = noise_std[bad][0].item()
             raise ValueError(f"{where}: noise_std must be finite and > 0, got {value:g}")
-        variance = noise_std.flatten().square()
+        variance = noise_std.flatten().double().square()
     else:
         std = check_number(where, "noise_std", noise_std)
-        variance = y.new_full((y.shape[1:].numel(),), std**2)
+        variance = y.new_full((y.shape[1:].numel(),), std**2, dtype=torch.float64)
+    if isinstance(operator, Tensor) and operator.dtype != torch.bool:
+        operator = operator.double()
     problem = _Problem(y, operator, variance)
     if not isinstance(operator, Tensor):
         _check_adjoint(where, problem)
@@ -323,7 +345,7 @@ def _moments(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
 
 
 def _residual(where: str, problem: _Problem, mean: Tensor) -> Tensor:
-    """y - A m, shape (B, m), after the checks that need an x."""
+    """y - A m, shape (B, m), after the checks that need an x; float64 unless A is functions."""
     y, operator = problem.y, problem.operator
     check_tensor(where, "y", y, like=mean, because=" like x")
     if len(y) not in (1, len(mean)):
@@ -339,11 +361,12 @@ def _residual(where: str, problem: _Problem, mean: Tensor) -> Tensor:
                     f"{where}: operator must be a mask of shape {dims} like one x, got "
                     f"{tuple(operator.shape)}"
                 )
-        elif operator.shape[1] != mean[:1].numel():
+        elif operator.shape[1] != mean.shape[1:].numel():
             raise ValueError(
-                f"{where}: operator must have {mean[:1].numel()} columns for x of dims {dims}, got "
-                f"{operator.shape[1]}"
+                f"{where}: operator must have {mean.shape[1:].numel()} columns for x of dims "
+                f"{dims}, got {operator.shape[1]}"
             )
+        return y.double().flatten(1) - problem.forward(where, mean)
     return y.flatten(1) - problem.forward(where, mean)
 
 
@@ -351,62 +374,88 @@ def _residual(where: str, problem: _Problem, mean: Tensor) -> Tensor:
 
 
 def _dense(
-    problem: _Problem, covariance: DPLR, residual: Tensor
+    where: str, problem: _Problem, covariance: DPLR, residual: Tensor
 ) -> tuple[Tensor, Callable[[], DPLR]]:
-    """The shift (B, D), and C_y when it is asked for: the formula of `condition`."""
+    """The shift (B, D) in the dtype of the covariance, and C_y, in float64, when it is asked for:
+    the formula of `condition`. Small noise makes N and K ill-conditioned: they are float64."""
     operator, v = problem.operator, problem.variance
     assert isinstance(operator, Tensor)
-    d, u = covariance.diag, covariance.factor
-    if operator.dtype == torch.bool:
+    d, u = covariance.diag.double(), covariance.factor
+    masked = operator.dtype == torch.bool
+    if masked:
         observed = operator.flatten().nonzero().squeeze(1)
         d_seen = d.index_select(1, observed)
         total = d_seen + v
-        seen = u.index_select(1, observed) / total.sqrt().unsqueeze(-1)
+        seen = u.index_select(1, observed).double() / total.sqrt().unsqueeze(-1)
         white = residual / total.sqrt()
         kept = torch.ones_like(d).index_copy(1, observed, v / total)
         gain = torch.zeros_like(d).index_copy(1, observed, d_seen / total * residual)
     else:
+        u = u.double()
         weighted = operator * d.unsqueeze(1)
-        root = torch.linalg.cholesky_ex(weighted @ operator.mT + v.diag())[0]
+        root = _cholesky(where, problem, weighted @ operator.mT + v.diag())
         seen = torch.linalg.solve_triangular(root, operator @ u, upper=False)
         white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False).squeeze(-1)
         lost = torch.linalg.solve_triangular(root, weighted, upper=False).mT  # E
         gain = (lost @ white.unsqueeze(-1)).squeeze(-1)
-    sign = torch.ones_like(d[0, : u.shape[2]]) if covariance.sign is None else covariance.sign
+    sign = d.new_ones(covariance.rank) if covariance.sign is None else covariance.sign.to(d.dtype)
     signed = bool((sign < 0).any())
     inner = sign.diag() + seen.mT @ seen  # K
     evidence = seen.mT @ white.unsqueeze(-1)
     if signed:
-        weight = torch.linalg.solve_ex(inner, evidence)[0]
+        # S is positive definite, so that K has as many negative eigenvalues as there are signs -1,
+        # in every sample.
+        values, vectors = torch.linalg.eigh(inner)
+        size = values.abs()
+        rounding = covariance.rank * torch.finfo(d.dtype).eps * size.amax(1)
+        _refuse(where, problem, size.amin(1) <= rounding)
+        weight = vectors @ (vectors.mT @ evidence / values.unsqueeze(-1))
     else:
-        inner_root = torch.linalg.cholesky_ex(inner)[0]
+        inner_root = _cholesky(where, problem, inner)
         weight = torch.cholesky_solve(evidence, inner_root)
 
     def columns_of(weight: Tensor) -> Tensor:
         """W weight, for weight (B, r, k)."""
-        if operator.dtype == torch.bool:
-            out = (u @ weight) * kept.unsqueeze(-1)
-        else:
-            out = u @ weight - lost @ (seen @ weight)
-        return out
+        out = u.to(weight.dtype) @ weight
+        return out * kept.unsqueeze(-1) if masked else out - lost @ (seen @ weight)
 
     def law() -> DPLR:
         signs = None
         if signed:
-            # S is positive definite, so that K has as many negative eigenvalues as there are
-            # signs -1, in every sample.
-            values, vectors = torch.linalg.eigh(inner)
-            half, signs = vectors * values.abs().rsqrt().unsqueeze(1), sign.sort().values
+            half, signs = vectors * size.rsqrt().unsqueeze(1), sign.sort().values
         else:
             unit = torch.eye(u.shape[2], dtype=u.dtype, device=u.device).expand_as(inner)
             half = torch.linalg.solve_triangular(inner_root.mT, unit, upper=True)
         factor = columns_of(half)  # half half^T is K^-1, up to the signs
-        if operator.dtype == torch.bool:
+        if masked:
             return DPLR(d * kept, factor, signs)
         signs = torch.cat([sign if signs is None else signs, -torch.ones_like(v)])
         return DPLR(d, torch.cat([factor, lost], -1), signs)
 
-    return gain + columns_of(weight).squeeze(-1), law
+    if masked:
+        weight = weight.to(u.dtype)  # nothing cancels in its W
+    return (gain + columns_of(weight).squeeze(-1)).to(covariance.dtype), law
+
+
+def _cholesky(where: str, problem: _Problem, matrix: Tensor) -> Tensor:
+    """L of N or K, refused where a pivot is no more than the rounding of its entry."""
+    root: Tensor
+    root, info = torch.linalg.cholesky_ex(matrix)
+    entry, pivot = (a.diagonal(dim1=1, dim2=2) for a in (matrix, root))
+    rounding = matrix.shape[1] * torch.finfo(matrix.dtype).eps * entry
+    _refuse(where, problem, (info != 0) | ~(pivot.square() > rounding).all(1))
+    return root
+
+
+def _refuse(
+    where: str, problem: _Problem, bad: Tensor, why: str = "to be told from rounding in float64"
+) -> None:
+    """Raises for the first sample that is bad (B,): it takes a noise too small to be resolved."""
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where}: noise_std must be large enough {why}, got "
+            f"{problem.variance.min().sqrt().item():g} for sample {int(bad.nonzero()[0])}"
+        )
 
 
 # --------------------------------------------------------------------------- conjugate gradients
@@ -422,7 +471,7 @@ def _iterate(
     max_iterations: int,
 ) -> Tensor:
     """The shift (B, D) for an operator of functions."""
-    scale = problem.variance.rsqrt()
+    scale = problem.variance.rsqrt().to(residual.dtype)
 
     def spread(u: Tensor) -> Tensor:
         """C A^T V^-1/2 u."""
@@ -445,10 +494,11 @@ def _conjugate_gradients(
 ) -> tuple[Tensor, Tensor]:
     """x with |b - M x| <= tolerance |b| in each sample, and its number of iterations (B,).
 
-    M is symmetric positive definite. A sample that is done stays as it is. NaN passes through.
+    M is symmetric positive definite. A sample that is done stays as it is. A sample whose |b|^2 is
+    not finite gets NaN, without an iteration.
     """
-    x, r, p = torch.zeros_like(b), b, b
     square = b.square().sum(1, keepdim=True)
+    x, r, p = torch.zeros_like(b).where(square.isfinite(), torch.nan), b, b
     target = tolerance**2 * square
     iterations = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     for _ in range(max_iterations):
@@ -469,11 +519,16 @@ def _conjugate_gradients(
     reached = (square[sample] / target[sample]).sqrt().item() * tolerance
     raise RuntimeError(
         f"{where}: conjugate gradients must converge to {tolerance:g}, got a residual of "
-        f"{reached:.2g} after {max_iterations} iterations for sample {sample}"
+        f"{reached:.2g} after {max_iterations} iterations for sample {sample} (raise tolerance or "
+        "max_iterations, or give the operator as a matrix or a mask)"
     )
 
 
-def _check_iterations(where: str, max_iterations: int) -> None:
+def _check_stop(where: str, tolerance: float | None, max_iterations: int, y: Tensor) -> float:
+    """The tolerance, after checks of both."""
     check_int(where, "max_iterations", max_iterations, 2**31)
     if max_iterations == 0:
         raise ValueError(f"{where}: max_iterations must be at least 1, got 0")
+    if tolerance is None:
+        return 1e-4 if y.dtype == torch.float32 else 1e-6
+    return check_number(where, "tolerance", tolerance)

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_first, check_int, check_like, check_number, check_samples, check_tensor
+from .checks import (
+    check_first,
+    check_int,
+    check_like,
+    check_number,
+    check_samples,
+    check_tensor,
+    refuse_dropout,
+)
 from .diffusion import Model, Run, check_schedule, given_seed, one_of, time_grid
 from .dplr import DPLR
 from .schedules import Schedule
@@ -63,7 +71,7 @@ def log_likelihood(
         method: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
         trace: "learned": sum of c and sign * factor^2; "hutchinson": z^T (d score / d x) z by
             n_probes vector-Jacobian products a call, z of +-1 and the same all along the path;
-            "exact": D such products.
+            "exact": D such products, one after the other.
         data_std: standard deviation of the data, >= 0: p_T is N(0, scale_T^2 I), the law of
             `prior`. Steps are exact for N(0, data_std^2 I) data. Units of the data.
         log_prior: log p_T itself instead: (B, *dims) -> (B,).
@@ -77,13 +85,14 @@ def log_likelihood(
 
     Raises:
         TypeError: an argument or a result of the model of the wrong kind.
-        ValueError: an argument out of range; scores that do not fit x or are not finite; a score
-            that is not differentiable in x where it has to be.
+        ValueError: an argument out of range; a model with active dropout; scores that do not fit x
+            or are not finite; a score that is not differentiable in x where it has to be.
 
     Reference:
         Song et al. 2021, arXiv:2011.13456, Eq. 39 (with Hutchinson's trace).
     """
     where = "log_likelihood"
+    refuse_dropout(where, model)
     check_samples(where, "x", x)
     check_schedule(where, schedule)
     one_of(where, "method", method, _METHODS)
@@ -105,9 +114,12 @@ def log_likelihood(
     scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
 
     run = Run(where, model, schedule, 0, first)
-    with torch.no_grad():
-        slope_at = partial(_slope, run, std, trace, _probes(x, trace, n_probes, seed, first))
-        w = x.detach() / scale_0
+    # A caller's inference mode would keep the traces from differentiating the score. Leaving it
+    # turns gradients on, so no_grad comes second; the copy of x is no inference tensor.
+    with torch.inference_mode(False), torch.no_grad():
+        probes = _probes(x, n_probes, seed, first) if trace == "hutchinson" else None
+        slope_at = partial(_slope, run, std, trace, probes)
+        w = x.detach().clone() / scale_0
         value = w.new_full((len(w),), size * math.log(scale_t / scale_0))
         for h, start, half, end in steps:
             slope, rate = slope_at(w, start)
@@ -136,7 +148,7 @@ def _slope(
     alpha, sigma = run.schedule.alpha(t), run.schedule.sigma(t)
     scale, size = math.hypot(alpha * std, sigma), w.shape[1:].numel()
     x, noise, data = scale * w, sigma / scale, (alpha * std / scale) ** 2  # data = 1 - q
-    if probes is None:
+    if trace == "learned":
         scores = run.scores(x, t, "score", "c", "factor")
         check_like(run.where, "c from model", scores.c, x)
         kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
@@ -144,11 +156,13 @@ def _slope(
     with torch.enable_grad():
         x.requires_grad_()
         score = run.scores(x, t, "score").score
-        total = torch.zeros_like(x.flatten(1)[:, 0])
-        for number, probe in enumerate(probes, 1):
-            product = _pull_back(run.where, trace, score, x, probe, number < len(probes))
+        total = torch.zeros_like(x.detach().flatten(1)[:, 0])
+        count = size if probes is None else len(probes)
+        for k in range(count):
+            probe = _unit(x, k) if probes is None else probes[k]
+            product = _pull_back(run.where, trace, score, x, probe, k + 1 < count)
             total = total + (product * probe).flatten(1).sum(1)
-    mean = total / len(probes) if trace == "hutchinson" else total
+    mean = total if probes is None else total / count
     return -noise * (score.detach() + noise * w), -size * noise**2 - sigma * mean.detach()
 
 
@@ -168,14 +182,15 @@ def _pull_back(
     return product
 
 
-def _probes(x: Tensor, trace: str, n_probes: int, seed: int | None, first: int) -> Tensor | None:
-    """Vectors (k, B, *dims): +-1 at random, or the k = D unit vectors; None for the learned."""
-    if trace == "learned":
-        return None
-    if trace == "exact":
-        size = x.shape[1:].numel()
-        units = torch.eye(size, dtype=x.dtype, device=x.device)
-        return units.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
+def _unit(x: Tensor, k: int) -> Tensor:
+    """The k-th unit vector for every row, as x."""
+    unit = torch.zeros_like(x, requires_grad=False).flatten(1)
+    unit[:, k] = 1
+    return unit.reshape(x.shape)
+
+
+def _probes(x: Tensor, n_probes: int, seed: int | None, first: int) -> Tensor:
+    """Vectors of +-1 at random, (n_probes, B, *dims)."""
     key = given_seed("log_likelihood", seed)
     draws = [
         ops.uniform(

@@ -104,13 +104,16 @@ def test_any_denoiser_has_a_calibrated_posterior(tmp_path):
     assert out.stat().st_size > 10_000
 
 
-def test_inverse_problems_compare_guidance(tmp_path):
+def test_guidance_beats_its_absence_on_blurred_digits(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "figure.png"
     printed = run("inverse_problems.py", "--quick", "--out", str(out))
     assert "inpainting" in printed
-    assert "deblurring" in printed
-    assert re.search(r"second order.*\d+\.\d+", printed)
+    blurred = printed.split("deblurring")[1]
+    guided, free = (
+        numbers(blurred, f"  {name}, 5 steps")[0] for name in ("learned C, functions", "unguided")
+    )
+    assert guided < 0.85 * free  # after 30 training steps already
     assert out.stat().st_size > 10_000
 
 

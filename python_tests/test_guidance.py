@@ -21,7 +21,8 @@ from test_diffusion import (
     marginal,
     pushed,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.diffusion import prior, probability_flow_ode, reverse_sde, second_order_reverse
@@ -189,6 +190,175 @@ def test_conjugate_gradients_stop_each_sample_by_itself():
     assert torch.equal(again, x)
 
 
+def test_conjugate_gradients_leave_what_is_not_finite_to_its_own_sample():
+    b = torch.ones(3, 4, dtype=F64)
+    b[0, 1], b[2, 0] = torch.nan, torch.inf
+    for rows in ([0], [0, 2], [0, 1, 2]):
+        x, iterations = _conjugate_gradients("here", lambda u: 2 * u, b[rows], 1e-8, 5)
+        assert iterations.tolist() == [int(row == 1) for row in rows]
+        for row, value in zip(rows, x, strict=True):
+            assert (
+                torch.equal(value, torch.full_like(value, 0.5)) if row == 1 else value.isnan().all()
+            )
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", ["mask", "wide", "functions"])
+def test_a_sample_that_is_not_finite_stays_alone_and_unblamed(kind, signed):
+    law = a_posterior(signed=signed)
+    mean = law.mean.clone()
+    mean[1] = torch.nan
+    operator, matrix = operators()["wide" if kind == "functions" else kind]
+    y = torch.zeros(1, len(matrix), dtype=F64)
+    operator = functions(matrix, DIMS) if kind == "functions" else operator
+    value = condition_mean(Posterior(mean, law.covariance), y, operator, 0.1)
+    right = condition_mean(law, y, operator, 0.1)
+    assert value[1].isnan().all()
+    assert torch.equal(value[[0, 2, 3]], right[[0, 2, 3]])
+
+
+def test_an_empty_batch_is_conditioned():
+    law = a_posterior()
+    for sign in (None, -torch.ones(3)):
+        empty = Posterior(
+            law.mean[:0], DPLR(law.covariance.diag[:0], law.covariance.factor[:0], sign)
+        )
+        for kind, (operator, matrix) in operators().items():
+            for rows in (0, 1):
+                y = torch.zeros(rows, len(matrix), dtype=F64)
+                ours = condition(empty, y, operator, 0.1)
+                rank = 3 + (0 if operator.dtype == torch.bool else len(matrix))
+                assert ours.mean.shape == (0, *DIMS)
+                assert ours.covariance.factor.shape == (0, SIZE, rank), kind
+                if rows and len(matrix):
+                    pair = functions(matrix, DIMS)
+                    assert condition_mean(empty, y, pair, 0.1).shape == (0, *DIMS)
+    for operator in (FIRST, ROW):
+        model = guided(lambda x, _: Scores(x, x), VP(), Y, operator, STD)
+        scores = model(torch.zeros(0, D, dtype=F64), torch.ones(0))
+        assert scores.score.shape == scores.c.shape == (0, D)
+
+
+# ----------------------------------------------------------------------------- single precision
+
+
+def blur() -> Tensor:
+    """A Gaussian blur of 16 x 16 images: small singular values."""
+    weights = torch.exp(-torch.arange(-2.0, 3).square() / 2)
+    kernel = torch.outer(weights, weights) / weights.sum() ** 2
+    units = torch.eye(256).reshape(256, 1, 16, 16)
+    return functional.conv2d(units, kernel[None, None], padding=2).flatten(1).mT.contiguous()
+
+
+def many_columns() -> tuple[Posterior, Tensor, Tensor]:
+    """A posterior of rank 6 with nearly nothing on the diagonal; 2 of its 12 entries are seen."""
+    g = torch.Generator().manual_seed(4)
+    seen = torch.zeros(SIZE, dtype=torch.bool)
+    seen[[2, 7]] = True
+    factor = torch.randn(2, SIZE, 6, generator=g)
+    law = Posterior(torch.randn(2, SIZE, generator=g), DPLR(torch.full((2, SIZE), 1e-6), factor))
+    return law, seen, torch.randn(1, 2, generator=g)
+
+
+def doubled(posterior: Posterior) -> Posterior:
+    return Posterior(posterior.mean.double(), posterior.covariance.to(F64))
+
+
+def check_single(posterior: Posterior, y: Tensor, operator: Tensor, matrix: Tensor, std: float):
+    """float32 against the textbook formula in float64."""
+    variance = torch.full((len(matrix),), std**2, dtype=F64)
+    mean, covariance = dense_condition(doubled(posterior), y, matrix.double(), variance)
+    ours = condition(posterior, y, operator, std)
+    assert ours.mean.dtype == ours.covariance.dtype == torch.float32
+    assert (ours.mean - mean).abs().max() < 1e-5
+    wanted = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    assert (ours.std / wanted - 1).abs().max() < 0.02
+    assert (condition_mean(posterior, y, operator, std) - mean).abs().max() < 1e-5
+    # The same by a model, at sigma = alpha = sqrt(1/2), where the ratio alpha / sigma is 1.
+    schedule, sigma = VP(), 0.5**0.5
+    x, c = posterior.mean * sigma, posterior.covariance
+
+    def model(x: Tensor, _: Tensor) -> Scores:
+        return Scores(torch.zeros_like(x), c.diag, c.factor)
+
+    scores = guided(model, schedule, y, operator, std)(x, torch.full((len(x),), sigma))
+    assert (scores.score - (mean - posterior.mean)).abs().max() < 2e-5
+    kappa = DPLR(scores.c.double(), scores.factor.double(), scores.sign).dense()
+    assert (kappa - covariance).abs().max() < 2e-6
+
+
+def test_a_matrix_of_dependent_rows_is_solved_in_single_precision():
+    g = torch.Generator().manual_seed(5)
+    matrix = torch.cat([blur(), blur()])
+    factor = 0.3 * torch.randn(2, 256, 8, generator=g)
+    law = Posterior(torch.randn(2, 256, generator=g), DPLR(torch.full((2, 256), 0.5), factor))
+    noise = torch.randn(1, 512, generator=g)
+    y = torch.randn(1, 256, generator=g) @ matrix.mT + 1e-4 * noise
+    check_single(law, y, matrix, matrix, 1e-4)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-5])
+def test_more_columns_than_measurements_are_solved_in_single_precision(std):
+    law, seen, y = many_columns()
+    check_single(law, y, seen, torch.eye(SIZE)[seen], std)
+
+
+def test_noise_too_small_for_the_arithmetic_is_refused():
+    refusal = (
+        r"noise_std must be large enough to be told from rounding in float64, got 1e-09 for sample "
+    )
+    twice = torch.ones(2, SIZE, dtype=F64)  # the rows of A are equal: N is singular but for noise
+    diag = torch.ones(2, SIZE, dtype=F64)
+    diag[0] = 0
+    y = torch.zeros(1, 2, dtype=F64)
+    law = Posterior(torch.zeros(2, SIZE, dtype=F64), DPLR(diag))
+    for call in (condition, condition_mean):
+        with pytest.raises(ValueError, match=rf"^{call.__name__}: {refusal}1$"):
+            call(law, y, twice, 1e-9)
+    few, seen, _ = many_columns()  # without a diagonal K is singular but for its identity
+    factor = few.covariance.factor.double()
+    factor[0] = 0
+    law = Posterior(few.mean.double(), DPLR(torch.zeros(2, SIZE, dtype=F64), factor))
+    with pytest.raises(ValueError, match=rf"^condition: {refusal}1$"):
+        condition(law, y, seen, 1e-9)
+    tiny = torch.full((2, SIZE), 1e-24, dtype=F64)
+    sign = torch.tensor([1, 1, 1, 1, 1, -1])
+    factor = factor * torch.tensor([1, 1, 1, 1, 1, 1e-13])
+    law = Posterior(few.mean.double(), DPLR(tiny, factor, sign))
+    with pytest.raises(ValueError, match=rf"^condition: {refusal}1$"):
+        condition(law, y, seen, 1e-9)
+
+
+def test_single_precision_refuses_variances_that_it_cannot_hold():
+    g = torch.Generator().manual_seed(6)
+    turn = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=g, dtype=F64))[0]
+    law = Posterior(torch.zeros(2, SIZE), DPLR(torch.full((2, SIZE), 0.5)))
+    y = torch.zeros(1, SIZE)
+    with pytest.raises(
+        ValueError,
+        match=r"^condition: noise_std must be large enough for torch.float32 to hold the posterior "
+        r"variances, got 0.0001 for sample 0$",
+    ):
+        condition(law, y, turn.float(), 1e-4)
+    assert (condition(law, y, turn.float(), 1e-2).std / 1e-2 - 1).abs().max() < 0.01
+    wide = condition(doubled(law), y.double(), turn, 1e-4)
+    assert (wide.std / 1e-4 - 1).abs().max() < 1e-6
+
+
+def test_conjugate_gradients_reach_their_default_in_single_precision():
+    g = torch.Generator().manual_seed(7)
+    matrix, std = blur(), 0.003
+    pair = functions(matrix, (16, 16))
+    law = Posterior(torch.randn(2, 16, 16, generator=g), DPLR(torch.full((2, 256), 0.5)))
+    noise = torch.randn(1, 256, generator=g)
+    y = torch.randn(1, 256, generator=g) @ matrix.mT + std * noise
+    wanted = condition_mean(doubled(law), y.double(), matrix.double(), std)
+    error = condition_mean(law, y, pair, std) - wanted
+    assert 1e-4 < error.abs().max() < 0.02  # to the tolerance: entries have std 0.05 and more
+    with pytest.raises(RuntimeError, match=r" must converge to 0.0001, got "):
+        condition_mean(law, y, pair, std, max_iterations=1)
+
+
 # ------------------------------------------------------------------- guided models: Gaussian data
 
 
@@ -261,6 +431,36 @@ def test_guided_scores_are_those_of_the_conditional_law_of_noisy_samples():
         assert scores.score.allclose(noisy.score(x), rtol=1e-9, atol=1e-9)
         hessian = DPLR(scores.diag, scores.factor, scores.sign).dense()
         assert hessian.allclose(noisy.hessian(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", operators())
+def test_guided_images_match_the_dense_moments(kind, signed):
+    """Score and kappa against those of the dense C_y, each sample at a level of its own."""
+    schedule, g = VP(), torch.Generator().manual_seed(8)
+    operator, matrix = operators()[kind]
+    x = torch.randn(4, *DIMS, generator=g, dtype=F64)
+    y = torch.randn(4, len(matrix), generator=g, dtype=F64)
+    score, kappa = a_posterior(signed=signed)
+    head = Scores(score, kappa.diag.reshape(x.shape), kappa.factor, kappa.sign)
+    sigma = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=F64)
+    s = sigma.reshape(-1, 1, 1)
+    a = schedule.alpha(schedule.t_of_sigma(sigma)).reshape(-1, 1, 1)
+    spread = kappa.scale((s / a).square().flatten())
+    law = Posterior((x + s * score) / a, spread)
+    variance = torch.full((len(matrix),), 0.2**2, dtype=F64)
+    mean, covariance = dense_condition(law, y, matrix, variance)
+    shift = mean.reshape(x.shape) - law.mean
+    for moments in (True, False):
+        ours = guided(lambda *_: head, schedule, y, operator, 0.2, covariance=moments)(x, sigma)
+        assert (ours.score - score - a / s * shift).abs().max() < 1e-9
+        assert ours.c.shape == x.shape
+        if moments:
+            dense = DPLR(ours.c.flatten(1), ours.factor, ours.sign).dense()
+            assert (dense - (a / s).square() * covariance).abs().max() < 1e-9
+        else:
+            assert ours.c.isnan().all()
+            assert ours.factor is None
 
 
 # -------------------------------------------------------------------- guided models: mixtures
@@ -375,6 +575,7 @@ PAIR = functions(operators()["wide"][0], DIMS)
             r"y must have 1 row or 4 like x, got 3 \(a sampler's chunk_size must not split",
         ),
         ({"y": GOOD["y"] / 0}, ValueError, r"y must be finite, got nan"),
+        ({"operator": GOOD["operator"] / 0}, ValueError, r"operator must be finite, got -?inf"),
         (
             {"y": GOOD["y"].float()},
             ValueError,
@@ -430,7 +631,11 @@ PAIR = functions(operators()["wide"][0], DIMS)
         (
             {"operator": PAIR, "y": GOOD["y"] + 1, "max_iterations": 1},
             RuntimeError,
-            r"conjugate gradients must converge to 1e-06, got a residual of \S+ after 1 iterations",
+            (
+                r"conjugate gradients must converge to 1e-06, got a residual of \S+ after 1 "
+                r"iterations for sample 0 \(raise tolerance or max_iterations, or give the "
+                r"operator as a matrix or a mask\)$"
+            ),
         ),
         (
             {"posterior": Posterior(a_posterior().mean, DPLR(-torch.ones(4, SIZE, dtype=F64)))},
@@ -490,6 +695,9 @@ def test_guided_refuses_what_it_cannot_do():
         guided(model, None, Y, ROW, STD)
     with pytest.raises(ValueError, match=r"^guided: rmatvec must be the adjoint of matvec"):
         guided(model, schedule, Y, (pair[0], lambda u: 2 * pair[1](u)), STD, covariance=False)
+    with pytest.raises(ValueError, match=r"^guided: dropout must be off .*, got p = 0.5 in '1'"):
+        guided(nn.Sequential(nn.Identity(), nn.Dropout()), schedule, Y, ROW, STD)
+    guided(nn.Sequential(nn.Identity(), nn.Dropout()).eval(), schedule, Y, ROW, STD)
     start = torch.zeros(2, D, dtype=F64)
     alone = guided(model, schedule, Y, pair, STD, covariance=False)
     with pytest.raises(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hos_ext import DPLR, MLP, GaussianMixture, eps_from_score, hessians, v_from_score
+from hos_ext import (
+    DPLR,
+    MLP,
+    GaussianMixture,
+    eps_from_score,
+    from_alphas_cumprod,
+    hessians,
+    posterior_mean,
+    v_from_score,
+)
 from hos_ext.conversions import score_from_eps, score_from_v, score_from_x0, x0_from_score
 from hos_ext.hessians import ScoreHessian, posterior_from_score
 
@@ -43,6 +54,22 @@ def network(size: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float64)
     torch.manual_seed(seed)
     layers = [nn.Linear(size, 16), nn.SiLU(), nn.Linear(16, size)]
     return nn.Sequential(*layers).to(dtype)
+
+
+def unet() -> Any:
+    """A small U-Net of diffusers with attention, float64."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra app")
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return net.double().eval()
 
 
 class Turned(torch.autograd.Function):
@@ -189,18 +216,7 @@ def test_no_gradient_stays_and_no_grad_of_the_caller_does_not_matter():
 
 
 def test_a_unet_with_attention_has_forward_products():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra app")
-    torch.manual_seed(0)
-    net = diffusers.UNet2DModel(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
-    net = net.double()
+    net = unet()
     x = random(2, 1, 4, 4)
 
     def eps(x: Tensor) -> Tensor:
@@ -216,6 +232,48 @@ def test_a_unet_with_attention_has_forward_products():
     w = random(2, 16, 3)
     dense = hessian.dense()
     assert_near(hessian.rmatvec(w), dense.mT @ w)
+
+
+def test_the_lines_for_a_model_of_diffusers_give_its_mean_and_covariance():
+    net = unet()
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler(clip_sample=False)
+    x, t = random(2, 1, 4, 4), torch.tensor(300)
+    s = from_alphas_cumprod(scheduler.alphas_cumprod)
+    alpha, sigma = s.alpha(float(t)), s.sigma(float(t))
+
+    def score_fn(x: Tensor) -> Tensor:
+        return score_from_eps(net(x, t).sample, sigma)
+
+    posterior = posterior_from_score(score_fn, x, sigma, alpha, rank=3)
+    eps = net(x, t).sample.detach()
+    assert_near(posterior.mean, (x - sigma * eps) / alpha)
+    step = scheduler.step(eps, int(t), x)
+    assert_near(posterior.mean.float(), step.pred_original_sample.float())
+    # Cov = (sigma^2 / alpha) d mean / d x
+    rows = [
+        torch.autograd.functional.jacobian(
+            lambda row: (row - sigma * net(row[None], t).sample[0]) / alpha, row
+        )
+        for row in x
+    ]
+    exact = sigma**2 / alpha * torch.stack(rows).reshape(2, 16, 16)
+    values = torch.linalg.eigvalsh((exact + exact.mT) / 2).flip(-1)[:, :3]
+    assert_near(posterior.principal_components(3)[0], values, times=10)
+
+
+def test_a_network_in_half_precision_passes_the_check():
+    for dtype in (torch.bfloat16, torch.float16):
+        for seed in range(60):  # among them some with <u, J v> near zero, were u not along J v
+            net, x = network(seed=seed, dtype=torch.float32), random(3, 6, dtype=torch.float32)
+            exact = ScoreHessian(net, x).dense()
+            half = network(seed=seed, dtype=dtype)
+
+            def score_fn(x: Tensor, half: nn.Module = half) -> Tensor:
+                return half(x.to(next(half.parameters()).dtype)).float()
+
+            hessian = ScoreHessian(score_fn, x)
+            assert hessian.forward_mode
+            assert (hessian.dense() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_double_vjp_stands_in_for_a_missing_forward_derivative():
@@ -310,6 +368,15 @@ def test_eigenpairs_restart_and_find_multiple_eigenvalues():
     assert bool(none.converged.all())
 
 
+def test_a_row_that_has_converged_waits_for_the_others():
+    # The residuals of row 1 are zero at once.
+    spectrum = torch.stack([torch.linspace(1, 2, 100), torch.zeros(100)]).double()
+    pairs = ScoreHessian(lambda x: x * spectrum, torch.ones(2, 100).double()).eigenpairs(3)
+    assert pairs.converged.all()
+    assert pairs.products > 6
+    assert_near(pairs.values, spectrum.flip(-1)[:, :3])
+
+
 def test_a_block_almost_inside_the_basis_becomes_orthogonal_to_it():
     basis = torch.linalg.qr(random(1, 100, 8))[0]
     block = basis[..., :3] + 1e-8 * random(1, 100, 3, seed=2)
@@ -386,8 +453,69 @@ def test_low_rank_stays_positive_where_the_network_is_not():
             assert matrix.is_positive_definite().all()
             least = 0.1 * spectrum.sum() / 6
             assert torch.linalg.eigvalsh(matrix.dense()).min() > least * (1 - 1e-12)
-    assert_near(hessian.low_rank(1).trace(), spectrum.sum().repeat(2))
+    for remainder in ("isotropic", "diagonal"):
+        for k in (0, 1):  # what the floor adds can be taken from the rest
+            trace = hessian.low_rank(k, remainder=remainder, floor=0.1).trace()
+            assert_near(trace, spectrum.sum().repeat(2))
     assert_near(hessian.low_rank(2, remainder="isotropic").eigh(2)[0][0], spectrum[:2])
+
+
+@pytest.mark.parametrize("remainder", ["isotropic", "diagonal"])
+def test_low_rank_has_the_trace_of_the_matrix_though_its_pairs_have_not_converged(remainder):
+    spectrum = torch.linspace(1, 2, 100).double()
+    hessian = ScoreHessian(lambda x: x * spectrum, torch.ones(1, 100).double())
+    for k in (3, 10):
+        pairs = hessian.eigenpairs(k, max_products=k)
+        assert pairs.values.min() < 1.5  # the mean of what is left is larger
+        matrix = hessian.low_rank(k, remainder=remainder, n_probes=100, max_products=k)
+        assert_near(matrix.trace(), spectrum.sum(-1, keepdim=True))
+        assert matrix.is_positive_definite().all()
+
+
+def test_low_rank_keeps_all_of_a_covariance_at_full_rank():
+    spectrum = torch.linspace(1, 2, 6).double()
+    hessian = ScoreHessian(lambda x: x * spectrum, torch.ones(2, 6).double())
+    for k in (5, 6):
+        assert_near(hessian.low_rank(k).dense(), spectrum.diag().repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"remainder": "diagonal"},
+        {"n_probes": 5},
+        {"seed": 4},
+        {"first": 7},
+        {"remainder": "diagonal", "floor": 0.99},
+        {"tolerance": 0.3},
+        {"max_products": 6},
+        {"symmetrize": False},
+    ],
+)
+def test_posterior_from_score_is_the_explicit_chain_for_every_argument(changed):
+    net, x, sigma, alpha = network(70), random(2, 70), 0.7, 0.9
+    usual: dict[str, Any] = {"n_probes": 8, "seed": 3}
+    given = usual | changed
+    usual |= dict(list(changed.items())[:-1])  # all but the last
+    posterior = posterior_from_score(net, x, sigma, alpha, rank=3, **given)
+    other = posterior_from_score(net, x, sigma, alpha, rank=3, **usual)
+    hessian = ScoreHessian(net, x, symmetrize=given.pop("symmetrize", True))
+    covariance = (hessian.scale(sigma**2) + 1.0).low_rank(3, **{"tolerance": 1e-3, **given})
+    covariance = covariance.scale(sigma**2 / alpha**2)
+    assert_near(posterior.mean, posterior_mean(x, net(x).detach(), sigma, alpha))
+    assert_near(posterior.covariance.dense(), covariance.dense())
+    gap = posterior.covariance.dense() - other.covariance.dense()
+    assert gap.abs().max() > 1e-6
+
+
+def test_posterior_from_score_checks_unless_told_not_to():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="must give the same score twice"):
+        posterior_from_score(lambda x: _RANDOM(x), _X, 0.3, rank=1)
+    posterior = posterior_from_score(  # vmap, for want of chunk_size, would refuse randomness
+        lambda x: _RANDOM(x), _X, 0.3, rank=1, check=False, chunk_size=1
+    )
+    assert posterior.mean.shape == _X.shape
 
 
 def test_posterior_from_score_has_the_mean_and_leading_covariance_of_the_exact_posterior():
@@ -482,21 +610,66 @@ def test_batch_normalisation_and_dropout_pass_in_eval_mode():
         assert_near(ScoreHessian(net, _X).dense(), expected.detach())
 
 
-def test_a_closed_over_module_in_training_mode_is_refused():
+def test_a_module_in_training_mode_is_refused_wherever_a_callable_holds_it():
     net = Dropped(nn.BatchNorm1d(6))
-    with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
-        ScoreHessian(lambda x: net(x), _X)
+
+    def inner(x: Tensor) -> Tensor:
+        return net(x)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
+
+    def keyword(x: Tensor, *, module: nn.Module) -> Tensor:
+        return module(x)
+
+    def default(x: Tensor, *, module: nn.Module = net) -> Tensor:
+        return module(x)
+
+    held = [
+        default,
+        lambda x: net(x),
+        lambda x: inner(x),
+        lambda x, net=net: net(x),
+        partial(inner),
+        partial(call, net),
+        partial(net.forward),
+        partial(keyword, module=net),
+    ]
+    for score_fn in held:
+        with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
+            ScoreHessian(score_fn, _X)
     assert int(net.layers[1].num_batches_tracked) == 0
+    net.eval()
+    expected = ScoreHessian(net, _X).dense()
+    for score_fn in held:
+        assert_near(ScoreHessian(score_fn, _X).dense(), expected)
 
 
-def test_a_wrong_forward_derivative_is_refused():
+def test_a_closure_over_itself_and_over_a_variable_without_a_value_is_legal():
+    def score_fn(x: Tensor, depth: int = 1) -> Tensor:
+        if depth > 1:
+            return score_fn(later, depth - 1)
+        return _NET(x)
+
+    hessian = ScoreHessian(score_fn, _X)
+    later = _X
+    assert_near(hessian.dense(), ScoreHessian(_NET, later).dense())
+
+
+@pytest.mark.parametrize("size", [6, 5000])
+@pytest.mark.parametrize("factor", [0.0, 0.9, 2.0])
+def test_a_wrong_forward_derivative_is_refused(size, factor):
     class Wrong(Turned):
         @staticmethod
         def jvp(ctx, tangent):
-            return torch.zeros_like(tangent)
+            return factor * tangent
 
-    with pytest.raises(ValueError, match=r"derivative that fits its gradient, got <u, J v> = 0 "):
-        ScoreHessian(Wrong.apply, _X)
+    x = 1e-3 * random(3, size, dtype=torch.float32)  # where sin' = 1
+    with pytest.raises(ValueError, match=r"derivative that fits its gradient, got <u, J v> = "):
+        ScoreHessian(Wrong.apply, x)
+    if factor == 0:
+        with pytest.raises(ValueError, match=r"got <u, J v> = 0 and <J\^T u, v> = "):
+            ScoreHessian(lambda x: Wrong.apply(x.bfloat16()).float(), x)
 
 
 def test_a_score_that_torch_func_cannot_differentiate_is_refused():

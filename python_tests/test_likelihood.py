@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import BEYOND, WITHIN
 from test_diffusion import COVARIANCE, GAUSSIAN, MEAN, MIXTURE, WHOLE, D, exact_model, level, named
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hos_ext.densities import Gaussian
 from hos_ext.diffusion import probability_flow_ode
@@ -158,6 +159,39 @@ def test_the_three_traces_agree_where_scores_are_exact():
     assert not torch.equal(one, two)
 
 
+@pytest.mark.parametrize("trace", ["learned", "hutchinson", "exact"])
+def test_inference_mode_changes_nothing(trace):
+    x = ends(MIXTURE, VP_)[0].sample(3, seed=0)
+    model = (exact_model if trace == "learned" else smooth_model)(MIXTURE, VP_)
+    options = {"n_steps": 4, "trace": trace, "seed": 1}
+    wanted = log_likelihood(model, x, VP_, **options)
+    with torch.inference_mode():
+        value = log_likelihood(model, x.clone(), VP_, **options)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(value, wanted)
+    assert not value.requires_grad
+
+
+def test_the_exact_trace_forms_nothing_larger_than_x():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    x = torch.zeros(2, 6, 6, dtype=F64)
+    with Largest() as seen:
+        value = log_likelihood(
+            lambda x, s: Scores(-(s[:, None, None] * x), x), x, VP_, n_steps=1, trace="exact"
+        )
+    assert seen.size == x.numel()
+    # kappa is (1 - sigma^2) I, which is exact for N(0, I) data at every level.
+    assert value.allclose(torch.full((2,), -18 * math.log(2 * math.pi), dtype=F64), atol=1e-9)
+
+
 def test_a_trace_without_its_factor_is_seen():
     low = ends(MIXTURE, VP_)[0]
     x, full = low.sample(5, seed=0), exact_model(MIXTURE, VP_)
@@ -245,6 +279,11 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
             {"trace": "none"},
             ValueError,
             r"trace must be one of 'learned', 'hutchinson', 'exact', got 'none'",
+        ),
+        (
+            {"model": nn.Sequential(nn.Dropout(0.1))},
+            ValueError,
+            r"dropout must be off .*, got p = 0.1 in '0'",
         ),
         ({"n_steps": 0}, ValueError, r"n_steps must be at least 1, got 0"),
         ({"n_steps": None}, ValueError, r"exactly one of n_steps and times must be given, got nei"),
