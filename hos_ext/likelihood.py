@@ -108,8 +108,8 @@ def log_likelihood(
     if times is None:
         part = torch.linspace(0, 1, len(grid), dtype=torch.float64)
         levels = levels[0] + part * (levels[-1] - levels[0])
-    middle = _times(schedule, (levels[:-1] + levels[1:]) / 2, low, high)
-    ends = [low, *_times(schedule, levels[1:-1], low, high), high]
+    middle = _times(schedule, (levels[:-1] + levels[1:]) / 2, grid)
+    ends = [low, *_times(schedule, levels[1:-1], grid), high]
     steps = zip(levels.diff().tolist(), ends[:-1], middle, ends[1:], strict=True)
     scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
 
@@ -220,12 +220,7 @@ def _log_ratio(schedule: Schedule, t: Tensor) -> Tensor:
     return (schedule.sigma(t) / schedule.alpha(t)).log()
 
 
-def _times(schedule: Schedule, levels: Tensor, low: float, high: float) -> list[float]:
-    """The times within [low, high] at which log(sigma / alpha) has these values, by bisection."""
-    below, above = torch.full_like(levels, low), torch.full_like(levels, high)
-    for _ in range(60):
-        middle = (below + above) / 2
-        short = _log_ratio(schedule, middle) < levels
-        below, above = torch.where(short, middle, below), torch.where(short, above, middle)
-    times: list[float] = below.tolist()
+def _times(schedule: Schedule, levels: Tensor, grid: list[float]) -> list[float]:
+    """The times at which log(sigma / alpha) has these values, within the grid."""
+    times: list[float] = schedule.t_of_ratio(levels.exp()).clamp(grid[0], grid[-1]).tolist()
     return times
