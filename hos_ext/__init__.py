@@ -36,7 +36,7 @@ from .diffusion import (
 )
 from .dplr import DPLR
 from .guidance import condition, condition_mean, guided
-from .hessians import ScoreHessian, posterior_from_score
+from .hessians import MatrixFreeScores, ScoreHessian, posterior_from_score
 from .high_order import (
     hermite,
     noise_moment_loss,
@@ -103,6 +103,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "JointLogisticMixture",
+    "MatrixFreeScores",
     "MeanDenoiser",
     "Posterior",
     "ProductLogisticMixture",

@@ -44,6 +44,22 @@ class Estimate(NamedTuple):
     standard_error: Tensor  # zero where the value is exact. Shape of value
 
 
+class MatrixFreeScores(NamedTuple):
+    """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
+
+        def score_fn(x):
+            hessian = ScoreHessian(score, x, symmetrize=True, check=False)
+            return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
+    """
+
+    score: Tensor
+    hessian: ScoreHessian
+
+
 class Eigenpairs(NamedTuple):
     """Extreme eigenpairs of each matrix of a batch, and how well they are one."""
 

@@ -145,7 +145,8 @@ def sample(
 
     Args:
         score_fn: maps x of shape (rows, *dims) to the score s1 of the same shape, dtype and device
-            ("langevin", "mala"), to UnscaledScores, or to DenseScores (not for "ozaki_isotropic").
+            ("langevin", "mala"), to UnscaledScores, to DenseScores (not for "ozaki_isotropic"), or
+            to MatrixFreeScores ("langevin", "ozaki_lanczos": any model, differentiated).
             Called once a step, without gradients, with at most `chunk_size` rows; adjusted methods
             call it once more at the start. x may be a buffer that later steps overwrite, and what
             score_fn returns may be one too.

@@ -22,9 +22,11 @@ from torch import Tensor
 from . import ops
 from .checks import show
 from .dplr import DPLR
+from .hessians import MatrixFreeScores, ScoreHessian
 from .matrix_functions import (
     Function,
     LanczosResult,
+    Rows,
     Spectrum,
     check_symmetric,
     dense_spectrum,
@@ -37,7 +39,7 @@ from .matrix_functions import (
 from .reference import phi1, treat_curvature
 from .tweedie import DenseScores, UnscaledScores
 
-AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores
+AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
 ScoreFunction: TypeAlias = Callable[[Tensor], AnyScores]
 LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -84,8 +86,15 @@ def evaluate(
         _check_dense(scores, x)
         if method in ("mala", "mh_ozaki", "ozaki_lanczos"):  # others use `dense_spectrum`
             check_symmetric("sample: hessian from score_fn", scores.hessian)
-    elif method in ("langevin", "mala"):
+    elif isinstance(scores, MatrixFreeScores) and method in ("langevin", "ozaki_lanczos"):
+        _check_like_x("score", scores.score, x)
+        _check_products(scores.hessian, x)
+    elif method in ("langevin", "mala") and isinstance(scores, Tensor):
         _check_like_x("score", scores, x)
+    elif method in ("langevin", "mala"):
+        raise TypeError(
+            f"sample: score from score_fn must be a tensor, got {type(scores).__name__}"
+        )
     else:
         raise TypeError(
             "sample: score_fn must return UnscaledScores(score, diag, factor) or"
@@ -130,6 +139,24 @@ def _check_dense(scores: DenseScores, x: Tensor) -> None:
             f"got {show(hessian)}"
         )
     _check_kind("hessian", hessian, x)
+
+
+def _check_products(hessian: object, x: Tensor) -> None:
+    size = x.shape[1:].numel()
+    if not isinstance(hessian, ScoreHessian):
+        raise TypeError(
+            f"sample: hessian from score_fn must be a ScoreHessian, got {type(hessian).__name__}"
+        )
+    if tuple(hessian.shape) != (len(x), size, size):
+        raise ValueError(
+            f"sample: hessian from score_fn must have shape ({len(x)}, {size}, {size}), got "
+            f"{tuple(hessian.shape)}"
+        )
+    if hessian.dtype != x.dtype or hessian.device != x.device:
+        raise ValueError(
+            f"sample: hessian from score_fn must be {x.dtype} on {x.device} like x, got "
+            f"{hessian.dtype} on {hessian.device}"
+        )
 
 
 def _check_log_prob(value: object, x: Tensor) -> Tensor:
@@ -427,10 +454,14 @@ def _lanczos_step(
     max_iterations: int | None,
 ) -> tuple[Tensor, Lanczos]:
     """The full Ozaki step with products by s2 alone: one Krylov space for s1, one for z."""
-    x, hessian = here.x.flatten(1), _hessian(here)
-    assert hessian is not None  # `evaluate` saw to it
+    x = here.x.flatten(1)
     h = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).reshape(-1, 1)
-    rows = matrix_rows(hessian, step_size)
+    if isinstance(here.scores, MatrixFreeScores):
+        rows = _product_rows(here.scores.hessian, h.expand(len(x), 1))
+    else:
+        hessian = _hessian(here)
+        assert hessian is not None  # `evaluate` saw to it
+        rows = matrix_rows(hessian, step_size)
 
     def drift(y: Tensor) -> Tensor:
         return phi1(treat_curvature(y, curvature))
@@ -448,6 +479,20 @@ def _lanczos_step(
         push.converged & spread.converged,
     )
     return x + h * push.values[0] + (2 * h).sqrt() * spread.values[0], report
+
+
+def _product_rows(hessian: ScoreHessian, h: Tensor) -> Rows:
+    """`matrix_rows` of h s2 for products that go through the whole batch."""
+
+    def rows_of(rows: slice | Tensor) -> Function:
+        def product(v: Tensor) -> Tensor:
+            whole = v.new_zeros(hessian.shape[:2])
+            whole[rows] = v
+            return h[rows] * hessian.matvec(whole)[rows]
+
+        return product
+
+    return rows_of
 
 
 def metropolis_step(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from hos_ext import DenseScores, Gaussian, GaussianMixture, UnscaledScores, ops
+from hos_ext import (
+    DenseScores,
+    Gaussian,
+    GaussianMixture,
+    MatrixFreeScores,
+    ScoreHessian,
+    UnscaledScores,
+    ops,
+)
 from hos_ext.samplers import ADJUSTED, sample
 from hos_ext.transitions import Point, log_ratio, transition
 
@@ -308,6 +316,41 @@ def test_methods_with_the_whole_hessian_agree_on_a_mixture():
     full = sample(score_fn, x, method="ozaki_full", **options).draws
     krylov = sample(score_fn, x, method="ozaki_lanczos", **options, **TINY).draws
     torch.testing.assert_close(full, krylov, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_lanczos_takes_the_derivative_of_any_score_function():
+    """The same chains from a score alone as from its exact Hessian, each row with its own step."""
+    mixture = two_modes(6)
+    step_size = torch.linspace(0.02, 0.4, 8, dtype=F64)
+
+    def dense(x: Tensor) -> DenseScores:
+        return DenseScores(mixture.score(x), mixture.hessian(x))
+
+    def derived(x: Tensor) -> MatrixFreeScores:
+        hessian = ScoreHessian(mixture.score, x, symmetrize=True, check=False)
+        return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
+
+    x = randn(8, 6)
+    options = {"method": "ozaki_lanczos", "step_size": step_size, "n_steps": 3, "seed": 0}
+    for tolerance in (1e-3, 1e-12):
+        exact = sample(dense, x, tolerance=tolerance, **options)
+        got = sample(derived, x, tolerance=tolerance, **options)
+        torch.testing.assert_close(got.draws, exact.draws, rtol=1e-9, atol=1e-9)
+        iterations = got.stats["lanczos_iterations"]
+        assert torch.equal(iterations, exact.stats["lanczos_iterations"])
+    langevin = {"method": "langevin", "step_size": 0.1, "n_steps": 2, "seed": 0}
+    plain, free = sample(mixture.score, x, **langevin), sample(derived, x, **langevin)
+    torch.testing.assert_close(free.draws, plain.draws)
+    with pytest.raises(TypeError, match="for method 'ozaki', got MatrixFreeScores"):
+        sample(derived, x, method="ozaki", step_size=0.1, n_steps=1)
+    with pytest.raises(TypeError, match="score from score_fn must be a tensor, got MatrixFree"):
+        sample(derived, x, method="mala", step_size=0.1, n_steps=1)
+    other = ScoreHessian(mixture.score, x[:3], check=False)
+    with pytest.raises(ValueError, match=r"hessian from score_fn must have shape \(8, 6, 6\)"):
+        sample(lambda x: MatrixFreeScores(x, other), x, **options)
+    with pytest.raises(TypeError, match="hessian from score_fn must be a ScoreHessian, got int"):
+        sample(lambda x: MatrixFreeScores(x, 3), x, **options)
 
 
 def two_modes(d: int) -> GaussianMixture:
