@@ -11,7 +11,9 @@ import ctypes
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +47,11 @@ def _measure(variant: str, op: str, shape: tuple[int, int, int]) -> float:
     # A small step first: libraries loaded, threads started, autograd ready.
     peers.forward_backward(loss, peers.second_order_inputs(4, 32, 2, points=points))()
     step = peers.forward_backward(loss, peers.second_order_inputs(*shape, points=points))
+    return extra_mib(step)
+
+
+def extra_mib(step: Callable[[], Any]) -> float:
+    """MiB by which the peak of a call lies above what was resident before, in this process."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

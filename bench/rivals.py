@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from hos_ext import Scores, azula_denoiser, guided, normal, prior, second_order_
 from hos_ext.checks import require
 from hos_ext.data import load_digits
 from hos_ext.diffusion import Model
+
+from .memory import extra_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,7 +94,10 @@ def main() -> None:
             contestants[f"azula MMPS, {solver} {iterations}"] = as_model(rival, low, high)
         print(title)
         for name, conditioned in contestants.items():
-            conditioned(start, start.new_full((len(start),), high))  # warm
+            level = start.new_full((len(start),), high)
+            conditioned(start, level)  # warm
+            peak = extra_mib(partial(conditioned, start, level))
+            print(f"  {name + ', one call':30}{peak:38.0f} MiB at its peak")
             began = time.perf_counter()
             try:
                 x = work.heun(conditioned, start, schedule, n_steps=arguments.steps, seed=10)
