@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_number, check_samples, positive, require
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 from .tweedie import Posterior, Scores, model_scores, posterior
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
@@ -48,8 +48,8 @@ class MeanDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         where = "MeanDenoiser"
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
+        if schedule is not None:
+            check_schedule(where, schedule)
         self.model, self.schedule = model, schedule
         self.scale = check_number(where, "scale", scale)
         if not isinstance(shift, (int, float)) or not math.isfinite(shift):

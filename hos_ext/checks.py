@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -141,6 +141,21 @@ def check_int(where: str, name: str, value: Any, limit: int) -> None:
         raise ValueError(
             f"{where}: {name} must be in [0, 2**{limit.bit_length() - 1}), got {value}"
         )
+
+
+def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int = 2**31) -> None:
+    """An int of at least `least`, below `limit`."""
+    check_int(where, name, value, limit)
+    if value < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+
+
+def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
+    """One of the names that are known."""
+    if not isinstance(value, str) or value not in known:
+        names = ", ".join(repr(k) for k in known)
+        raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
+    return value
 
 
 def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, check_tensor, positive, require
+from .checks import FLOATING, check_tensor, one_of, positive, require
 
 _ESS_METHODS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
@@ -49,9 +49,7 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
     Reference:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
     """
-    if method not in _ESS_METHODS:
-        known = ", ".join(repr(name) for name in _ESS_METHODS)
-        raise ValueError(f"ess: method must be one of {known}, got {method!r}")
+    one_of("ess", "method", method, _ESS_METHODS)
     _check_draws("ess", draws)
     if method == "cutoff":
         return _per_dimension(draws, _cutoff_ess)

@@ -11,7 +11,7 @@ step, raise one error that names the time and the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_first, check_int, check_number, check_samples
+from .checks import check_count, check_first, check_int, check_number, check_samples, one_of
 from .dplr import DPLR
 from .samplers import ADJUSTED, UNADJUSTED, Chains, ChainState, sample
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 from .tweedie import Posterior, Scores, UnscaledScores, model_scores, posterior
 
 Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
@@ -531,9 +531,7 @@ def _run(
     seed = given_seed(where, seed)
     chunk = max(len(init), 1)
     if chunk_size is not None:
-        check_int(where, "chunk_size", chunk_size, 2**63)
-        if chunk_size == 0:
-            raise ValueError(f"{where}: chunk_size must be at least 1, got 0")
+        check_count(where, "chunk_size", chunk_size, limit=2**63)
         chunk = chunk_size
     out = torch.empty_like(init, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():
@@ -558,18 +556,11 @@ def _chain_scores(scores: Scores, sigma: float, method: str) -> Tensor | Unscale
 # ----------------------------------------------------------------------------------------- checks
 
 
-def check_schedule(where: str, schedule: object) -> None:
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
-
-
 def time_grid(
     where: str, schedule: Schedule, n_steps: int | None, times: Sequence[float] | Tensor | None
 ) -> list[float]:
     if n_steps is not None and times is None:
-        check_int(where, "n_steps", n_steps, 2**31)
-        if n_steps == 0:
-            raise ValueError(f"{where}: n_steps must be at least 1, got 0")
+        check_count(where, "n_steps", n_steps)
         numbers: list[float] = schedule.times(n_steps).tolist()
         return numbers
     if n_steps is not None or times is None:
@@ -608,15 +599,8 @@ def _check_options(where: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{where}: options must be among {', '.join(known)}, got {name!r}")
 
 
-def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
-    if not isinstance(value, str) or value not in known:
-        names = ", ".join(repr(k) for k in known)
-        raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
-    return value
-
-
 def given_seed(where: str, seed: int | None) -> int:
     if seed is None:
-        return int(torch.randint(2**63 - 1, ()))
+        return ops.fresh_seed()
     check_int(where, "seed", seed, 2**64)
     return seed

@@ -263,7 +263,7 @@ class DPLR:
             rule = "> 0 where a sign is -1" if signed else ">= 0"
             raise ValueError(f"DPLR.sample: diag must be {rule}, got {self.diag[bad][0].item()}")
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = ops.fresh_seed()
         batch, size = self.diag.shape
         width = size if signed else size + self.rank
         noise = self.diag.new_empty((n, batch, width))

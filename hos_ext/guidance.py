@@ -16,16 +16,16 @@ from torch import Tensor
 
 from . import ops
 from .checks import (
-    check_int,
+    check_count,
     check_number,
     check_samples,
     check_tensor,
     positive,
     refuse_dropout,
 )
-from .diffusion import Model, check_schedule
+from .diffusion import Model
 from .dplr import DPLR
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 from .tweedie import Posterior, Scores, model_scores, posterior
 
 # A matrix (m, D), a boolean mask of shape dims, or (A x, A^T y) on batches.
@@ -526,9 +526,7 @@ def _conjugate_gradients(
 
 def _check_stop(where: str, tolerance: float | None, max_iterations: int, y: Tensor) -> float:
     """The tolerance, after checks of both."""
-    check_int(where, "max_iterations", max_iterations, 2**31)
-    if max_iterations == 0:
-        raise ValueError(f"{where}: max_iterations must be at least 1, got 0")
+    check_count(where, "max_iterations", max_iterations)
     if tolerance is None:
         return 1e-4 if y.dtype == torch.float32 else 1e-6
     return check_number(where, "tolerance", tolerance)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import ops
-from .checks import check_int, check_samples, check_tensor, per_sample, positive
+from .checks import check_count, check_samples, check_tensor, per_sample, positive
 from .dplr import DPLR
 from .tweedie import Posterior, posterior_mean
 
@@ -135,7 +135,7 @@ class ScoreHessian:
         if x[0:1].numel() == 0 and x.shape[0] > 0:
             raise ValueError(f"ScoreHessian: x must have D >= 1, got shape {tuple(x.shape)}")
         if chunk_size is not None:
-            _check_count("ScoreHessian", "chunk_size", chunk_size, 1)
+            check_count("ScoreHessian", "chunk_size", chunk_size)
         _refuse_training(score_fn)
         self.score_fn = score_fn
         self.x = x.detach().contiguous()  # jvp refuses expanded memory
@@ -216,7 +216,7 @@ class ScoreHessian:
             Shape (B,). About half of it is the relative error that symmetrizing removes, if the
             symmetric part is right.
         """
-        _check_count("ScoreHessian.asymmetry", "n_probes", n_probes, 1)
+        check_count("ScoreHessian.asymmetry", "n_probes", n_probes)
         apart = whole = self.x.new_zeros(self.x.shape[0])
         for z in self._probes(n_probes, seed, first):
             forward = self._jacobian(z)
@@ -267,7 +267,7 @@ class ScoreHessian:
         Reference:
             Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix.
         """
-        _check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, 2)
+        check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
         if n_probes >= self.shape[1]:
             exact = self.diagonal()
             return Estimate(exact, torch.zeros_like(exact))
@@ -289,7 +289,7 @@ class ScoreHessian:
         Reference:
             Hutchinson 1989, A stochastic estimator of the trace of the influence matrix.
         """
-        _check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, 2)
+        check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)
         if n_probes >= self.shape[1]:
             exact = self.trace()
             return Estimate(exact, torch.zeros_like(exact))
@@ -350,7 +350,7 @@ class ScoreHessian:
         """
         where = "ScoreHessian.eigenpairs"
         size = self.shape[1]
-        _check_count(where, "k", k, 1)
+        check_count(where, "k", k)
         if k > size:
             raise ValueError(f"{where}: k must be in 1..{size}, got {k}")
         if tolerance is None:
@@ -359,7 +359,7 @@ class ScoreHessian:
             raise ValueError(f"{where}: tolerance must be positive, got {tolerance}")
         if max_products is None:
             max_products = 100 + 20 * k
-        _check_count(where, "max_products", max_products, k)
+        check_count(where, "max_products", max_products, least=k)
         direction = 1 if largest else -1
         if size <= _DENSE:
             basis = torch.eye(size, dtype=self.dtype, device=self.device).expand(self.shape)
@@ -419,8 +419,8 @@ class ScoreHessian:
         """
         where = "ScoreHessian.low_rank"
         batch, size, _ = self.shape
-        _check_count(where, "k", k, 0)
-        _check_count(where, "n_probes", n_probes, 2)
+        check_count(where, "k", k, least=0)
+        check_count(where, "n_probes", n_probes, least=2)
         if remainder not in ("isotropic", "diagonal"):
             raise ValueError(
                 f"{where}: remainder must be 'isotropic' or 'diagonal', got {remainder!r}"
@@ -540,7 +540,7 @@ class ScoreHessian:
             yield from (columns for _, columns in self._units())
             return
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = ops.fresh_seed()
         step = self.chunk_size or n
         for start in range(0, n, step):
             draws = [
@@ -781,12 +781,6 @@ def _refuse_training(score_fn: Score) -> None:
                 "ScoreHessian: score_fn must be in eval mode, got"
                 f" {type(module).__name__} in training mode"
             )
-
-
-def _check_count(where: str, name: str, value: int, least: int) -> None:
-    check_int(where, name, value, 2**31)
-    if value < least:
-        raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:

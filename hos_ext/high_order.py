@@ -19,6 +19,7 @@ from torch.func import jvp
 
 from . import ops
 from .checks import (
+    check_count,
     check_like,
     check_samples,
     check_tensor,
@@ -27,7 +28,7 @@ from .checks import (
     refuse_dropout,
     refuse_half,
 )
-from .moments import bell, check_order, is_dense, posterior_moments, project
+from .moments import bell, is_dense, posterior_moments, project
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -61,7 +62,7 @@ def hermite(
     """
     where = "hermite"
     check_samples(where, "noise", noise)
-    check_order(where, "k", k)
+    check_count(where, "k", k)
     if diagonal and directions is not None:
         raise ValueError(f"{where}: diagonal must be False where directions are given, got True")
     if directions is not None:
@@ -247,8 +248,8 @@ def order_k_matching_loss(
         raise ValueError(
             f"{where}: form must be 'dense', 'diagonal' or 'directional', got {form!r}"
         )
-    check_order(where, "k", k)
-    check_order(where, "n_directions", n_directions)
+    check_count(where, "k", k)
+    check_count(where, "n_directions", n_directions)
     if (lower is None) != (k == 1):
         rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
         raise ValueError(f"{where}: lower must {rule}, got {lower}")
@@ -411,7 +412,7 @@ def noise_moment_loss(
 
 
 def _check_vr_order(where: str, k: Any) -> None:
-    check_order(where, "k", k)
+    check_count(where, "k", k)
     if k > 4:
         raise ValueError(f"{where}: k must be at most 4 with variance reduction, got {k}")
 
@@ -426,7 +427,7 @@ def _check_scores(
     points: int,
 ) -> bool:
     """Whether the scores are dense; refuses what does not fit together."""
-    check_order(where, "k", k)
+    check_count(where, "k", k)
     check_samples(where, "noise", noise)
     if not isinstance(lower_scores, (list, tuple)):
         raise TypeError(

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from . import ops
 from .checks import (
+    check_count,
     check_first,
-    check_int,
     check_like,
     check_number,
     check_samples,
     check_tensor,
+    one_of,
     refuse_dropout,
 )
-from .diffusion import Model, Run, check_schedule, given_seed, one_of, time_grid
+from .diffusion import Model, Run, given_seed, time_grid
 from .dplr import DPLR
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 
 _METHODS = ("heun", "rk4")
 _TRACES = ("learned", "hutchinson", "exact")
@@ -98,9 +99,7 @@ def log_likelihood(
     one_of(where, "method", method, _METHODS)
     one_of(where, "trace", trace, _TRACES)
     std = check_number(where, "data_std", data_std, positive=False)
-    check_int(where, "n_probes", n_probes, 2**31)
-    if n_probes == 0:
-        raise ValueError(f"{where}: n_probes must be at least 1, got 0")
+    check_count(where, "n_probes", n_probes)
     check_first(where, first, x.shape)
     grid = time_grid(where, schedule, n_steps, times)[::-1]
     low, high, size = grid[0], grid[-1], x.shape[1:].numel()

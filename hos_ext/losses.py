@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import ops
 from .checks import HALF, check_int, check_level, check_number, refuse_dropout, refuse_half
 from .doors import functorch_active, is_plain
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 from .tweedie import Scores
 
 _NAME = "score_matching_loss"
@@ -410,8 +410,8 @@ class ScoreMatchingLoss(nn.Module):
             raise TypeError(
                 f"{where}: options must be of {', '.join(sorted(_OPTIONS))}, got {unknown[0]}"
             )
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
+        if schedule is not None:
+            check_schedule(where, schedule)
         self.alpha = check_number(where, "alpha", alpha)
         if alpha != 1 and not isinstance(sigma, (int, float)):
             raise ValueError(f"{where}: alpha must be 1 but with a fixed sigma, got {alpha}")

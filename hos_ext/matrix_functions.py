@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_tensor, per_sample
+from .checks import check_count, check_tensor, per_sample
 from .dplr import DPLR, low_rank_eigh
 
 Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
@@ -162,6 +162,13 @@ class LanczosResult(NamedTuple):
     converged: Tensor  # error <= tolerance; False for NaN rows. bool, (B,)
 
 
+def multiply(matrix: DPLR | Tensor, v: Tensor) -> Tensor:
+    """The product of a DPLR, or of dense (B, D, D), with v (B, D)."""
+    if isinstance(matrix, DPLR):
+        return matrix.matvec(v)
+    return (matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+
 def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
     """The products of `lanczos` for scale * matrix: a DPLR, or dense symmetric (B, D, D).
 
@@ -178,27 +185,20 @@ def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
         ValueError: their shapes or dtypes are wrong, or scale is not finite.
     """
     if isinstance(matrix, DPLR):
-        whole = matrix
-        column = per_sample("matrix_rows", "scale", scale, matrix.diag)
-
-        def product(rows: slice | Tensor) -> Matvec:
-            return whole.rows(rows).matvec
+        like = matrix.diag
     else:
         check_tensor("matrix_rows", "matrix", matrix)
         if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
             raise ValueError(
                 f"matrix_rows: matrix must have shape (B, D, D), got {tuple(matrix.shape)}"
             )
-        dense = matrix
-        column = per_sample("matrix_rows", "scale", scale, matrix[..., 0])
-
-        def product(rows: slice | Tensor) -> Matvec:
-            part = dense[rows]
-            return lambda v: (part @ v.unsqueeze(-1)).squeeze(-1)
+        like = matrix[..., 0]
+    column = per_sample("matrix_rows", "scale", scale, like)
 
     def rows_of(rows: slice | Tensor) -> Matvec:
-        part, factor = product(rows), column if column.dim() == 0 else column[rows]
-        return lambda v: factor * part(v)
+        part = matrix.rows(rows) if isinstance(matrix, DPLR) else matrix[rows]
+        factor = column if column.dim() == 0 else column[rows]
+        return lambda v: factor * multiply(part, v)
 
     return rows_of
 
@@ -257,9 +257,7 @@ def lanczos(
     if not 0 < tolerance < 1:
         raise ValueError(f"lanczos: tolerance must be in (0, 1), got {tolerance}")
     if max_iterations is not None:
-        check_int("lanczos", "max_iterations", max_iterations, 2**31)
-        if max_iterations == 0:
-            raise ValueError("lanczos: max_iterations must be at least 1, got 0")
+        check_count("lanczos", "max_iterations", max_iterations)
     batch, size = v.shape
     limit = min(size, _MAX_ITERATIONS if max_iterations is None else max_iterations)
     values = [torch.full_like(v, torch.nan) for _ in functions]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from .checks import check_int, check_like, check_samples, check_tensor, positive
+from .checks import check_count, check_like, check_samples, check_tensor, positive
 
 
 def posterior_cumulants(
@@ -210,7 +210,7 @@ def moment_recurrence(
     """
     where = "moment_recurrence"
     check_samples(where, "x", x)
-    check_order(where, "order", order)
+    check_count(where, "order", order)
     check_like(where, "score_fn(x)", score_fn(x), x)
     flat = x.flatten(1)
     s, a = (
@@ -312,13 +312,6 @@ def project(where: str, x: Tensor, directions: Tensor) -> Tensor:
             f"{tuple(directions.shape)}"
         )
     return (directions * x.reshape(rows, 1, size)).sum(-1)  # autocast would halve a matmul
-
-
-def check_order(where: str, name: str, value: Any) -> None:
-    """An int, at least 1."""
-    check_int(where, name, value, 2**31)
-    if value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
 
 
 def _first(where: str, name: str, values: Any) -> Tensor:

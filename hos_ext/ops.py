@@ -65,7 +65,12 @@ def _fresh_seed(where: str) -> Tensor | int:
     if not functorch_active():
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item()  # type: ignore[return-value]
     with torch._C._DisableFuncTorch():
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        return fresh_seed()
+
+
+def fresh_seed() -> int:
+    """A seed from torch's default generator, outside graphs and transforms."""
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def _draw(

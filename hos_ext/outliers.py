@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import check_like, check_number, check_samples, check_tensor
+from .checks import check_like, check_number, check_samples, check_tensor, one_of
 from .dplr import DPLR, low_rank_eigh
 from .tweedie import Scores
 
@@ -72,9 +72,7 @@ def outlier_score(
     where = "outlier_score"
     if not isinstance(scores, Scores):
         raise TypeError(f"{where}: scores must be a Scores, got {type(scores).__name__}")
-    if kind not in _KINDS:
-        known = ", ".join(repr(name) for name in _KINDS)
-        raise ValueError(f"{where}: kind must be one of {known}, got {kind!r}")
+    one_of(where, "kind", kind, _KINDS)
     floor = check_number(where, "floor", floor)
     if floor > 1:
         raise ValueError(f"{where}: floor must be in (0, 1], got {floor:g}")

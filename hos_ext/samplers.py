@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from .checks import WIDE, check_number, require
+from . import ops
+from .checks import WIDE, check_number, one_of, require
 from .transitions import (
     LogDensity,
     ScoreFunction,
@@ -329,13 +330,8 @@ def _non_finite(x: Tensor) -> Tensor:
 
 
 def check_method(where: str, method: object, curvature: object, methods: Sequence[str]) -> None:
-    if not isinstance(method, str) or method not in methods:
-        known = ", ".join(repr(name) for name in methods)
-        raise ValueError(f"{where}: method must be one of {known}, got {method!r}")
-    if not isinstance(curvature, str) or curvature not in ("clamp", "abs", "raw"):
-        raise ValueError(
-            f"{where}: curvature must be one of 'clamp', 'abs', 'raw', got {curvature!r}"
-        )
+    one_of(where, "method", method, methods)
+    one_of(where, "curvature", curvature, ("clamp", "abs", "raw"))
 
 
 def check_dtype(where: str, method: str, x: Tensor) -> None:
@@ -363,7 +359,7 @@ def begin_chains(
             x=_check_init("init", init),
             step=0,
             since_draw=0,
-            seed=int(torch.randint(2**63 - 1, ())) if seed is None else seed,
+            seed=ops.fresh_seed() if seed is None else seed,
             first_chain=first_chain,
         )
     else:

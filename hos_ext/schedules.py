@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_int, check_tensor, per_sample
+from .checks import check_count, check_int, check_tensor, per_sample
 
 _Time = TypeVar("_Time", bound=float | Tensor)
 
@@ -99,9 +99,7 @@ class Schedule:
 
         Equal steps in t; for EDM equal steps in t^(1 / rho).
         """
-        check_int(f"{self._name()}.times", "n", n, 2**31)
-        if n == 0:
-            raise ValueError(f"{self._name()}.times: n must be at least 1, got 0")
+        check_count(f"{self._name()}.times", "n", n)
         grid = self._grid(torch.linspace(0, 1, n + 1, dtype=torch.float64))
         grid[0], grid[-1] = self.t_max, self.t_min  # not a rounding off
         return grid
@@ -500,6 +498,11 @@ def _cubic_slope(coefficients: Tensor, p: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- checks
+
+
+def check_schedule(where: str, schedule: object) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{where}: schedule must be a Schedule, got {type(schedule).__name__}")
 
 
 def _checked(where: str, name: str, value: float | Tensor, low: float, high: float) -> Tensor:

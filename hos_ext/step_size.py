@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_number
+from . import ops
+from .checks import check_count, check_number
 from .diagnostics import min_ess
 from .samplers import ADJUSTED, ChainState, begin_chains, check_dtype, check_method, sample
 from .transitions import LogDensity, ScoreFunction, evaluate, metropolis_step, own, score_of
@@ -78,7 +79,7 @@ def search_step_size(
             f"{options['step_size']}"
         )
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = ops.fresh_seed()
     rates = []
     for h in candidates:
         chains = sample(score_fn, init, step_size=h, n_steps=n_steps, seed=seed, **options)
@@ -142,9 +143,7 @@ def adapt_step_size(
     where = "adapt_step_size"
     check_method(where, method, curvature, ADJUSTED)
     start = check_number(where, "step_size", step_size)
-    check_int(where, "n_steps", n_steps, 2**56)
-    if n_steps < 1:
-        raise ValueError(f"{where}: n_steps must be at least 1, got {n_steps}")
+    check_count(where, "n_steps", n_steps, limit=2**56)
     if not check_number(where, "target", target) < 1:
         raise ValueError(f"{where}: target must be below 1, got {target}")
     state = begin_chains(init, seed, first_chain, None)

@@ -33,6 +33,7 @@ from .matrix_functions import (
     isotropic_spectrum,
     lanczos,
     matrix_rows,
+    multiply,
     spectrum_apply,
     spectrum_logdet,
 )
@@ -89,12 +90,8 @@ def evaluate(
     elif isinstance(scores, MatrixFreeScores) and method in ("langevin", "ozaki_lanczos"):
         _check_like_x("score", scores.score, x)
         _check_products(scores.hessian, x)
-    elif method in ("langevin", "mala") and isinstance(scores, Tensor):
-        _check_like_x("score", scores, x)
     elif method in ("langevin", "mala"):
-        raise TypeError(
-            f"sample: score from score_fn must be a tensor, got {type(scores).__name__}"
-        )
+        _check_like_x("score", scores, x)
     else:
         raise TypeError(
             "sample: score_fn must return UnscaledScores(score, diag, factor) or"
@@ -152,11 +149,7 @@ def _check_products(hessian: object, x: Tensor) -> None:
             f"sample: hessian from score_fn must have shape ({len(x)}, {size}, {size}), got "
             f"{tuple(hessian.shape)}"
         )
-    if hessian.dtype != x.dtype or hessian.device != x.device:
-        raise ValueError(
-            f"sample: hessian from score_fn must be {x.dtype} on {x.device} like x, got "
-            f"{hessian.dtype} on {hessian.device}"
-        )
+    _check_kind("hessian", hessian, x)
 
 
 def _check_log_prob(value: object, x: Tensor) -> Tensor:
@@ -181,7 +174,7 @@ def _check_like_x(name: str, value: object, x: Tensor) -> None:
     _check_kind(name, value, x)
 
 
-def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
+def _check_kind(name: str, value: Tensor | ScoreHessian, x: Tensor) -> None:
     if value.dtype != x.dtype or value.device != x.device:
         raise ValueError(
             f"sample: {name} from score_fn must be {x.dtype} on {x.device} like x, "
@@ -213,12 +206,6 @@ def _hessian(here: Point) -> DPLR | Tensor | None:
     if isinstance(scores, UnscaledScores):
         return DPLR.of(scores.diag.flatten(1), scores.factor, scores.sign)
     return scores.hessian if isinstance(scores, DenseScores) else None
-
-
-def _matvec(hessian: DPLR | Tensor, v: Tensor) -> Tensor:
-    if isinstance(hessian, DPLR):
-        return hessian.matvec(v)
-    return (hessian @ v.unsqueeze(-1)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------ transitions
@@ -295,10 +282,11 @@ def _woodbury_law(x: Tensor, score: Tensor, hessian: DPLR, h: Tensor, curvature:
 
     def log_density(y: Tensor) -> Tensor:
         moved, value = y - x, torch.full_like(x[:, 0], torch.nan)
-        push, scale = h * score, (root.log() * x.shape[1]).expand(len(x), 1)
+        push, scale = h * score, root.expand(len(x), 1)
         for rows, kernel in parts:
-            white = (kernel.matvec(moved[rows]) - push[rows]) / root.expand(len(x), 1)[rows]
-            value[rows] = kernel.logdet() - scale[rows, 0] - white.square().sum(1) / 2
+            white = (kernel.matvec(moved[rows]) - push[rows]) / scale[rows]
+            volume = kernel.logdet() - x.shape[1] * scale[rows, 0].log()
+            value[rows] = volume - white.square().sum(1) / 2
         return value
 
     return Transition(draw, log_density)
@@ -312,8 +300,8 @@ def _cayley_kernels(hessian: DPLR, h: Tensor, curvature: str) -> list[tuple[Tens
     half = h / 2
     sign = hessian.diag.new_ones(hessian.rank) if hessian.sign is None else hessian.sign
     shape = half.sqrt().unsqueeze(-1) * hessian.factor
-    # V of `_treated_kernel` is the largest of all that is squared.
-    v = hessian.factor / _bounded(hessian.diag, half).sqrt().unsqueeze(-1)
+    size = _bounded(hessian.diag, half)
+    v = hessian.factor / size.sqrt().unsqueeze(-1)
     total = (half * hessian.diag).square() + v.square().sum(-1) + shape.square().sum(-1)
     rows = total.sum(1).isfinite().nonzero().squeeze(1)
     diag, shape, half = hessian.diag[rows], shape[rows], half[rows]
@@ -325,17 +313,18 @@ def _cayley_kernels(hessian: DPLR, h: Tensor, curvature: str) -> list[tuple[Tens
     kept, rest = negative.nonzero().squeeze(1), (~negative).nonzero().squeeze(1)
     groups = [(rows[kept], plain.rows(kept))]
     if len(rest):
-        factor = hessian.factor[rows[rest]]
-        groups.append(
-            (rows[rest], _treated_kernel(diag[rest], factor, sign, half[rest], curvature))
-        )
+        at = rows[rest]
+        kernel = _treated_kernel(diag[rest] <= 0, size[at], v[at], sign, half[rest], curvature)
+        groups.append((at, kernel))
     return groups
 
 
 def _treated_kernel(
-    diag: Tensor, factor: Tensor, sign: Tensor, half: Tensor, curvature: str
+    down: Tensor, size: Tensor, v: Tensor, sign: Tensor, half: Tensor, curvature: str
 ) -> DPLR:
     """K = I - half A, A <= 0 the Hessian s2 = diag(d) + U S U^T treated by congruence.
+
+    down is d <= 0, size the diagonal of E and v is V, of what follows.
 
     The eigenvalues of s2 are not at hand. With E = |d| (bounded away from 0), V = E^-1/2 U and
     J = diag(-sign d),
@@ -345,12 +334,10 @@ def _treated_kernel(
     of the columns of V, those of each sign of d by themselves:
         f(N) = f(J) + Q (f(Q^T N Q) - Q^T f(J) Q) Q^T.
     """
-    size, down = _bounded(diag, half), diag <= 0
-    v = factor / size.sqrt().unsqueeze(-1)
     sides = [_span(v.where(side.unsqueeze(-1), 0.0)) for side in (down, ~down)]
     q = torch.cat(sides, -1)
-    j = torch.where(down, 1.0, -1.0).to(diag)
-    fj = torch.where(down, 1.0, 1.0 if curvature == "abs" else 0.0).to(diag)
+    j = torch.where(down, 1.0, -1.0).to(size)
+    fj = torch.where(down, 1.0, 1.0 if curvature == "abs" else 0.0).to(size)
     inside = q.mT @ v
     values, vectors = torch.linalg.eigh(q.mT @ (j.unsqueeze(-1) * q) - (inside * sign) @ inside.mT)
     values = values.abs() if curvature == "abs" else values.clamp_min(0)
@@ -555,7 +542,7 @@ def _log_prob_difference(here: Point, there: Point) -> Tensor:
     before, after = _hessian(here), _hessian(there)
     if before is None or after is None:
         return difference
-    return difference - (dx * (_matvec(after, dx) - _matvec(before, dx))).sum(1) / 12
+    return difference - (dx * (multiply(after, dx) - multiply(before, dx))).sum(1) / 12
 
 
 def own(here: Point) -> Point:
