@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from . import data, plots, training
+from . import data, evaluation, plots, storage, training
 from .checks import require
 from .tweedie import posterior
 
@@ -140,7 +140,7 @@ def _app() -> Any:
         console = _console()
         _, history, figures = _fit(out, model, seed=seed, steps=steps, options=options)
         curve = plots.png(plots.training_figure(history))
-        training.write_whole(out / "training.png", curve)
+        storage.write_whole(out / "training.png", curve)
         _write_json(
             out / "metrics.json",
             {"train": figures, "history": [row._asdict() for row in history]},
@@ -165,10 +165,10 @@ def _app() -> Any:
             model, settings = training.load_checkpoint(folder)
             _check_sigma("denoise", sigma, settings)
         digits = data.load_digits(seed=settings["seed"])
-        result = training.denoise(model, digits.test[:count], sigma, seed=seed)
+        result = evaluation.denoise(model, digits.test[:count], sigma, seed=seed)
         result = result._replace(posterior=result.posterior.recalibrated(settings["recalibration"]))
         out = folder if out is None else out
-        training.write_whole(
+        storage.write_whole(
             out / "denoise.png", plots.png(plots.denoising_figure(result, rows=min(count, 8)))
         )
         values, vectors = result.posterior.principal_components(4)
@@ -182,7 +182,7 @@ def _app() -> Any:
             eigenvalues=values,
             eigenvectors=vectors,
         )
-        errors = training.denoising_errors(result)
+        errors = evaluation.denoising_errors(result)
         _console().print(
             f"sigma {sigma:g}: mean squared error {errors['mse_noisy']:.4f} -> "
             f"{errors['mse_denoised']:.4f}; wrote {out / 'denoise.png'} and {out / 'denoise.npz'}"
@@ -214,8 +214,8 @@ def _app() -> Any:
             model, settings = training.load_checkpoint(folder)
             _check_sigma("sample", sigma, settings)
         digits = data.load_digits(seed=settings["seed"])
-        starts = training.denoise(model, digits.test[:chains], sigma, seed=seed)
-        draws, row = training.run_chains(
+        starts = evaluation.denoise(model, digits.test[:chains], sigma, seed=seed)
+        draws, row = evaluation.run_chains(
             model,
             starts.noisy,
             sigma,
@@ -232,7 +232,7 @@ def _app() -> Any:
             ("the same, denoised", ends),
         ]
         out = folder if out is None else out
-        training.write_whole(out / f"sample-{method}.png", plots.png(plots.chains_figure(rows)))
+        storage.write_whole(out / f"sample-{method}.png", plots.png(plots.chains_figure(rows)))
         _write_npz(
             out / f"sample-{method}.npz",
             sigma=torch.tensor(sigma),
@@ -277,7 +277,7 @@ def _check_sigma(command: str, sigma: float, settings: dict[str, Any]) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-    training.write_whole(path, text.encode())
+    storage.write_whole(path, text.encode())
 
 
 def _plain(value: Any) -> Any:
@@ -295,7 +295,7 @@ def _write_npz(path: Path, **arrays: Tensor) -> None:
     buffer = io.BytesIO()
     plain: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
     np.savez_compressed(buffer, **plain)
-    training.write_whole(path, buffer.getvalue())
+    storage.write_whole(path, buffer.getvalue())
 
 
 @torch.no_grad()
@@ -307,7 +307,7 @@ def _fit(
     folder: Path, model: dict[str, Any], *, seed: int, steps: int, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, list[training.History], dict[str, Any]]:
     """Trains, recalibrates and leaves the checkpoint in folder; figures for metrics.json."""
-    training.check_writable(folder)
+    storage.check_writable(folder)
     digits = data.load_digits(seed=seed)
     settings = {
         "model": model,
@@ -326,7 +326,7 @@ def _fit(
         network, digits, steps=steps, seed=seed, save=save, progress=True, **options
     )
     seconds = time.perf_counter() - start
-    factor = training.recalibrate(fitted.eval(), digits.validation, seed=seed)
+    factor = evaluation.recalibrate(fitted.eval(), digits.validation, seed=seed)
     training.save_checkpoint(folder, fitted, settings, step=steps, recalibration=factor)
     figures = {
         "data": "scikit-learn digits, 8x8, dequantised",
@@ -382,15 +382,15 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = DEMO_STEPS, quick: bool =
 
     console.print("Denoising held-out digits")
     digits = data.load_digits(seed=seed)
-    results = [training.denoise(model, digits.test, sigma, seed=seed) for sigma in LEVELS]
-    calibration = [training.calibration_figures(result, factor) for result in results]
+    results = [evaluation.denoise(model, digits.test, sigma, seed=seed) for sigma in LEVELS]
+    calibration = [evaluation.calibration_figures(result, factor) for result in results]
 
     console.print("Sampling with Langevin and Ozaki steps")
-    starts = training.denoise(model, digits.test[:chains], CHAIN_SIGMA, seed=seed).noisy
+    starts = evaluation.denoise(model, digits.test[:chains], CHAIN_SIGMA, seed=seed).noisy
     sampling, pictures, spreads = [], [("starts: noisy test digits", starts)], []
     for method in DEFAULT_STEP_SIZE:
         for multiple in STEP_SIZES:
-            draws, row = training.run_chains(
+            draws, row = evaluation.run_chains(
                 model,
                 starts,
                 CHAIN_SIGMA,
@@ -419,10 +419,10 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = DEMO_STEPS, quick: bool =
         figures[f"denoise-{result.sigma:g}"] = plots.denoising_figure(scaled)
     images = {name: plots.png(figure) for name, figure in figures.items()}
     for name, image in images.items():
-        training.write_whole(out / f"{name}.png", image)
+        storage.write_whole(out / f"{name}.png", image)
     trained["total_seconds"] = time.perf_counter() - started
     metrics = {
-        "denoise": [training.denoising_errors(result) for result in results],
+        "denoise": [evaluation.denoising_errors(result) for result in results],
         "calibration": calibration,
         "sampling": sampling,
         "train": trained,
@@ -436,7 +436,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = DEMO_STEPS, quick: bool =
         example=example(out),
         quick=quick,
     )
-    training.write_whole(out / "report.html", report.encode())
+    storage.write_whole(out / "report.html", report.encode())
     _summary(console, metrics, out / "report.html")
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .training import Denoised, History
+    from .evaluation import Denoised
+    from .training import History
 
 _WIDTH = 4.6
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9622b", "#8a8a8a"

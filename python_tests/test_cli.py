@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from hos_ext import cli, training
+from hos_ext import cli, evaluation, training
 
 SMALL = ["--steps=5", "--width=16", "--head-width=8", "--depth=2", "--rank=2", "--batch-size=16"]
 
@@ -59,7 +59,7 @@ def test_denoise_writes_figure_and_arrays(run_folder, tmp_path, capsys):
     # The covariance is the recalibrated one, and it is that of the checkpoint.
     model, settings = training.load_checkpoint(run_folder)
     digits = training.data.load_digits(seed=0)
-    result = training.denoise(model, digits.test[:3], 0.5, seed=0)
+    result = evaluation.denoise(model, digits.test[:3], 0.5, seed=0)
     expected = settings["recalibration"] ** 0.5 * result.posterior.std
     np.testing.assert_allclose(arrays["std"], expected, rtol=1e-5)
     assert "mean squared error 0.2" in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_work_that_goes_wrong_is_one_line_and_exit_code_1(monkeypatch, tmp_path,
     def fail(*_, **__):
         raise kind("no\nfactor")
 
-    monkeypatch.setattr(training, "recalibrate", fail)
+    monkeypatch.setattr(evaluation, "recalibrate", fail)
     assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("hos-ext: ")

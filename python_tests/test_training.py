@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext import data, ops, training
+from hos_ext import data, evaluation, ops, storage, training
 from hos_ext.tweedie import Scores
 
 SETTINGS = {"rank": 2, "width": 16, "depth": 2, "head_width": 8, "sigma_data": 0.7, "c_min": 0.01}
@@ -273,11 +273,11 @@ def test_a_run_killed_between_renames_leaves_a_checkpoint_that_loads(saved, monk
 
 
 def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
-    training.check_writable(tmp_path / "a" / "b")
+    storage.check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="File exists"):
-        training.check_writable(tmp_path / "file")
+        storage.check_writable(tmp_path / "file")
 
 
 def test_load_checkpoint_refuses_a_missing_file(saved):
@@ -347,14 +347,14 @@ def test_checkpoints_without_safetensors_name_the_extra(tmp_path, monkeypatch):
 
 def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file"
-    training.write_whole(path, b"old")
+    storage.write_whole(path, b"old")
 
     def full(handle):
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        training.write_whole(path, b"new")
+        storage.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
 
@@ -374,12 +374,12 @@ def _gaussian(x, sigma):
 
 
 def test_denoise_adds_noise_of_the_level_and_gives_the_posterior(digits):
-    result = training.denoise(_gaussian, digits.test, 0.5, seed=0)
+    result = evaluation.denoise(_gaussian, digits.test, 0.5, seed=0)
     assert torch.equal(data.to_grey(result.clean), digits.test)
     noise = (result.noisy - result.clean) / 0.5
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(result.posterior.mean, result.noisy * 0.3 / 0.55)
-    errors = training.denoising_errors(result)
+    errors = evaluation.denoising_errors(result)
     assert errors["sigma"] == 0.5
     assert errors["mse_noisy"] == pytest.approx(0.25, rel=0.03)
     expected = (result.clean - result.noisy * 0.3 / 0.55).square().mean().item()
@@ -388,8 +388,8 @@ def test_denoise_adds_noise_of_the_level_and_gives_the_posterior(digits):
 
 def test_calibration_figures_agree_with_dense_algebra(digits):
     model = training.build_model(SETTINGS, seed=1)
-    result = training.denoise(model, digits.test[:20], 0.4, seed=0)
-    figures = training.calibration_figures(result, 1.7)
+    result = evaluation.denoise(model, digits.test[:20], 0.4, seed=0)
+    figures = evaluation.calibration_figures(result, 1.7)
     error = (result.clean - result.posterior.mean).flatten(1).double()
     dense = result.posterior.covariance.dense().double()
     eye = torch.eye(64, dtype=torch.float64)
@@ -417,7 +417,7 @@ def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits):
         """Posterior mean 0 and covariance sigma^2 diag(c) whatever x is."""
         return Scores(-x / sigma.view(-1, 1, 1), c.expand_as(x))
 
-    factor = training.recalibrate(sure_of_white, digits.validation, (0.5, 1.0), seed=2)
+    factor = evaluation.recalibrate(sure_of_white, digits.validation, (0.5, 1.0), seed=2)
     clean = data.dequantise(digits.validation, seed=2, offset=1)
     sigma = training.draw_sigma(len(clean), (0.5, 1.0), seed=2, offset=1)
     residual = clean / sigma.view(-1, 1, 1)
@@ -428,7 +428,7 @@ def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits):
 @pytest.mark.parametrize("method", ["langevin", "ozaki"])
 def test_run_chains_samples_the_noisy_density(method):
     init = 0.5 * ops.normal((64, 8, 8), seed=1)
-    draws, row = training.run_chains(
+    draws, row = evaluation.run_chains(
         _gaussian, init, 0.5, method=method, step_size=0.1, n_steps=60, burn_in=20, seed=0
     )
     assert draws.shape == (64, 60, 8, 8)
@@ -448,6 +448,6 @@ def test_run_chains_says_when_chains_diverge():
         match=r"^run_chains: step_size must keep the chains finite, got "
         r"50 with which 4 of 4 langevin chains diverged$",
     ):
-        training.run_chains(
+        evaluation.run_chains(
             _gaussian, init, 0.5, method="langevin", step_size=50, n_steps=40, burn_in=0, seed=0
         )
