@@ -34,7 +34,7 @@ $(READY): $(SOURCES) | $(BIN)/python
 demo test full asan: export OMP_WAIT_POLICY ?= passive
 
 demo: $(READY)
-	$(BIN)/hos-ext demo
+	$(BIN)/hos-ext demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

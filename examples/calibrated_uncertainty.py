@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hos_ext import (
+    MLP,
     CalibrationReport,
     Posterior,
     Scores,
@@ -39,10 +40,11 @@ class Noisy(NamedTuple):
 
 
 def train(steps: int) -> torch.nn.Module:
-    settings = training.DIGITS_MODEL | {"width": 192, "head_width": 128}
-    model = training.build_model(settings)
-    fitted, _ = training.train(model, data.load_digits(), steps=steps, batch_size=96)
-    return fitted.eval()
+    torch.manual_seed(0)
+    sizes = {"width": 192, "head_width": 128, "head_depth": 2, "c_min": 0.008}
+    digits = data.open_source("digits")
+    model = MLP(digits.shape, 16, activation="silu", sigma_data=digits.std, **sizes)
+    return training.train(model, digits, steps=steps, batch_size=96, augment="distort").model
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from hos_ext import auroc, data, outlier_score, training
+from hos_ext import MLP, auroc, data, outlier_score, training
 from hos_ext.checks import require
 
 SIGMAS = (0.2, 0.4, 0.8)
@@ -25,10 +25,11 @@ COLOURS = ("#999999", "#3b75af", "#a8283c", "#c8742c")
 
 
 def train(steps: int) -> torch.nn.Module:
-    settings = training.DIGITS_MODEL | {"width": 192, "head_width": 128}
-    model = training.build_model(settings)
-    fitted, _ = training.train(model, data.load_digits(), steps=steps, batch_size=96)
-    return fitted.eval()
+    torch.manual_seed(0)
+    sizes = {"width": 192, "head_width": 128, "head_depth": 2, "c_min": 0.008}
+    digits = data.open_source("digits")
+    model = MLP(digits.shape, 16, activation="silu", sigma_data=digits.std, **sizes)
+    return training.train(model, digits, steps=steps, batch_size=96, augment="distort").model
 
 
 def corrupted(grey: Tensor) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ from .diffusion import (
     second_order_reverse,
     tweedie_denoise,
 )
+from .distributed import sample_sharded
 from .dplr import DPLR
+from .frozen import DiffusersScore, SecondOrderHead, from_diffusers
 from .guidance import condition, condition_mean, guided
 from .hessians import MatrixFreeScores, ScoreHessian, posterior_from_score
 from .high_order import (
@@ -72,6 +74,7 @@ from .ops import (
     uniform,
 )
 from .outliers import auroc, outlier_score
+from .pretrained import load_model, save_model
 from .samplers import Chains, ChainState, sample
 from .schedules import EDM, VE, VP, CosineVP, DiscreteVP, Schedule, SubVP, from_alphas_cumprod
 from .step_size import adapt_step_size, search_step_size
@@ -99,6 +102,7 @@ __all__ = [
     "Chains",
     "CosineVP",
     "DenseScores",
+    "DiffusersScore",
     "DiscreteVP",
     "Gaussian",
     "GaussianMixture",
@@ -111,6 +115,7 @@ __all__ = [
     "ScoreHessian",
     "ScoreMatchingLoss",
     "Scores",
+    "SecondOrderHead",
     "SubVP",
     "UNet",
     "UnscaledScores",
@@ -134,12 +139,14 @@ __all__ = [
     "ess",
     "ess_rate",
     "from_alphas_cumprod",
+    "from_diffusers",
     "guided",
     "hermite",
     "hessian_from_jacobian",
     "hessian_matvec",
     "jacobian_from_hessian",
     "langevin_step",
+    "load_model",
     "log_likelihood",
     "min_ess",
     "mode_jumps",
@@ -167,6 +174,8 @@ __all__ = [
     "recalibration_factor",
     "reverse_sde",
     "sample",
+    "sample_sharded",
+    "save_model",
     "score_from_eps",
     "score_from_v",
     "score_from_x0",

@@ -1,39 +1,34 @@
-"""The command `hos-ext`: demo, train, denoise and sample, for the digits model.
+"""The command `hos-ext`: train, resume, denoise, sample, evaluate, info and demo.
 
-A command checks its arguments, calls `training` and `plots`, and writes its files whole. An error
-is one line. Exit codes: 0 done; 1 the work failed (loss not finite, disk, missing extra); 2 wrong
-arguments, found before the work starts; 130 stopped by the user.
+A command checks its arguments, calls `runs`, `results`, `evaluation` or `demo`, and writes files
+whole; it replaces what is there only with --force. An error is one line. Exit codes: 0 done; 1 the
+work failed (disk, missing extra, chains diverged); 2 wrong arguments, found before the work starts;
+3 the loss or a gradient stopped being finite; 4 out of memory; 130 or 143 stopped by SIGINT or
+SIGTERM (training leaves a checkpoint: `hos-ext resume`).
 """
 
-import io
-import json
-import math
+import inspect
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from torch import Tensor
 
-from . import data, evaluation, plots, storage, training
-from .checks import require
-from .tweedie import posterior
+from . import demo as demonstration
+from . import evaluation, results, runs, storage, training
+from .checks import check_number, one_of, require
+from .options import FOLDER, OPTIONS, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Noise levels of the report, in data units (a pixel lies in [-1, 1]).
-LEVELS = (0.2, 0.4, 0.8)
-CHAIN_SIGMA = 0.4
-# step_size / sigma^2. The precision of noisy data is at most 1 / sigma^2: Langevin is stable below
-# 2, and its variance too large by the factor 1 / (1 - h / (2 sigma^2)) where data do not vary.
-STEP_SIZES = (0.1, 1.0)
-DEFAULT_STEP_SIZE = {"langevin": 0.1, "ozaki": 1.0}
-DEMO_STEPS = 4000
+CODES = (
+    "Exit codes: 0 done; 1 the work failed; 2 wrong arguments; 3 the loss stopped being finite; "
+    "4 out of memory; 130 or 143 stopped by SIGINT or SIGTERM."
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,7 +45,7 @@ def _options() -> Iterator[None]:
     """Inside, what is refused is an option of the user, and not the work gone wrong."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise _WrongOption(str(error)) from error
 
 
@@ -58,19 +53,24 @@ def run(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
         typer = require("cli", "typer")
-    except RuntimeError as error:
-        return _fail(str(error), 1)
-    command = typer.main.get_command(_app())
-    try:
+        command = typer.main.get_command(_app())
         # Not standalone: typer would print usage errors as several lines in a box.
         code = command.main(arguments or ["--help"], prog_name="hos-ext", standalone_mode=False)
         return _fail("stopped", code) if code == 130 else code or 0
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _fail("stopped", 130)
+    except training.Stopped as error:
+        return _fail(str(error), 128 + error.signal)
     except _WrongOption as error:
         return _fail(str(error), 2)
+    except training.NotFinite as error:
+        return _fail(str(error), 3)
+    except (training.OutOfMemory, torch.OutOfMemoryError, MemoryError) as error:
+        return _fail(str(error) or "out of memory", 4)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        return _fail(str(error), 1)
+        # Abort, what typer makes of an interrupt, is a RuntimeError.
+        stopped = type(error).__name__ == "Abort"
+        return _fail("stopped", 130) if stopped else _fail(str(error), 1)
     except Exception as error:
         # Usage errors: of click, or of the copy of click that newer versions of typer hold.
         if hasattr(error, "format_message"):
@@ -83,169 +83,438 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+NOISE, CHAINS = "Noise", "Chains"  # panels of --help
+
+
+def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Puts `options.OPTIONS` before the parameters of a command, each None unless it is typed."""
+    import typer
+
+    parameters = list(inspect.signature(command).parameters.values())
+    places = []
+    for name, known in OPTIONS.items():
+        flag = "--" + name.replace("_", "-")
+        default = known.words
+        if not default and known.kind is not bool:
+            value = known.default if isinstance(known.default, list) else [known.default]
+            default = ",".join(map(str, value))
+        kind = str if known.kind is list else known.kind
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+            help=known.help + (f" Default: {default}." if default else ""),
+            rich_help_panel=known.panel,
+            show_default=False,
+        )
+        places.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    places += [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    changed: Any = command
+    changed.__signature__ = inspect.Signature(places)
+    changed.__annotations__ = {place.name: place.annotation for place in places}
+    return command
+
+
 def _app() -> Any:
     import typer
 
     app = typer.Typer(
-        help="Second-order score models of handwritten digits: train, denoise, sample.",
+        help="Train second-order score models, denoise with uncertainty, sample.\n\n"
+        "Start with: hos-ext demo (minutes), or with your own data:\n\n"
+        "  hos-ext train --data parquet:mnist/train.parquet --out runs/mnist\n\n"
+        "  hos-ext denoise runs/mnist noisy.png --raw-sigma 50\n\n"
+        "hos-ext COMMAND --help explains each.\n\n" + CODES,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
     )
-    seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of every random choice.")]
-    run_folder = Annotated[Path, typer.Argument(help="Folder that holds a checkpoint.")]
-    out_folder = Annotated[Path | None, typer.Option(help="Where to write; default: beside it.")]
-    level = Annotated[float, typer.Option(help="Noise level; pixels lie in [-1, 1].")]
+    Seed = Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of every random choice of this command.")
+    ]
+    RunFolder = Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or the model folder of a run.")
+    ]
+    Out = Annotated[
+        Path | None,
+        typer.Option(help="Folder to write to. Default: the run folder.", rich_help_panel=FOLDER),
+    ]
+    Force = Annotated[
+        bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=FOLDER)
+    ]
+    Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+    Level = Annotated[
+        float | None,
+        typer.Option(
+            help="Noise level, data units (8-bit pixels: [-1, 1]). Default: 0.4.",
+            rich_help_panel=NOISE,
+        ),
+    ]
+
+    @app.command()
+    @_takes_options
+    def train(
+        out: Annotated[
+            Path | None,
+            typer.Option(help="Default: runs/NAME, after the data.", rich_help_panel=FOLDER),
+        ] = None,
+        config: Annotated[
+            Path | None,
+            typer.Option(
+                help="Options from .yaml, .toml, .json or a run.json; what is typed here wins.",
+                rich_help_panel=FOLDER,
+            ),
+        ] = None,
+        go_on: Annotated[
+            bool,
+            typer.Option(
+                "--continue",
+                help="Go on where the run in --out stopped, if there is one with these options.",
+                rich_help_panel=FOLDER,
+            ),
+        ] = False,
+        force: Force = False,
+        **typed: Any,
+    ) -> None:
+        """Train a second-order score model: score, and covariance of what noise hid.
+
+        Examples:
+
+          hos-ext train --data parquet:mnist/train.parquet --out runs/mnist
+
+          hos-ext train --data folder:photos --model unet --diagonal --sigma 0.1,1
+
+          torchrun --nproc-per-node 2 -m hos_ext.cli train --data npy:signals.npy
+
+        Writes run.json (every option), checkpoints, TensorBoard logs, training.png, metrics.json
+        and model/. Stopped or killed, it goes on by hos-ext resume RUN.
+        """
+        with _options():
+            given = {} if config is None else read_config(config)
+            given |= {name: value for name, value in typed.items() if value is not None}
+            folder = out or Path(given.get("out") or _default_out(given))
+            # torchrun starts a killed rank again with the same command line.
+            again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            job = runs.prepare(given, folder, force=force and not again, resume=go_on or again)
+        _train(job)
+
+    @app.command()
+    def resume(
+        folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+        steps: Annotated[
+            int | None,
+            typer.Option(
+                help="More than before: only where the run has --decay constant. A cosine brings "
+                "the learning rate to zero at the last step."
+            ),
+        ] = None,
+    ) -> None:
+        """Go on with a run that was stopped or killed, from its last whole checkpoint.
+
+        Example:
+
+          hos-ext resume runs/mnist
+
+        On one CPU process it ends with the weights that an uninterrupted run would have. A
+        checkpoint that is damaged is passed over, and said so.
+        """
+        with _options():
+            facts = runs.read_run(folder)
+            planned = facts["options"]["steps"]
+            more = steps is not None and steps > planned and facts["options"]["decay"] == "constant"
+            if steps is not None and steps != planned and not more:
+                raise ValueError(
+                    f"resume: --steps must be {planned}, as before, unless the run has --decay "
+                    f"constant and gets more of them (for another run: hos-ext train --config "
+                    f"{folder / 'run.json'} --steps {steps} --out NEW), got {steps}"
+                )
+            if runs.finished(folder) and not more:
+                _console().print(f"{folder} is finished: {planned} steps. Nothing to do.")
+                return
+            given = facts["options"] | ({"steps": steps} if more else {})
+            job = runs.prepare(given, folder, resume=True)
+        _train(job)
+
+    @app.command()
+    def denoise(
+        folder: RunFolder,
+        files: Annotated[
+            list[Path] | None,
+            typer.Argument(
+                help="Noisy images (.png, .jpg, .tiff) or arrays (.npy, .npz), in the units of the "
+                "data set. Without: held-out samples, with noise added."
+            ),
+        ] = None,
+        sigma: Level = None,
+        raw_sigma: Annotated[
+            float | None,
+            typer.Option(
+                help="Noise level in the units of the data set (8-bit pixels: 0 to 255) instead.",
+                rich_help_panel=NOISE,
+            ),
+        ] = None,
+        count: Annotated[
+            int, typer.Option(min=1, help="Held-out samples, without FILES.", rich_help_panel=NOISE)
+        ] = 4,
+        seed: Seed = 0,
+        device: Device = "auto",
+        out: Out = None,
+        force: Force = False,
+    ) -> None:
+        """Denoise images or arrays: mean, standard deviation, principal components, report.
+
+        Examples:
+
+          hos-ext denoise runs/mnist --sigma 0.5
+
+          hos-ext denoise runs/mnist scan1.png scan2.png --raw-sigma 40 --out denoised
+
+        Writes denoise.npz, denoise.png, denoise.md and, for images, denoise-mean.tiff,
+        denoise-std.tiff and denoise-components.tiff.
+        """
+        with _options():
+            model, facts = runs.load_run(folder, device=device)
+            scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
+            level = _level("denoise", facts, sigma, raw_sigma, scaling.scale)
+            place = out or folder
+            results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
+            samples = results.read_files(files, shape, scaling) if files else None
+            source = None if files else runs.open_data(facts)
+            if source is not None and count > len(source.test):
+                raise ValueError(
+                    f"denoise: --count must be at most {len(source.test)}, the held-out samples, "
+                    f"got {count}"
+                )
+            storage.check_writable(place)
+        factor = facts["recalibration"]
+        if source is None:
+            assert samples is not None
+            names = samples.names
+            result = evaluation.denoise(model, samples.x, level, recalibration=factor)
+        else:
+            names = [f"held-out {i}" for i in range(count)]
+            result = evaluation.denoise_held_out(
+                model, source, level, count=count, seed=seed, recalibration=factor
+            )
+        made = results.denoised(result, names, scaling, factor)
+        _write(place, made)
+        what = f"sigma {level:g}: {len(names)} samples"
+        if result.clean is not None:
+            errors = evaluation.denoising_errors(result)
+            what = (
+                f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4f} -> "
+                f"{errors['mse_denoised']:.4f}"
+            )
+        _console().print(f"{what}; wrote {', '.join(made)} to {place}")
+
+    @app.command()
+    def sample(
+        folder: RunFolder,
+        method: Annotated[
+            str, typer.Option(help=", ".join(results.METHODS) + ".", rich_help_panel=CHAINS)
+        ] = "ozaki",
+        sigma: Level = None,
+        step_size: Annotated[
+            float | None,
+            typer.Option(
+                help="h, in squared data units. Default: sigma^2, or 0.1 sigma^2 for langevin and "
+                "adjusted methods.",
+                rich_help_panel=CHAINS,
+            ),
+        ] = None,
+        chains: Annotated[int, typer.Option(min=1, help="Chains.", rich_help_panel=CHAINS)] = 16,
+        steps: Annotated[
+            int, typer.Option(min=4, help="Steps after burn-in.", rich_help_panel=CHAINS)
+        ] = 1000,
+        burn_in: Annotated[
+            int, typer.Option(min=0, help="Steps thrown away.", rich_help_panel=CHAINS)
+        ] = 200,
+        thin: Annotated[
+            int, typer.Option(min=1, help="Keep every so many steps.", rich_help_panel=CHAINS)
+        ] = 1,
+        netcdf: Annotated[
+            bool,
+            typer.Option("--netcdf", help="Also ArviZ data, .nc.", rich_help_panel=FOLDER),
+        ] = False,
+        seed: Seed = 0,
+        device: Device = "auto",
+        out: Out = None,
+        force: Force = False,
+    ) -> None:
+        """Draw chains of noisy data, from held-out samples; also on several processes.
+
+        Examples:
+
+          hos-ext sample runs/mnist --sigma 0.4 --method ozaki
+
+          torchrun --nproc-per-node 2 -m hos_ext.cli sample runs/mnist --chains 64 --netcdf
+
+        Writes sample-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
+        of a chain does not depend on the number of processes.
+        """
+        with _options():
+            one_of("sample", "--method", method, results.METHODS)
+            if step_size is not None:
+                check_number("sample", "--step-size", step_size)
+            model, facts = runs.load_run(folder, device=device)
+            level = _level("sample", facts, sigma, None, 1.0)
+            place, main = out or folder, training.is_main()
+            for module in ("h5netcdf", "h5py") if netcdf else ():
+                require("sample --netcdf", module)
+            if main:
+                names = results.sample_files(method, netcdf=netcdf)
+                results.refuse_existing("sample", place, names, force=force)
+                storage.check_writable(place)
+            source = runs.open_data(facts)
+            if chains > len(source.test):
+                raise ValueError(
+                    f"sample: --chains must be at most {len(source.test)}, the held-out samples, "
+                    f"got {chains}"
+                )
+        starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).noisy
+        size = results.METHODS[method] * level**2 if step_size is None else step_size
+        with results.ranks():
+            found, ess = results.run_chains(
+                model,
+                starts,
+                level,
+                method=method,
+                step_size=size,
+                n_steps=steps,
+                burn_in=burn_in,
+                thin=thin,
+                seed=seed,
+            )
+        if not main:
+            return
+        made = results.sampled(
+            model,
+            found,
+            starts,
+            level,
+            method=method,
+            step_size=size,
+            scaling=source.scaling,
+            netcdf=netcdf,
+        )
+        _write(place, made)
+        each = 1e6 * found.stats["seconds"] / (burn_in + steps)
+        _console().print(
+            f"{method}, step size {size:g}: smallest effective sample size {ess:.1f} of "
+            f"{found.draws.shape[0]} x {found.draws.shape[1]} draws, {each:.0f} us a step; "
+            f"wrote {', '.join(made)} to {place}"
+        )
+
+    @app.command()
+    def evaluate(
+        folder: RunFolder,
+        sigma: Annotated[
+            str | None,
+            typer.Option(
+                help="Levels such as 0.2,0.4,0.8, data units. Default: three of those trained.",
+                rich_help_panel=NOISE,
+            ),
+        ] = None,
+        limit: Annotated[
+            int | None, typer.Option(min=1, help="Held-out samples. Default: all.")
+        ] = None,
+        seed: Seed = 0,
+        device: Device = "auto",
+        out: Out = None,
+        force: Force = False,
+    ) -> None:
+        """Check on held-out samples whether the uncertainty is calibrated; print and write it.
+
+        Examples:
+
+          hos-ext evaluate runs/mnist
+
+          hos-ext evaluate runs/mnist --sigma 0.3 --limit 200
+
+        A figure of 1 is calibrated; above, errors are larger than the covariance says. Writes
+        evaluate.json; for density: data also the errors of both scores against the exact ones.
+        """
+        with _options():
+            model, facts = runs.load_run(folder, device=device)
+            low, high = facts["options"]["sigma"]
+            wanted = [round(low * (high / low) ** t, 3) for t in (0.25, 0.5, 0.75)]
+            if sigma is not None:
+                try:
+                    wanted = [float(word) for word in sigma.split(",")]
+                except ValueError:
+                    raise ValueError(
+                        f"evaluate: --sigma must be numbers with commas, got {sigma}"
+                    ) from None
+            wanted = [
+                _level("evaluate", facts, level, None, 1.0) for level in dict.fromkeys(wanted)
+            ]
+            place = out or folder
+            results.refuse_existing("evaluate", place, ["evaluate.json"], force=force)
+            storage.check_writable(place)
+            source = runs.open_data(facts)
+        factor = facts["recalibration"]
+        report = evaluation.evaluate(
+            model, source, wanted, recalibration=factor, seed=seed, limit=limit
+        )
+        runs.write_json(place / "evaluate.json", report)
+        console = _console()
+        console.print(_evaluation_table(report))
+        for row in report["accuracy"] or []:
+            console.print(
+                f"sigma {row['sigma']:g}: relative squared error of s1 {row['s1_relative']:.3g}, "
+                f"of the diagonal of s2 {row['s2_diag_relative']:.3g}"
+            )
+        console.print(f"wrote {place / 'evaluate.json'}")
+
+    @app.command()
+    def info(
+        folder: RunFolder,
+        as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    ) -> None:
+        """Say what a run is: data, model, options, checkpoints (whole or damaged), figures.
+
+        Example:
+
+          hos-ext info runs/mnist
+
+        A run that was killed is told from one that is finished, a damaged checkpoint from a whole.
+        """
+        with _options():
+            content = runs.info(folder)
+        if as_json:
+            print(runs.json_text(content), end="")
+        else:
+            print("\n".join(_lines(content)))
 
     @app.command()
     def demo(
         out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo"),
-        seed: seed = 0,
-        steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEMO_STEPS,
+        seed: Seed = 0,
+        steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = OPTIONS[
+            "steps"
+        ].default,
         quick: Annotated[
             bool, typer.Option("--quick", help="A few steps only, to see that it runs.")
         ] = False,
+        force: Force = False,
     ) -> None:
-        """Train on real digits, denoise with uncertainty, check it, sample; write a report."""
-        run_demo(out, seed=seed, steps=steps, quick=quick)
+        """Train on real digits, denoise with uncertainty, check it, sample; write a report.
 
-    @app.command()
-    def train(
-        out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/digits"),
-        seed: seed = 0,
-        steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEMO_STEPS,
-        rank: Annotated[int, typer.Option(min=0, help="Columns of the low-rank part.")] = 16,
-        width: Annotated[int, typer.Option(min=1, help="Hidden width of the score network.")] = 384,
-        depth: Annotated[int, typer.Option(min=1, help="Its hidden layers.")] = 3,
-        head_width: Annotated[int, typer.Option(min=1, help="Hidden width for s2.")] = 256,
-        batch_size: Annotated[int, typer.Option(min=1, help="Digits in a step.")] = 128,
-        learning_rate: Annotated[float, typer.Option(help="After warm-up.")] = 4e-3,
-        weight_decay: Annotated[float, typer.Option(help="Of the weights.")] = 0.1,
-        save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    ) -> None:
-        """Train a model; write a run folder with checkpoint, metrics and training curve."""
-        model = training.DIGITS_MODEL | {
-            "rank": rank,
-            "width": width,
-            "depth": depth,
-            "head_width": head_width,
-        }
-        options = {
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "save_every": save_every,
-        }
-        with _options():
-            training.check_options(options)
-        console = _console()
-        _, history, figures = _fit(out, model, seed=seed, steps=steps, options=options)
-        curve = plots.png(plots.training_figure(history))
-        storage.write_whole(out / "training.png", curve)
-        _write_json(
-            out / "metrics.json",
-            {"train": figures, "history": [row._asdict() for row in history]},
-        )
-        factor = figures["recalibration"]
-        console.print(
-            f"{figures['steps']} steps in {figures['seconds']:.0f} s, validation error "
-            f"{figures['validation_error']:.3f} sigma^2, recalibration factor {factor:.3f}"
-        )
-        console.print(f"next: {_program()} denoise {out}")
+        Examples:
 
-    @app.command()
-    def denoise(
-        folder: run_folder,
-        sigma: level = CHAIN_SIGMA,
-        count: Annotated[int, typer.Option(min=1, max=360, help="Held-out digits.")] = 4,
-        seed: seed = 0,
-        out: out_folder = None,
-    ) -> None:
-        """Denoise held-out digits: figure, and npz with mean, std and eigenvectors."""
-        with _options():
-            model, settings = training.load_checkpoint(folder)
-            _check_sigma("denoise", sigma, settings)
-        digits = data.load_digits(seed=settings["seed"])
-        result = evaluation.denoise(model, digits.test[:count], sigma, seed=seed)
-        result = result._replace(posterior=result.posterior.recalibrated(settings["recalibration"]))
-        out = folder if out is None else out
-        storage.write_whole(
-            out / "denoise.png", plots.png(plots.denoising_figure(result, rows=min(count, 8)))
-        )
-        values, vectors = result.posterior.principal_components(4)
-        _write_npz(
-            out / "denoise.npz",
-            sigma=torch.tensor(sigma),
-            clean=result.clean,
-            noisy=result.noisy,
-            mean=result.posterior.mean,
-            std=result.posterior.std,
-            eigenvalues=values,
-            eigenvectors=vectors,
-        )
-        errors = evaluation.denoising_errors(result)
-        _console().print(
-            f"sigma {sigma:g}: mean squared error {errors['mse_noisy']:.4f} -> "
-            f"{errors['mse_denoised']:.4f}; wrote {out / 'denoise.png'} and {out / 'denoise.npz'}"
-        )
+          hos-ext demo
 
-    @app.command()
-    def sample(
-        folder: run_folder,
-        method: Annotated[str, typer.Option(help="langevin or ozaki.")] = "ozaki",
-        sigma: level = CHAIN_SIGMA,
-        step_size: Annotated[
-            float | None, typer.Option(help="h; default: a multiple of sigma^2.")
-        ] = None,
-        chains: Annotated[int, typer.Option(min=1, max=360, help="Chains.")] = 16,
-        steps: Annotated[int, typer.Option(min=4, help="Steps after burn-in.")] = 1000,
-        burn_in: Annotated[int, typer.Option(min=0, help="Steps thrown away.")] = 200,
-        seed: seed = 0,
-        out: out_folder = None,
-    ) -> None:
-        """Draw chains from noisy held-out digits: figure, npz and effective sample size."""
+          hos-ext demo --quick --out demo-quick
+
+        Writes report.html, its figures and metrics.json, and the run itself to OUT/run.
+        """
         with _options():
-            if method not in DEFAULT_STEP_SIZE:
-                known = ", ".join(DEFAULT_STEP_SIZE)
-                raise ValueError(f"sample: --method must be one of {known}, got {method}")
-            if step_size is not None and not 0 < step_size < math.inf:
-                raise ValueError(
-                    f"sample: --step-size must be positive and finite, got {step_size:g}"
-                )
-            model, settings = training.load_checkpoint(folder)
-            _check_sigma("sample", sigma, settings)
-        digits = data.load_digits(seed=settings["seed"])
-        starts = evaluation.denoise(model, digits.test[:chains], sigma, seed=seed)
-        draws, row = evaluation.run_chains(
-            model,
-            starts.noisy,
-            sigma,
-            method=method,
-            step_size=DEFAULT_STEP_SIZE[method] * sigma**2 if step_size is None else step_size,
-            n_steps=steps,
-            burn_in=burn_in,
-            seed=seed,
-        )
-        ends = _denoised(model, draws[:, -1], sigma)
-        rows = [
-            ("starts: noisy held-out digits", starts.noisy),
-            (f"{method}, the state after {steps} steps", draws[:, -1]),
-            ("the same, denoised", ends),
-        ]
-        out = folder if out is None else out
-        storage.write_whole(out / f"sample-{method}.png", plots.png(plots.chains_figure(rows)))
-        _write_npz(
-            out / f"sample-{method}.npz",
-            sigma=torch.tensor(sigma),
-            step_size=torch.tensor(row["step_size"]),
-            starts=starts.noisy,
-            draws=draws,
-            denoised=ends,
-        )
-        _console().print(
-            f"{method}, step size {row['step_size']:g}: smallest effective sample size "
-            f"{row['min_ess']:.1f} of {draws.shape[0]} x {draws.shape[1]} draws, "
-            f"{row['us_per_step']:.0f} us a step; wrote {out / f'sample-{method}.png'} and .npz"
-        )
+            job = demonstration.prepare(out, seed=seed, steps=steps, quick=quick, force=force)
+        demonstration.run_demo(job, out, program=_program(), quick=quick)
 
     return app
 
@@ -267,222 +536,76 @@ def _program() -> str:
     return here if local else "hos-ext"
 
 
-def _check_sigma(command: str, sigma: float, settings: dict[str, Any]) -> None:
-    low, high = settings["sigma_range"]
-    if not low <= sigma <= high:
-        raise ValueError(
-            f"{command}: --sigma must be in the range trained, {low:g} to {high:g}, got {sigma:g}"
-        )
+def _default_out(given: Mapping[str, Any]) -> str:
+    """runs/ and a name after the data: runs/mnist for parquet:.../mnist/train.parquet."""
+    path = Path(str(given.get("data", OPTIONS["data"].default)).partition(":")[2] or "digits")
+    stem = path.stem if path.stem not in ("train", "data") else path.absolute().parent.name
+    return "runs/" + "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-    storage.write_whole(path, text.encode())
-
-
-def _plain(value: Any) -> Any:
-    """None for every number that JSON lacks: NaN, such as the ESS of a pixel that never moved."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_npz(path: Path, **arrays: Tensor) -> None:
-    import numpy as np
-
-    buffer = io.BytesIO()
-    plain: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
-    np.savez_compressed(buffer, **plain)
-    storage.write_whole(path, buffer.getvalue())
-
-
-@torch.no_grad()
-def _denoised(model: training.Model, noisy: Tensor, sigma: float) -> Tensor:
-    return posterior(noisy, model(noisy, sigma), sigma).mean
-
-
-def _fit(
-    folder: Path, model: dict[str, Any], *, seed: int, steps: int, options: dict[str, Any]
-) -> tuple[torch.nn.Module, list[training.History], dict[str, Any]]:
-    """Trains, recalibrates and leaves the checkpoint in folder; figures for metrics.json."""
-    storage.check_writable(folder)
-    digits = data.load_digits(seed=seed)
-    settings = {
-        "model": model,
-        "seed": seed,
-        "sigma_range": list(training.SIGMA_RANGE),
-        "train": {"steps": steps} | options,
-        "pixels": "x = 2 (grey + u) / 17 - 1, u uniform on [0, 1); grey = floor(17 (x + 1) / 2)",
-    }
-    network = training.build_model(model, seed=seed)
-
-    def save(current: torch.nn.Module, step: int) -> str:
-        return training.save_checkpoint(folder, current, settings, step=step)
-
-    start = time.perf_counter()
-    fitted, history = training.train(
-        network, digits, steps=steps, seed=seed, save=save, progress=True, **options
-    )
-    seconds = time.perf_counter() - start
-    factor = evaluation.recalibrate(fitted.eval(), digits.validation, seed=seed)
-    training.save_checkpoint(folder, fitted, settings, step=steps, recalibration=factor)
-    figures = {
-        "data": "scikit-learn digits, 8x8, dequantised",
-        "n_train": len(digits.train),
-        "n_validation": len(digits.validation),
-        "n_test": len(digits.test),
-        "seed": seed,
-        "steps": steps,
-        "batch_size": options.get("batch_size", 128),
-        "rank": model["rank"],
-        "parameters": sum(p.numel() for p in fitted.parameters()),
-        "sigma_range": list(training.SIGMA_RANGE),
-        "loss": history[-1].loss,
-        "validation_loss": history[-1].validation,
-        "validation_error": history[-1].validation_first / 64,
-        "recalibration": factor,
-        "seconds": seconds,
-        "steps_per_second": steps / seconds,
-        "threads": torch.get_num_threads(),
-    }
-    return fitted, history, figures
-
-
-# ---------------------------------------------------------------------------------------- the demo
-
-
-def run_demo(out: Path, *, seed: int = 0, steps: int = DEMO_STEPS, quick: bool = False) -> None:
-    """Trains, checks and samples on digits; writes report.html, metrics.json, figures, checkpoint.
-
-    Args:
-        out: folder, made if need be.
-        seed: of every random choice. Same seed, same numbers, timings apart.
-        steps: of training.
-        quick: few steps of everything, to see that it runs; the figures then mean nothing.
-
-    Raises:
-        RuntimeError: the loss stopped being finite, or an extra is missing.
-    """
+def _train(job: runs.Run) -> None:
     console = _console()
-    started = time.perf_counter()
-    settings = dict(training.DIGITS_MODEL)
-    options: dict[str, Any] = {}
-    chains, chain_steps, burn_in = 32, 1000, 200
-    if quick:
-        settings |= {"width": 64, "head_width": 64, "depth": 2}
-        options = {"batch_size": 32}
-        steps, chains, chain_steps, burn_in = min(steps, 40), 8, 20, 2
-    console.print(f"Training a rank-{settings['rank']} second-order model on 8x8 digits")
-    model, history, trained = _fit(
-        out / "checkpoint", settings, seed=seed, steps=steps, options=options
+    figures = runs.fit(job, progress=True)
+    if not figures:
+        return
+    console.print(
+        f"{figures['steps']} steps in {figures['seconds']:.0f} s, validation error "
+        f"{figures['validation_error']:.3f} sigma^2, recalibration factor "
+        f"{figures['recalibration']:.3f}"
     )
-    factor = trained["recalibration"]
+    console.print(f"next: {_program()} denoise {job.out}")
 
-    console.print("Denoising held-out digits")
-    digits = data.load_digits(seed=seed)
-    results = [evaluation.denoise(model, digits.test, sigma, seed=seed) for sigma in LEVELS]
-    calibration = [evaluation.calibration_figures(result, factor) for result in results]
 
-    console.print("Sampling with Langevin and Ozaki steps")
-    starts = evaluation.denoise(model, digits.test[:chains], CHAIN_SIGMA, seed=seed).noisy
-    sampling, pictures, spreads = [], [("starts: noisy test digits", starts)], []
-    for method in DEFAULT_STEP_SIZE:
-        for multiple in STEP_SIZES:
-            draws, row = evaluation.run_chains(
-                model,
-                starts,
-                CHAIN_SIGMA,
-                method=method,
-                step_size=round(multiple * CHAIN_SIGMA**2, 6),
-                n_steps=chain_steps,
-                burn_in=burn_in,
-                seed=seed,
-            )
-            sampling.append(row)
-            label = f"{method}, h = {row['step_size']:g}"
-            ends = _denoised(model, draws[:, -1], CHAIN_SIGMA)
-            pictures.append((f"{label}: ends, denoised", ends))
-            spreads.append((method, row["step_size"], draws.flatten(0, 1).std(0)))
-    clean = data.dequantise(torch.cat(digits), seed=seed)
-    exact = (clean.var(0) + CHAIN_SIGMA**2).sqrt()
+def _level(
+    command: str, facts: Mapping[str, Any], sigma: float | None, raw: float | None, scale: float
+) -> float:
+    """The noise level in data units, within the range trained."""
+    if raw is not None:
+        if sigma is not None:
+            raise ValueError(f"{command}: --raw-sigma must come without --sigma, got both")
+        sigma = raw / scale
+    low, high = facts["options"]["sigma"]
+    level = min(max(0.4, low), high) if sigma is None else sigma
+    if not low <= level <= high:
+        raise ValueError(
+            f"{command}: --sigma must be in the range trained, {low:g} to {high:g}, got {level:g}"
+        )
+    return level
 
-    figures = {
-        "training": plots.training_figure(history),
-        "calibration": plots.calibration_figure(calibration, results, recalibration=factor),
-        "chains": plots.chains_figure(pictures),
-        "spread": plots.spread_figure(spreads, exact),
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        storage.write_whole(folder / name, content)
+
+
+def _evaluation_table(report: Mapping[str, Any]) -> Any:
+    table = require("cli", "rich.table").Table(title=f"{report['n']} held-out samples")
+    columns = {
+        "sigma": "sigma",
+        "error noisy": "mse_noisy",
+        "denoised": "mse_denoised",
+        "Mahalanobis": "mahalanobis",
+        "predictive": "predictive",
+        "recalibrated": "predictive_recalibrated",
     }
-    for result in results:
-        scaled = result._replace(posterior=result.posterior.recalibrated(factor))
-        figures[f"denoise-{result.sigma:g}"] = plots.denoising_figure(scaled)
-    images = {name: plots.png(figure) for name, figure in figures.items()}
-    for name, image in images.items():
-        storage.write_whole(out / f"{name}.png", image)
-    trained["total_seconds"] = time.perf_counter() - started
-    metrics = {
-        "denoise": [evaluation.denoising_errors(result) for result in results],
-        "calibration": calibration,
-        "sampling": sampling,
-        "train": trained,
-    }
-    _write_json(out / "metrics.json", metrics)
-    report = plots.report(
-        metrics,
-        images,
-        chains=f"{chains} chains of {chain_steps} steps at sigma {CHAIN_SIGMA:g}",
-        commands=next_commands(out),
-        example=example(out),
-        quick=quick,
-    )
-    storage.write_whole(out / "report.html", report.encode())
-    _summary(console, metrics, out / "report.html")
-
-
-def _summary(console: "Console", metrics: dict[str, Any], report: Path) -> None:
-    """The numbers on the terminal."""
-    from rich.table import Table
-
-    table = Table(title="Test digits")
-    for name in ("sigma", "error noisy", "denoised", "predictive", "recalibrated"):
+    for name in columns:
         table.add_column(name, justify="right")
-    for errors, row in zip(metrics["denoise"], metrics["calibration"], strict=True):
-        table.add_row(
-            f"{row['sigma']:g}",
-            f"{errors['mse_noisy']:.4f}",
-            f"{errors['mse_denoised']:.4f}",
-            f"{row['predictive']:.3f}",
-            f"{row['predictive_recalibrated']:.3f}",
-        )
-    console.print(table)
-    for row in metrics["sampling"]:
-        console.print(
-            f"{row['method']:8} h = {row['step_size']:.3f}: smallest ESS {row['min_ess']:.0f}, "
-            f"{row['us_per_step']:.0f} us a step"
-        )
-    console.print(f"[bold]Open {report}[/bold] ({metrics['train']['total_seconds']:.0f} s in all)")
+    for row in report["levels"]:
+        shown = (row[key] for key in columns.values())
+        table.add_row(*("-" if value is None else f"{value:.4g}" for value in shown))
+    return table
 
 
-def next_commands(out: Path) -> str:
-    """The commands that the report of `out` ends with."""
-    program, checkpoint = _program(), (out / "checkpoint").as_posix()
-    return f"""{program} denoise {checkpoint} --sigma 0.6
-{program} sample {checkpoint} --method ozaki --step-size 0.3
-{program} train --out runs/rank4 --rank 4
-{program} denoise runs/rank4"""
+def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested facts as indented lines."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield f"{indent}{key}:"
+            yield from _lines(item, indent + "  ")
+        elif item is not None:
+            text = ", ".join(map(str, item)) if isinstance(item, list) else item
+            yield f"{indent}{key}: {text}"
 
 
-def example(out: Path) -> str:
-    """The Python example that the report of `out` ends with."""
-    return f"""import torch
-from hos_ext import data, posterior, training
-
-model, settings = training.load_checkpoint("{(out / "checkpoint").as_posix()}")
-digits = data.load_digits(seed=settings["seed"])
-x = data.dequantise(digits.test[:8], seed=1)
-noisy = x + 0.4 * torch.randn_like(x)
-with torch.no_grad():
-    result = posterior(noisy, model(noisy, 0.4), 0.4)
-values, vectors = result.principal_components(4)
-print(result.mean.shape, result.std.mean(), values[0])"""
+if __name__ == "__main__":
+    main()

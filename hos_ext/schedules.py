@@ -22,6 +22,8 @@ from torch import Tensor
 from . import ops
 from .checks import check_count, check_int, check_tensor, per_sample
 
+_STREAM_SIGMA = 33  # of `draw_sigma`; those of `ops` are below 16
+
 _Time = TypeVar("_Time", bound=float | Tensor)
 
 
@@ -459,6 +461,20 @@ class DiscreteVP(_Preserving):
 
     def _quantile(self, u: Tensor) -> Tensor:
         return (u * len(self.alphas_cumprod)).floor()
+
+
+def draw_sigma(
+    n: int, sigma_range: tuple[float, float], *, seed: int, offset: int = 0, first: int = 0
+) -> Tensor:
+    """Noise levels, log-uniform over sigma_range = (low, high). Shape (n,), float32, on the CPU.
+
+    A function of (seed, offset, first + row), as the noise of `ops.normal` is.
+    """
+    low, high = map(math.log, sigma_range)
+    u = ops.uniform(
+        (n,), seed=seed, offset=offset, first=first, stream=_STREAM_SIGMA, dtype=torch.float64
+    )
+    return (low + (high - low) * u).exp().float()
 
 
 def from_alphas_cumprod(

@@ -1,24 +1,88 @@
-"""Files written whole or not at all: a temporary file beside it, synced, then one rename."""
+"""Files and folders written whole or not at all, and a manifest by which a folder is known whole.
+
+What is written goes to a temporary name beside its place, is synced to the disk, and takes its
+place by one rename: a process killed at any moment leaves the old, the new, or a temporary name.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+MANIFEST = "manifest.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: a temporary file beside it, then one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes a folder of files whole or not at all, with the sizes and hashes of all.
+
+    Args:
+        path: the folder; must not exist yet.
+        writers: for each file name the function that writes it, called with the path to write.
+
+    Raises:
+        FileExistsError: path exists.
+        OSError: the disk is full, or what else a writer raises; nothing is left at path.
+    """
+    if path.exists():
+        raise FileExistsError(f"write_folder: path must not exist, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        manifest = {}
+        for name, write in writers.items():
+            write(temporary / name)
+            _sync(temporary / name)
+            manifest[name] = _mark(temporary / name)
+        write_whole(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` wrote, in words; None if it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name, mark in manifest.items():
+            if _mark(path / name) != mark:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in a folder under temporary names."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path | str) -> None:
@@ -26,3 +90,24 @@ def check_writable(folder: Path | str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"1")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _mark(path: Path) -> dict[str, int | str]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """To the disk: the content of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

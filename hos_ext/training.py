@@ -1,58 +1,79 @@
-"""Training a second-order score model on digits, its checkpoints, and how good it came out.
+"""The training engine: a fixed number of steps on any source and model, on one process or many.
 
-`train` is the loop: a fixed number of steps of `OBJECTIVE` in one CPU process, EMA weights
-returned. Every random choice is a function of (seed, step, row), so that a run repeats.
-Engines: accelerate, safetensors and rich (extra `app`), `torch.optim.swa_utils`.
+Everything random is a function of (seed, step, global row): batches, augmentation, dequantisation,
+noise levels, noise. A step does not depend on what ran before it but through the weights, so a run
+resumed from a checkpoint repeats the one that was not stopped bit for bit (CPU, same threads), and
+ranks and micro-batches draw what one batch would. Engines: accelerate (devices, processes, bf16,
+trackers), `torch.optim.swa_utils` (EMA), safetensors and rich; extra `app`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import swa_utils
 
-from . import data, ops
-from .checks import require
+from . import data, storage
+from .checks import check_count, check_int, check_number, one_of, refuse_dropout, require
 from .losses import score_matching_loss
-from .models import MLP
-from .storage import write_whole
+from .schedules import draw_sigma
 from .tweedie import Scores
 
 Model = Callable[[Tensor, Tensor | float], Scores]
+# Scalars and images (uint8 arrays (n, H, W, 3)) of a model, for a tracker.
+Report = Callable[[nn.Module, int], tuple[dict[str, float], dict[str, Any]]]
 
-_FORMAT = "hos_ext digits model 1"
-# Streams of `ops`, beside those of `data`.
-_STREAM_ORDER, _STREAM_SIGMA = 32, 33
-
-# The model of the demonstration, chosen on the validation digits.
-DIGITS_MODEL: dict[str, Any] = {
-    "rank": 16,
-    "width": 384,
-    "depth": 3,
-    "head_width": 256,
-    "head_depth": 2,
-    "sigma_data": 0.7,
-    "c_min": 0.008,
-}
-SIGMA_RANGE = (0.1, 1.2)
 # The joint loss of `score_matching_loss`, its second-order term centred at the learned mean. By
 # Eq. 33 the digits reach the same predictive calibration, but a first eigenvector along s1 keeps
 # 5 to 10 times the variance there is: at these noise levels the target z z^T is as large as |z|^2
 # along s1 where kappa is below 1.
 OBJECTIVE: dict[str, Any] = {"variance_reduction": False, "centred": True}
 
+# Below these noise levels, in units of the data's standard deviation, the rounding of the second
+# difference outweighs what variance reduction gains: gradient variance over float32 x2.5 at 0.03
+# and x115 at 0.01 for bf16, x2.8 at 0.01 for TF32 (docs/mathematics.md, precision).
+_LEAST_SIGMA = {"bf16": 0.05, "TF32": 0.02}
+# Rows of the validation part that the curve is drawn from.
+_VALIDATION_ROWS = 192
+# What a step computes depends on these: a run goes on with the same ones or not at all.
+_DECIDING = (
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "decay",
+    "weight_decay",
+    "warm_up",
+    "max_grad_norm",
+    "ema_decay",
+    "sigma_range",
+    "objective",
+    "augment",
+    "seed",
+    "mixed_precision",
+)
+_OPTIONS = {*_DECIDING, "accumulate", "device", "save_every", "keep", "log_every"}
+
 
 class History(NamedTuple):
-    """Means over the steps up to `step`; the EMA weights there on the validation digits."""
+    """Means over the steps up to `step`; the EMA weights there on the validation part.
+
+    gradient_norm is the mean norm before clipping; gradient_variance the trace of the covariance of
+    the gradient of one step, from two halves of one batch (None where a process has one row).
+    """
 
     step: int
     loss: float
@@ -61,40 +82,33 @@ class History(NamedTuple):
     learning_rate: float
     validation: float
     validation_first: float
+    gradient_norm: float
+    gradient_variance: float | None
 
 
-def build_model(settings: dict[str, Any], *, seed: int = 0) -> MLP:
-    """The MLP of the digits: separate networks for score, c and factor; settings as DIGITS_MODEL.
+class Trained(NamedTuple):
+    """The EMA model in eval mode, the curve, the steps done, and the step that was resumed from."""
 
-    Separate, because a rare large residual makes a large second-order gradient, and in a shared
-    trunk that throws the score off, which makes larger residuals. The seed is that of the first
-    weights; torch's own generator is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MLP(data.SHAPE, trunk="separate", activation=functional.silu, **settings)
+    model: nn.Module
+    history: list[History]
+    step: int
+    resumed_from: int
 
 
-# ----------------------------------------------------------------------------------------- the loop
+class NotFinite(RuntimeError):
+    """A loss or a gradient stopped being finite. The last checkpoint is from before."""
 
 
-def batch_rows(n: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Rows of the batch of `step` >= 0: a fresh permutation of 0 ... n - 1 for each epoch."""
-    start = step * batch_size
-    epochs = range(start // n, (start + batch_size - 1) // n + 1)
-    orders = [
-        ops.uniform((n,), seed=seed, offset=e, stream=_STREAM_ORDER, dtype=torch.float64).argsort()
-        for e in epochs
-    ]
-    skip = start - epochs[0] * n
-    return torch.cat(orders)[skip : skip + batch_size]
+class OutOfMemory(RuntimeError):
+    """A step did not fit in memory."""
 
 
-def draw_sigma(n: int, sigma_range: tuple[float, float], *, seed: int, offset: int = 0) -> Tensor:
-    """Noise levels, log-uniform over sigma_range. Shape (n,), float32."""
-    low, high = map(math.log, sigma_range)
-    u = ops.uniform((n,), seed=seed, offset=offset, stream=_STREAM_SIGMA, dtype=torch.float64)
-    return (low + (high - low) * u).exp().float()
+class Stopped(RuntimeError):
+    """A signal ended the run after a whole step; `signal` is its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -104,210 +118,548 @@ def check_options(options: dict[str, Any]) -> None:
         ValueError: an option out of range.
         TypeError: an option of the wrong kind.
     """
-    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("warm_up", 0)):
-        value = options.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"train: {name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"train: {name} must be at least {least}, got {value}")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "ema_decay"):
-        value = options.get(name, 0.5)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"train: {name} must be a float, got {value!r}")
-        if name == "ema_decay":
-            good, rule = 0 <= value < 1, "in [0, 1)"
-        elif name == "weight_decay":
-            good, rule = 0 <= value < math.inf, ">= 0 and finite"
-        else:
-            good, rule = 0 < value < math.inf, "positive and finite"
-        if not good:
-            raise ValueError(f"train: {name} must be {rule}, got {value}")
-    low, high = sigma_range = options.get("sigma_range", SIGMA_RANGE)
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"train: sigma_range must be positive and increasing, got {sigma_range}")
+    for name in ("steps", "batch_size", "save_every", "keep", "accumulate", "log_every"):
+        if options.get(name) is not None:
+            check_count("train", name, options[name])
+    check_count("train", "warm_up", options.get("warm_up", 0), least=0)
+    check_int("train", "seed", options.get("seed", 0), 2**63)
+    for name in ("learning_rate", "max_grad_norm"):
+        check_number("train", name, options.get(name, 1.0))
+    check_number("train", "weight_decay", options.get("weight_decay", 0.0), positive=False)
+    decay = check_number("train", "ema_decay", options.get("ema_decay", 0.5), positive=False)
+    if decay >= 1:
+        raise ValueError(f"train: ema_decay must be below 1, got {decay:g}")
+    one_of("train", "mixed_precision", options.get("mixed_precision", "no"), ("no", "bf16"))
+    one_of("train", "decay", options.get("decay", "cosine"), ("cosine", "constant"))
+    one_of("train", "device", options.get("device", "auto"), ("auto", "cpu"))
+    sigma_range = options.get("sigma_range", (0.1, 1.2))
+    try:
+        low, high = sigma_range
+        good = 0 < low <= high < math.inf
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"train: sigma_range must be (low, high) with 0 < low <= high, got {sigma_range}"
+        )
+    rows, parts = options.get("batch_size"), options.get("accumulate", 1)
+    if rows is not None and rows % parts:
+        raise ValueError(f"train: accumulate must divide batch_size {rows}, got {parts}")
+
+
+def check_precision(
+    objective: dict[str, Any],
+    sigma_range: tuple[float, float],
+    std: float,
+    *,
+    mixed_precision: str = "no",
+    device: str = "cpu",
+) -> None:
+    """Refuses arithmetic that would silently ruin variance reduction.
+
+    The second difference of psi is divided by sigma^2, and its rounding with it.
+
+    Args:
+        objective: options of `score_matching_loss`.
+        sigma_range: smallest and largest noise level. Data units.
+        std: standard deviation of the data.
+        mixed_precision: "no" or "bf16".
+        device: type of the device. TF32 exists on "cuda"; on "cpu" the same setting means bf16.
+
+    Raises:
+        ValueError: variance reduction with bf16 or TF32 below the level where it fails.
+    """
+    if not objective.get("variance_reduction", True) and objective.get("first_order") != "vr":
+        return
+    kinds = {}
+    if mixed_precision == "bf16":
+        kinds["bf16"] = "mixed_precision must be 'no'"
+    if device == "cuda" and _tf32():
+        kinds["TF32"] = f"TF32 must be off ({' and '.join(_tf32())} set to False)"
+    if device == "cpu" and torch.get_float32_matmul_precision() == "medium":
+        kinds["bf16"] = "torch.set_float32_matmul_precision must not be 'medium'"
+    for kind, rule in kinds.items():
+        least = _LEAST_SIGMA[kind] * std
+        if sigma_range[0] < least:
+            raise ValueError(
+                f"train: {rule} for variance reduction below sigma {least:.3g} (its second "
+                f"difference is divided by sigma^2, and the rounding of {kind} with it), got "
+                f"sigma_range {tuple(sigma_range)}"
+            )
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: the only one, or the first of a launcher's."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tf32() -> list[str]:
+    """The switches of TF32 that are on."""
+    on = []
+    for name, backend, part in (
+        ("torch.backends.cuda.matmul.allow_tf32", torch.backends.cuda.matmul, None),
+        ("torch.backends.cudnn.allow_tf32", torch.backends.cudnn, "conv"),
+    ):
+        # torch from 2.9 on has settings for each kind, and raises for the old ones beside them.
+        place = getattr(backend, part, None) if part else backend
+        new = getattr(place, "fp32_precision", None)
+        if new == "tf32" if new is not None else backend.allow_tf32:
+            on.append(name)
+    return on
+
+
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def train(
     model: nn.Module,
-    digits: data.Digits,
+    source: data.Source,
     *,
+    out: Path | str | None = None,
     steps: int,
     batch_size: int = 128,
+    accumulate: int = 1,
     learning_rate: float = 4e-3,
+    decay: str = "cosine",
     weight_decay: float = 0.1,
-    ema_decay: float = 0.998,
     warm_up: int = 300,
     max_grad_norm: float = 5.0,
-    sigma_range: tuple[float, float] = SIGMA_RANGE,
+    ema_decay: float = 0.998,
+    sigma_range: tuple[float, float] = (0.1, 1.2),
+    objective: dict[str, Any] | None = None,
+    augment: str = "none",
     seed: int = 0,
-    save: Callable[[nn.Module, int], str] | None = None,
+    mixed_precision: str = "no",
+    device: str = "auto",
     save_every: int = 500,
+    keep: int = 3,
+    log_every: int | None = None,
+    tracker: str = "none",
+    report: Report | None = None,
+    resume: bool = False,
+    facts: dict[str, Any] | None = None,
     progress: bool = False,
-) -> tuple[nn.Module, list[History]]:
-    """Trains `model` by `OBJECTIVE` on digits and on distorted digits.
+) -> Trained:
+    """Trains `model` on `source` by `score_matching_loss`.
 
     AdamW (no decay on biases), linear warm-up then a cosine to zero, clipped gradients, exponential
-    moving average of the weights. In every batch half of the digits are as scanned and half
-    distorted (`data.distort`), all are dequantised afresh, and noise levels are log-uniform.
+    moving average of the weights, log-uniform noise levels. Under `torchrun` or `accelerate launch`
+    every process calls this with the same arguments: the global batch is split over processes, and
+    the first process writes.
 
     Args:
-        model: `model(x, sigma) -> Scores`, on the CPU. Trained in place.
-        digits: grey levels; `train` is trained on, `validation` gives the curve only.
+        model: `model(x, sigma) -> Scores`. Trained in place; parameters that need no gradient are
+            neither trained nor saved.
+        source: see `data.open_source`; `train` is trained on, `validation` gives the curve only.
+        out: run folder for checkpoints/ and logs/. None: nothing is written.
         steps: optimiser steps, >= 1.
-        batch_size: digits in a step.
+        batch_size: samples in a step, over all processes; a multiple of processes x accumulate.
+        accumulate: micro-batches of a step: less memory for the same step.
         learning_rate: after the warm-up.
+        decay: "cosine" to zero at `steps`, or "constant": then a run may be resumed with more
+            steps.
         weight_decay: of the weight matrices, >= 0.
-        ema_decay: of the average, >= 0 and < 1. Early on it is lowered to (1 + t) / (10 + t).
         warm_up: steps; at most a tenth of all.
         max_grad_norm: longer gradients are scaled down to it.
+        ema_decay: of the average, >= 0 and < 1. Early on it is lowered to (1 + t) / (10 + t).
         sigma_range: smallest and largest sigma, data units.
+        objective: options of `score_matching_loss`; None is `OBJECTIVE`.
+        augment: see `data.augment`.
         seed: of every random choice here.
-        save: called as save(ema_model, step) every `save_every` steps and at the end; returns the
-            place, for messages.
+        mixed_precision: "no" or "bf16" (the network under autocast, the loss in float32). fp16 is
+            not offered: its loss scaling skips steps.
+        device: "auto" (an accelerator where there is one) or "cpu".
         save_every: steps between checkpoints.
+        keep: whole checkpoints kept.
+        log_every: steps between rows of the history. None: about 50 rows in all.
+        tracker: name of an accelerate tracker ("tensorboard", "wandb", ...), or "none".
+        report: called with the EMA model and the step at every tenth row of the history, in the
+            first process; returns scalars and images (uint8 arrays (n, H, W, 3)) for the tracker.
+        resume: go on from the newest whole checkpoint in out. A damaged one is named in a warning
+            and passed over; without any the run starts at step 0.
+        facts: plain JSON, stored in every checkpoint.
         progress: shows loss, rate and time left; needs rich.
 
     Returns:
-        The EMA model, and about 50 History rows.
+        Trained.
 
     Raises:
-        ValueError, TypeError: an argument out of range or of the wrong kind.
-        RuntimeError: the loss or its gradient stopped being finite (names the step, the term and
-            the last checkpoint), or an extra is missing.
+        ValueError, TypeError: an argument out of range or of the wrong kind; a checkpoint of
+            another run; arithmetic that would ruin variance reduction; dropout; FSDP, DeepSpeed.
+        NotFinite: names the step, the term, the samples and their noise levels, and the last
+            checkpoint.
+        OutOfMemory: says what to lower.
+        Stopped: SIGTERM or SIGINT came (one process): the step was finished and saved.
+        RuntimeError: an extra is missing.
     """
-    check_options(
-        {
-            "steps": steps,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "ema_decay": ema_decay,
-            "warm_up": warm_up,
-            "max_grad_norm": max_grad_norm,
-            "sigma_range": sigma_range,
-            "save_every": save_every,
-        }
+    options = {name: value for name, value in locals().items() if name in _OPTIONS}
+    check_options(options)
+    objective = dict(OBJECTIVE if objective is None else objective)
+    refuse_dropout("train", model)
+    accelerator = _accelerator(mixed_precision, device, accumulate, tracker, out)
+    world, place = accelerator.num_processes, accelerator.device
+    check_precision(
+        objective, sigma_range, source.std, mixed_precision=mixed_precision, device=place.type
     )
-    accelerate = require("train", "accelerate")
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
-    warm_up = max(1, min(warm_up, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: min((t + 1) / warm_up, 1.0) * (1 + math.cos(math.pi * t / steps)) / 2,
-    )
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"train: batch_size must be a multiple of {world} processes x accumulate "
+            f"{accumulate}, got {batch_size}"
+        )
+    size = batch_size // (world * accumulate)
 
-    def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-        n = int(count)
-        return new.lerp(old, min(ema_decay, (1 + n) / (10 + n)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    step = 0
 
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
-    ema = swa_utils.AveragedModel(model, avg_fn=average)
-    network, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    def average(old: Tensor, new: Tensor, _: Tensor | int) -> Tensor:
+        return new.lerp(old, min(ema_decay, step / (9 + step)))  # step = updates before + 1
 
-    history: list[History] = []
-    window = max(1, steps // 50)
-    sums, held = {"loss": 0.0, "first": 0.0, "second": 0.0}, 0
-    kept = "none was written"
-    with _progress_bar(progress, steps) as show:
-        for step in range(1, steps + 1):
-            rows = batch_rows(len(digits.train), batch_size, seed=seed, step=step - 1)
-            grey = digits.train[rows]
-            half = len(grey) // 2
-            bent = data.distort(grey[:half], seed=seed, offset=step)
-            x = data.dequantise(torch.cat([bent, grey[half:]]), seed=seed, offset=step)
-            sigma = draw_sigma(len(x), sigma_range, seed=seed, offset=step)
-            loss, terms = score_matching_loss(
-                network, x, sigma, **OBJECTIVE, seed=seed, offset=step, return_terms=True
-            )
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-            values = {"loss": float(loss.detach())} | {k: float(v) for k, v in terms.items()}
-            _check_finite(values | {"gradient": float(norm)}, step, kept)
+    # Before prepare: under bf16 that puts a forward into the model whose copy calls the original.
+    ema = swa_utils.AveragedModel(model.to(place), avg_fn=average)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    deciding = {name: options[name] for name in _DECIDING} | {
+        "objective": objective,
+        "sigma_range": list(sigma_range),
+    }
+    folder = None if out is None else Path(out) / "checkpoints"
+    state = _State(0, [], [0.0] * 5, "none was written")
+    if resume and folder is not None:
+        state = _load(folder, model, ema, optimizer, deciding)
+    start, history, sums, kept = state
+    if start >= steps:
+        return Trained(ema.module.eval(), history, start, start)
+    main = accelerator.is_main_process
+    if main and folder is not None:
+        storage.remove_leftovers(folder)
+    if tracker != "none":
+        # Rows after the checkpoint that a stopped run wrote are written anew.
+        again = {"purge_step": start + 1} if tracker == "tensorboard" else {}
+        accelerator.init_trackers("logs", init_kwargs={tracker: again})
+
+    rate = partial(_rate, learning_rate, decay, max(1, min(warm_up, steps // 10)), steps)
+    window = log_every or max(1, steps // 50)
+    draw = partial(_draw, source, batch_size, size, augment, sigma_range, seed, place)
+    held_out = _validation(source, sigma_range, seed, place)
+    with (
+        _progress_bar(progress and main, start, steps) as show,
+        _signals(world == 1) as received,
+        _memory(size, batch_size, place),
+    ):
+        for step in range(start + 1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step - 1)
+            totals, bad = torch.zeros(3, dtype=torch.float64, device=place), ""
+            for micro in range(accumulate):
+                batch = draw(step, (micro * world + accelerator.process_index) * size)
+                with accelerator.accumulate(network):
+                    values = _losses(network, batch, objective, seed, step)
+                    accelerator.backward(values[0].mean())
+                totals += values.detach().double().mean(1)
+                bad = bad or _bad_rows(values[0], batch)
+            norm = accelerator.clip_grad_norm_(trained, max_grad_norm)
+            means = [float(v) for v in accelerator.reduce(totals / accumulate, "mean")]
+            means.append(float(norm))
+            _check_finite(means, step, bad, kept)
             optimizer.step()
-            schedule.step()
+            optimizer.zero_grad()
             ema.update_parameters(model)
+            sums = [a + b for a, b in zip(sums, [*means, 1.0], strict=True)]
 
-            for key in sums:
-                sums[key] += values[key]
-            held += 1
             if step % window == 0 or step == steps:
-                mean = {key: value / held for key, value in sums.items()}
-                held_out = validation_loss(ema, digits, sigma_range, seed=seed)
-                history.append(
-                    History(
-                        step=step,
-                        learning_rate=schedule.get_last_lr()[0],
-                        validation=held_out["loss"],
-                        validation_first=held_out["first"],
-                        **mean,
+                if main:
+                    loss, first, second, length = (total / sums[-1] for total in sums[:-1])
+                    validation = _validation_loss(ema, held_out, objective, seed)
+                    spread = _gradient_variance(model, trained, batch, objective, seed, step)
+                    if spread is not None:
+                        spread *= len(batch.x) / batch_size
+                    row = History(
+                        step, loss, first, second, rate(step), *validation, length, spread
                     )
-                )
-                sums, held = dict.fromkeys(sums, 0.0), 0
-            if save is not None and (step % save_every == 0 or step == steps):
-                kept = f"{save(ema.module, step)} (step {step})"
-            show(step, values["loss"])
-    return ema.module, history
+                    history.append(row)
+                    if tracker != "none":
+                        _track(accelerator, history, ema.module, report, step == steps)
+                sums = [0.0] * 5
+            if folder is not None and (step % save_every == 0 or step == steps or received):
+                if main:
+                    content = {
+                        "step": step,
+                        "options": deciding,
+                        "facts": facts or {},
+                        "history": [list(row) for row in history],
+                        "sums": sums,
+                    }
+                    kept = _save(folder, model, ema, optimizer, content, keep)
+                accelerator.wait_for_everyone()
+            show(step, means[0])
+            if received and step < steps:
+                break
+    if tracker != "none":
+        accelerator.end_training()
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+    if received and step < steps:
+        name = signal.Signals(received[0]).name
+        message = f"train: {name} stopped it after step {step}; last checkpoint: {kept}"
+        raise Stopped(message, received[0])
+    return Trained(ema.module.eval(), history, steps, start)
+
+
+def _rate(learning_rate: float, decay: str, warm_up: int, steps: int, t: int) -> float:
+    """Learning rate of the step after t steps."""
+    warm = learning_rate * min((t + 1) / warm_up, 1.0)
+    return warm * (1 + math.cos(math.pi * t / steps)) / 2 if decay == "cosine" else warm
+
+
+def _accelerator(
+    mixed_precision: str, device: str, accumulate: int, tracker: str, out: Path | str | None
+) -> Any:
+    """accelerate's engine; what a launcher asks for beside it is refused by name."""
+    accelerate = require("train", "accelerate")
+    for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{flag}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"train: the launcher must use data parallelism (DDP), got ACCELERATE_USE_{flag}: "
+                "not supported until it has been tested"
+            )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", mixed_precision)
+    if asked != mixed_precision:
+        raise ValueError(
+            f"train: mixed_precision must be that of the launcher, {asked!r}, got "
+            f"{mixed_precision!r}"
+        )
+    if tracker != "none" and out is None:
+        raise ValueError(f"train: out must be a folder for the tracker {tracker!r}, got None")
+    if tracker == "tensorboard":
+        require("train", "tensorboard")
+    # As a plugin: accelerate launch puts a number of its own into the environment, which wins over
+    # the plain argument.
+    plugin = accelerate.utils.GradientAccumulationPlugin(
+        num_steps=accumulate, sync_with_dataloader=False
+    )
+    engine = accelerate.Accelerator(
+        # Told so, it makes a group of CPU processes; not told, each would train alone.
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=plugin,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=None if out is None else str(out),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if engine.num_processes != launched:
+        raise RuntimeError(
+            f"train: the processes of the launcher must form one group, got {launched} processes "
+            f"and a group of {engine.num_processes}"
+        )
+    return engine
+
+
+class _Batch(NamedTuple):
+    """Rows [first, first + n) of the global batch of a step: samples, levels, rows of the set."""
+
+    x: Tensor
+    sigma: Tensor
+    first: int
+    rows: Tensor
+
+
+def _draw(
+    source: data.Source,
+    batch_size: int,
+    size: int,
+    augment: str,
+    sigma_range: tuple[float, float],
+    seed: int,
+    place: torch.device,
+    step: int,
+    first: int,
+) -> _Batch:
+    keys = {"seed": seed, "offset": step, "first": first}
+    rows, raw = source.batch(step - 1, batch_size, seed=seed, start=first, stop=first + size)
+    raw = data.augment(raw, augment, levels=source.scaling.levels, batch_size=batch_size, **keys)
+    x = source.scaling.forward(raw, **keys)
+    sigma = draw_sigma(size, sigma_range, **keys)
+    return _Batch(x.to(place), sigma.to(place), first, rows)
+
+
+def _losses(
+    network: Model, batch: _Batch, objective: dict[str, Any], seed: int, offset: int
+) -> Tensor:
+    """Loss, first and second term of each sample. Shape (3, B)."""
+    loss, terms = score_matching_loss(
+        network,
+        batch.x,
+        batch.sigma,
+        **objective,
+        seed=seed,
+        offset=offset,
+        first=batch.first,
+        reduction="none",
+        return_terms=True,
+    )
+    return torch.stack([loss, terms["first"], terms["second"]])
+
+
+def _validation(
+    source: data.Source, sigma_range: tuple[float, float], seed: int, place: torch.device
+) -> _Batch:
+    """The held-out rows of the curve, under noise that stays the same."""
+    rows = torch.arange(min(len(source.validation), _VALIDATION_ROWS))
+    x = source.scaling.forward(source.validation[rows], seed=seed, offset=0)
+    sigma = draw_sigma(len(rows), sigma_range, seed=seed, offset=0)
+    return _Batch(x.to(place), sigma.to(place), 0, rows)
 
 
 @torch.no_grad()
-def validation_loss(
-    model: Model, digits: data.Digits, sigma_range: tuple[float, float], *, seed: int
-) -> dict[str, float]:
-    """`OBJECTIVE` and its terms on the validation digits, under noise that stays the same."""
-    x = data.dequantise(digits.validation, seed=seed, offset=0)
-    sigma = draw_sigma(len(x), sigma_range, seed=seed, offset=0)
-    loss, terms = score_matching_loss(
-        model, x, sigma, **OBJECTIVE, seed=seed, offset=0, return_terms=True
-    )
-    return {"loss": float(loss)} | {key: float(term) for key, term in terms.items()}
+def _validation_loss(
+    model: Model, batch: _Batch, objective: dict[str, Any], seed: int
+) -> tuple[float, float]:
+    """The loss and its first term on the held-out rows, in parts of 128."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for low in range(0, len(batch.x), 128):
+        part = slice(low, low + 128)
+        some = _Batch(batch.x[part], batch.sigma[part], low, batch.rows[part])
+        total += _losses(model, some, objective, seed, 0).double().sum(1).cpu()
+    loss, first, _ = (total / len(batch.x)).tolist()
+    return loss, first
 
 
-def _check_finite(values: dict[str, float], step: int, kept: str) -> None:
-    names = {"first": "the first-order term", "second": "the second-order term"}
-    names |= {"loss": "the sum of the terms", "gradient": "the norm of the gradient"}
-    for key in ("first", "second", "loss", "gradient"):
-        if not math.isfinite(values[key]):
-            raise RuntimeError(
-                f"train: {names[key]} must stay finite, got {values[key]} at step {step}; "
+def _gradient_variance(
+    model: Model,
+    trained: list[nn.Parameter],
+    batch: _Batch,
+    objective: dict[str, Any],
+    seed: int,
+    step: int,
+) -> float | None:
+    """Trace of the covariance of the gradient of the mean loss over such a batch.
+
+    The halves' gradients g, g' are independent, each with twice the variance of their mean:
+    E |g - g'|^2 = 4 Var.
+    """
+    half = len(batch.x) // 2
+    if half == 0:
+        return None
+    gradients = []
+    for low in (0, half):
+        part = slice(low, low + half)
+        some = _Batch(batch.x[part], batch.sigma[part], batch.first + low, batch.rows[part])
+        loss = _losses(model, some, objective, seed, step)[0].mean()
+        gradients.append(torch.autograd.grad(loss, trained))
+    return float(sum((a - b).double().square().sum() for a, b in zip(*gradients, strict=True)) / 4)
+
+
+def _bad_rows(losses: Tensor, batch: _Batch) -> str:
+    """The samples whose loss is not finite, with their noise levels; empty if there are none."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return ""
+    named = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
+    return f"sample{'s' if len(bad) > 1 else ''} {named}{' ...' if len(bad) > 5 else ''}"
+
+
+def _check_finite(values: list[float], step: int, bad: str, kept: str) -> None:
+    names = ("the first-order term", "the second-order term", "the sum of the terms")
+    order = (*values[1:3], values[0], values[3])
+    for name, value in zip((*names, "the norm of the gradient"), order, strict=True):
+        if not math.isfinite(value):
+            where = f" in {bad}" if bad else ""
+            raise NotFinite(
+                f"train: {name} must stay finite, got {value} at step {step}{where}; "
                 f"last good checkpoint: {kept}"
             )
 
 
+def _track(
+    accelerator: Any,
+    history: list[History],
+    model: nn.Module,
+    report: Report | None,
+    last: bool,
+) -> None:
+    row = history[-1]._asdict()
+    step = row.pop("step")
+    accelerator.log({name: v for name, v in row.items() if v is not None}, step=step)
+    if report is None or (len(history) % 10 and not last):
+        return
+    scalars, images = report(model, step)
+    accelerator.log(scalars, step=step)
+    for each in accelerator.trackers:
+        if images and hasattr(each, "log_images"):
+            options = {"dataformats": "NHWC"} if each.name == "tensorboard" else {}
+            each.log_images(images, step=step, **options)
+
+
 @contextmanager
-def _progress_bar(wanted: bool, steps: int) -> Iterator[Callable[[int, float], None]]:
+def _signals(wanted: bool) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that a step is finished first; a second one acts at once.
+
+    Not where processes depend on each other: they would wait for one that has stopped.
+    """
+    received: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+    for kind in kinds:
+        signal.signal(kind, note)
+    try:
+        yield received
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+
+@contextmanager
+def _memory(size: int, batch_size: int, place: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
+            raise
+        raise OutOfMemory(
+            f"train: a step must fit in the memory of {place}, got {size} samples at a time "
+            f"(batch_size {batch_size}): raise accumulate, or lower batch_size, rank or the size "
+            "of the model, or turn gradient checkpointing on"
+        ) from error
+
+
+@contextmanager
+def _progress_bar(wanted: bool, done: int, steps: int) -> Iterator[Callable[[int, float], None]]:
     """Yields the function to call after each step, with the step and its loss."""
     if not wanted:
         yield lambda step, loss: None
         return
     progress = require("train", "rich.progress")
     columns = (
-        progress.BarColumn(bar_width=24),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TextColumn("loss {task.fields[loss]:.1f}"),
         progress.TextColumn("{task.fields[rate]:.1f} steps/s"),
         progress.TimeRemainingColumn(),
         progress.TextColumn("left"),
     )
-    start = time.perf_counter()
+    begin = time.perf_counter()
     smooth = math.nan
     with progress.Progress(*columns) as bar:
-        task = bar.add_task("training", total=steps, loss=math.nan, rate=0.0)
+        task = bar.add_task("training", total=steps, completed=done, loss=math.nan, rate=0.0)
 
         def show(step: int, loss: float) -> None:
             nonlocal smooth
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-            rate = step / (time.perf_counter() - start)
+            rate = (step - done) / (time.perf_counter() - begin)
             bar.update(task, completed=step, loss=smooth, rate=rate)
 
         yield show
@@ -316,71 +668,90 @@ def _progress_bar(wanted: bool, steps: int) -> Iterator[Callable[[int, float], N
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(
-    folder: Path | str,
+class _State(NamedTuple):
+    """Where a run stands: steps done, its curve, the sums since its last row, its checkpoint."""
+
+    step: int
+    history: list[History]
+    sums: list[float]
+    kept: str
+
+
+def checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
+    """The checkpoints of a run, oldest first, each with what is wrong with it or None."""
+    found = sorted((Path(out) / "checkpoints").glob("step-*"))
+    return [(path, storage.damage(path)) for path in found]
+
+
+def _save(
+    folder: Path,
     model: nn.Module,
-    settings: dict[str, Any],
-    *,
-    step: int,
-    recalibration: float = 1.0,
+    ema: swa_utils.AveragedModel,
+    optimizer: Any,
+    content: dict[str, Any],
+    keep: int,
 ) -> str:
-    """Writes model.safetensors, and config.json to read; no pickle.
-
-    model.safetensors holds all of it, weights and (as JSON in its metadata) settings, and is
-    replaced by one rename: a run killed at any moment leaves a whole checkpoint, the old or the
-    new. config.json is a copy of that JSON, written after it and never read back.
-
-    Args:
-        folder: made if need be.
-        model: its state_dict is written.
-        settings: what `build_model` takes under "model", and anything else of the run; plain JSON.
-        step: training steps so far.
-        recalibration: scalar for the posterior covariance, see `recalibrate`.
-
-    Returns:
-        The folder, as a string.
-    """
-    safetensors = require("save_checkpoint", "safetensors.torch")
-    content = {"format": _FORMAT} | settings | {"step": step, "recalibration": recalibration}
-    config = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    write_whole(Path(folder) / "model.safetensors", safetensors.save(tensors, {"config": config}))
-    write_whole(Path(folder) / "config.json", config.encode())
-    return str(folder)
+    """Writes step-00000500/ whole, and only then removes all but the newest `keep`."""
+    save_file = require("train", "safetensors.torch").save_file
+    path = folder / f"step-{content['step']:08d}"
+    text = json.dumps(content, allow_nan=False) + "\n"
+    if storage.damage(path) is not None:  # a whole one may be there: a run stopped behind it
+        if path.exists():
+            shutil.rmtree(path)
+        storage.write_folder(
+            path,
+            {
+                "model.safetensors": partial(save_file, _trained_state(model)),
+                "ema.safetensors": partial(save_file, _trained_state(ema)),
+                "optimizer.pt": partial(torch.save, optimizer.state_dict()),
+                "state.json": lambda file: file.write_text(text),
+            },
+        )
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return f"{path} (step {content['step']})"
 
 
-def load_checkpoint(folder: Path | str) -> tuple[MLP, dict[str, Any]]:
-    """Reads the model.safetensors that `save_checkpoint` wrote.
+def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers but for the parameters that are not trained."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    state = module.state_dict()
+    return {name: v.contiguous() for name, v in state.items() if name not in frozen}
 
-    Returns:
-        The model, in eval mode, and its settings with "step" and "recalibration" added.
 
-    Raises:
-        ValueError: the file is missing, truncated or foreign.
-        RuntimeError: safetensors is missing.
-    """
-    safetensors = require("load_checkpoint", "safetensors")
-    where = "load_checkpoint: folder must hold"
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{where} {path.name}, got {folder} without it")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{where} a whole {path.name}, got {path}: {error}") from None
-    try:
-        settings: Any = json.loads(metadata.get("config", "null"))
-    except ValueError:
-        settings = None
-    found = settings.get("format") if isinstance(settings, dict) else None
-    if found != _FORMAT:
-        raise ValueError(f"{where} a {path.name} of format {_FORMAT!r}, got {found!r} in {path}")
-    model = build_model(settings["model"])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where} the weights of its model, got {path}: {reason}") from None
-    return model.eval(), settings
+def _load(
+    folder: Path,
+    model: nn.Module,
+    ema: swa_utils.AveragedModel,
+    optimizer: Any,
+    deciding: dict[str, Any],
+) -> _State:
+    """Restores the newest whole checkpoint into model, ema and optimizer."""
+    for path, wrong in reversed(checkpoints(folder.parent)):
+        if wrong is not None:
+            warnings.warn(
+                f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=3
+            )
+            continue
+        state = json.loads((path / "state.json").read_bytes())
+        _check_same(path, state["options"], deciding)
+        load_file = require("train", "safetensors.torch").load_file
+        for module, name in ((model, "model"), (ema, "ema")):
+            weights = load_file(path / f"{name}.safetensors")
+            wanted = _trained_state(module)
+            if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
+                raise ValueError(f"train: model must be the one of the checkpoint, got {path}")
+            module.load_state_dict(weights, strict=False)
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        history = [History(*row) for row in state["history"]]
+        return _State(state["step"], history, state["sums"], f"{path} (step {state['step']})")
+    return _State(0, [], [0.0] * 5, "none was written")
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        longer = name == "steps" and now["decay"] == "constant" and value >= before[name]
+        if before[name] != value and not longer:
+            raise ValueError(
+                f"train: {name} must be {before[name]!r} to go on from {path}, got {value!r}"
+            )

@@ -1,16 +1,30 @@
-"""The command line: what the commands write, exit codes, one-line errors."""
+"""The command line: what the commands write, exit codes, one-line errors, what is not replaced."""
 
+import io
 import json
 import math
 import os
+import signal
 import sys
 
 import numpy as np
 import pytest
+import torch
 
-from hos_ext import cli, evaluation, training
+from hos_ext import cli, data, evaluation, options, results, runs, training
 
-SMALL = ["--steps=5", "--width=16", "--head-width=8", "--depth=2", "--rank=2", "--batch-size=16"]
+SMALL = [
+    "--steps=5",
+    "--width=16",
+    "--head-width=8",
+    "--depth=2",
+    "--rank=2",
+    "--batch-size=16",
+    "--tracker=none",
+]
+TINY_IMAGES = ["--channels=8,8", "--rank=1", "--steps=2", "--batch-size=4", "--tracker=none"]
+IMAGE_FILES = ["denoise-components.tiff", "denoise-mean.tiff", "denoise-std.tiff"]
+DENOISE_FILES = [*IMAGE_FILES, "denoise.md", "denoise.npz", "denoise.png"]
 
 
 @pytest.fixture(scope="module")
@@ -20,87 +34,400 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A run on 8-bit images of a parquet file, with the columns of the hub."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pillow = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(40):
+        buffer = io.BytesIO()
+        pillow.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    table = pyarrow.table({"image": rows, "label": [0] * 40})
+    parquet.write_table(table, folder / "train.parquet")
+    arguments = ["train", "--data", f"parquet:{folder / 'train.parquet'}", *TINY_IMAGES]
+    assert cli.run([*arguments, "--out", str(folder / "run")]) == 0
+    return folder
+
+
 def _files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_train_writes_checkpoint_metrics_and_curve(run_folder):
+def _one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error.rstrip("\n")
+
+
+# ------------------------------------------------------------------------------- train and resume
+
+
+def test_train_writes_a_run_folder(run_folder):
     assert _files(run_folder) == [
-        "config.json",
+        "checkpoints",
         "metrics.json",
-        "model.safetensors",
+        "model",
+        "run.json",
         "training.png",
     ]
     metrics = json.loads((run_folder / "metrics.json").read_text())
-    model, settings = training.load_checkpoint(run_folder)
-    assert settings["step"] == metrics["train"]["steps"] == 5
-    assert settings["recalibration"] == metrics["train"]["recalibration"] > 0
-    assert settings["train"]["batch_size"] == metrics["train"]["batch_size"] == 16
+    model, facts = runs.load_run(run_folder)
+    assert facts["step"] == metrics["train"]["steps"] == 5
+    assert facts["recalibration"] == metrics["train"]["recalibration"] > 0
+    assert facts["options"]["batch_size"] == metrics["train"]["batch_size"] == 16
     assert metrics["train"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert [row["step"] for row in metrics["history"]] == [1, 2, 3, 4, 5]
 
 
-def test_denoise_writes_figure_and_arrays(run_folder, tmp_path, capsys):
-    code = cli.run(
-        ["denoise", str(run_folder), "--sigma", "0.5", "--count", "3", "--out", str(tmp_path)]
+def test_train_logs_to_tensorboard_by_default(tmp_path):
+    pytest.importorskip("tensorboard")
+    small = [word for word in SMALL if "tracker" not in word]
+    assert cli.run(["train", "--out", str(tmp_path), *small, "--steps=1"]) == 0
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_every_option_of_a_run_can_be_typed_and_is_explained(capsys):
+    assert cli.run(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in options.OPTIONS:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert "hos-ext train --data parquet:mnist/train.parquet" in shown
+    for panel in ("Data", "Model", "Objective", "Training", "Run folder"):
+        assert f"─ {panel} ─" in shown
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "resume", "denoise", "sample", "evaluate", "info", "demo"]
+)
+def test_every_help_has_an_example(capsys, command):
+    assert cli.run([command, "--help"]) == 0
+    assert f"  hos-ext {command}" in capsys.readouterr().out
+
+
+def test_a_config_gives_options_and_the_command_line_wins(tmp_path):
+    lines = [f"{k[2:]}: {v}" for k, v in (word.split("=") for word in SMALL)]
+    (tmp_path / "a.yaml").write_text("\n".join([*lines, "free: true", f"out: {tmp_path / 'a'}"]))
+    typed = ["--steps", "2", "--no-free", "--sigma", "0.2,0.8"]
+    assert cli.run(["train", "--config", str(tmp_path / "a.yaml"), *typed]) == 0
+    first = runs.read_run(tmp_path / "a")["options"]
+    assert (first["steps"], first["free"], first["width"]) == (2, False, 16)
+    assert first["sigma"] == [0.2, 0.8]
+    config = str(tmp_path / "a" / "run.json")
+    assert cli.run(["train", "--config", config, "--out", str(tmp_path / "b")]) == 0
+    assert runs.read_run(tmp_path / "b")["options"] == first
+
+
+def test_train_does_not_replace_a_run(run_folder, tmp_path, capsys, monkeypatch):
+    out = ["--out", str(tmp_path)]
+    assert cli.run(["train", *out, *SMALL]) == 0
+    before = (tmp_path / "metrics.json").read_bytes()
+    assert cli.run(["train", *out, *SMALL]) == 2
+    error = _one_line(capsys)
+    assert f"hos-ext resume {tmp_path}" in error
+    assert "--force" in error
+    assert cli.run(["train", *out, *SMALL, "--continue", "--seed", "1", "--rank", "1"]) == 2
+    assert "got rank (2 there, 1 now), seed (0 there, 1 now)" in _one_line(capsys)
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    assert cli.run(["train", *out, *SMALL, "--continue"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.run(["train", *out, *SMALL, "--force"]) == 0
+    assert runs.load_run(tmp_path)[1]["options"]["seed"] == 0
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert cli.run(["train", *out, *SMALL, "--force", "--seed", "1"]) == 0
+    assert runs.load_run(tmp_path)[1]["options"]["seed"] == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_is_resumed_to_the_same_model(
+    run_folder, tmp_path, monkeypatch, capsys, number, code
+):
+    draw = training.draw_sigma
+
+    def stop(n, sigma_range, *, seed, offset=0, first=0):
+        if offset == 3:
+            os.kill(os.getpid(), number)
+        return draw(n, sigma_range, seed=seed, offset=offset, first=first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw_sigma", stop)
+        assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == code
+    error = _one_line(capsys)
+    assert "stopped it after step 3; last checkpoint: " in error
+    assert cli.run(["denoise", str(tmp_path)]) == 2
+    assert f"hos-ext resume {tmp_path}" in _one_line(capsys)
+    assert cli.run(["resume", str(tmp_path)]) == 0
+    model, facts = runs.load_run(tmp_path)
+    expected, expected_facts = runs.load_run(run_folder)
+    assert facts == expected_facts
+    for value, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+
+
+def test_resume_of_a_finished_run_does_nothing_and_says_so(run_folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*")}
+    assert cli.run(["resume", str(run_folder)]) == 0
+    assert "is finished: 5 steps" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in run_folder.rglob("*")} == before
+
+
+def test_resume_refuses_more_steps_of_a_cosine(run_folder, capsys):
+    assert cli.run(["resume", str(run_folder), "--steps", "9"]) == 2
+    assert _one_line(capsys) == (
+        "hos-ext: resume: --steps must be 5, as before, unless the run has --decay constant and "
+        f"gets more of them (for another run: hos-ext train --config {run_folder / 'run.json'} "
+        "--steps 9 --out NEW), got 9"
     )
-    assert code == 0
-    assert _files(tmp_path) == ["denoise.npz", "denoise.png"]
+
+
+def test_resume_adds_steps_to_a_constant_rate(tmp_path):
+    assert cli.run(["train", "--out", str(tmp_path), *SMALL, "--decay=constant"]) == 0
+    assert cli.run(["resume", str(tmp_path), "--steps", "7"]) == 0
+    assert runs.load_run(tmp_path)[1]["step"] == 7
+
+
+def test_the_run_folder_is_named_after_the_data():
+    named = {
+        "digits": "runs/digits",
+        "parquet:../a/mnist/train.parquet": "runs/mnist",
+        "folder:photos": "runs/photos",
+        "hf:ylecun/mnist": "runs/mnist",
+        "npy:a/my signals.npy": "runs/my-signals",
+    }
+    assert {spec: cli._default_out({"data": spec}) for spec in named} == named
+    assert cli._default_out({}) == "runs/digits"
+
+
+# ---------------------------------------------------------------------------------------- denoise
+
+
+def test_denoise_writes_arrays_pictures_and_report(run_folder, tmp_path, capsys):
+    arguments = ["denoise", str(run_folder), "--sigma", "0.5", "--count", "3"]
+    arguments += ["--out", str(tmp_path)]
+    assert cli.run(arguments) == 0
+    assert "mean squared error 0.2" in capsys.readouterr().out
+    assert _files(tmp_path) == DENOISE_FILES
     arrays = dict(np.load(tmp_path / "denoise.npz"))
+    image = (3, 8, 8)
     assert {name: value.shape for name, value in arrays.items()} == {
-        "sigma": (),
-        "clean": (3, 8, 8),
-        "noisy": (3, 8, 8),
-        "mean": (3, 8, 8),
-        "std": (3, 8, 8),
-        "eigenvalues": (3, 4),
+        **dict.fromkeys(("clean", "noisy", "mean", "std", "raw_mean", "raw_std"), image),
+        **dict.fromkeys(("sigma", "raw_sigma"), ()),
+        **dict.fromkeys(("eigenvalues", "raw_eigenvalues"), (3, 4)),
         "eigenvectors": (3, 64, 4),
     }
     # The covariance is the recalibrated one, and it is that of the checkpoint.
-    model, settings = training.load_checkpoint(run_folder)
-    digits = training.data.load_digits(seed=0)
-    result = evaluation.denoise(model, digits.test[:3], 0.5, seed=0)
-    expected = settings["recalibration"] ** 0.5 * result.posterior.std
+    model, facts = runs.load_run(run_folder)
+    source = data.open_source("digits", seed=0)
+    result = evaluation.denoise_held_out(model, source, 0.5, count=3, seed=0)
+    expected = facts["recalibration"] ** 0.5 * result.posterior.std
     np.testing.assert_allclose(arrays["std"], expected, rtol=1e-5)
-    assert "mean squared error 0.2" in capsys.readouterr().out
+    # A grey level is 2/17 wide, and its middle is half a level above it.
+    np.testing.assert_allclose(arrays["raw_std"], arrays["std"] * 8.5, rtol=1e-6)
+    np.testing.assert_allclose(arrays["raw_mean"], arrays["mean"] * 8.5 + 8, rtol=1e-5, atol=1e-5)
+    assert arrays["raw_sigma"] == pytest.approx(4.25)
+    report = (tmp_path / "denoise.md").read_text()
+    assert "sigma 0.5 in data units, 4.25 in raw units" in report
+    assert report.count("| held-out ") == 3
 
 
-@pytest.mark.parametrize("method", ["langevin", "ozaki"])
+def test_tiff_files_hold_raw_units_for_other_programs(run_folder, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    assert cli.run(["denoise", str(run_folder), "--count=2", "--out", str(tmp_path)]) == 0
+    arrays = np.load(tmp_path / "denoise.npz")
+    read = {name: tifffile.imread(tmp_path / f"denoise-{name}.tiff") for name in ("mean", "std")}
+    for name, value in read.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, arrays[f"raw_{name}"])
+    parts = tifffile.imread(tmp_path / "denoise-components.tiff").reshape(2, 4, 64)
+    scale = 8.5 * np.sqrt(arrays["eigenvalues"])[:, :, None]
+    expected = np.swapaxes(arrays["eigenvectors"], 1, 2) * scale
+    np.testing.assert_allclose(parts, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_denoise_takes_images_and_arrays_in_raw_units(images, tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(1)
+    raw = rng.integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    pillow.fromarray(raw[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.tiff").write_bytes(results.tiff(torch.from_numpy(raw).float()))
+    np.save(tmp_path / "c.npy", raw.astype(np.float64))
+    np.savez(tmp_path / "d.npz", noisy=raw[:, None])
+    files = [str(tmp_path / name) for name in ("a.png", "b.tiff", "c.npy", "d.npz")]
+    arguments = ["denoise", str(images / "run"), *files, "--raw-sigma", "64"]
+    assert cli.run([*arguments, "--out", str(tmp_path / "out")]) == 0
+    arrays = np.load(tmp_path / "out" / "denoise.npz")
+    assert "clean" not in arrays
+    assert arrays["sigma"] == pytest.approx(0.5)
+    expected = (raw[[0, 0, 1, 0, 1, 0, 1]][:, None] - 127.5) / 128
+    np.testing.assert_allclose(arrays["noisy"], expected, rtol=1e-6)
+    assert arrays["mean"].shape == (7, 1, 8, 8)
+    assert _files(tmp_path / "out") == DENOISE_FILES
+    report = (tmp_path / "out" / "denoise.md").read_text()
+    assert "| b.tiff[1] |" in report
+    assert "not known" in report
+
+
+def test_vectors_are_trained_denoised_and_evaluated(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(3.0, 2.0, (60, 5)))
+    run = str(tmp_path / "run")
+    small = [word for word in SMALL if "rank" not in word]
+    assert cli.run(["train", "--data", f"npy:{tmp_path / 'x.npy'}", "--out", run, *small]) == 0
+    np.save(tmp_path / "noisy.npy", np.zeros(5))
+    assert cli.run(["denoise", run, str(tmp_path / "noisy.npy"), "--sigma", "0.4"]) == 0
+    arrays = np.load(tmp_path / "run" / "denoise.npz")
+    scaling = runs.scaling_of(runs.read_run(tmp_path / "run"))
+    np.testing.assert_allclose(arrays["noisy"], np.full((1, 5), -scaling.mean / scaling.std), 1e-6)
+    assert not list((tmp_path / "run").glob("*.tiff"))
+    assert cli.run(["evaluate", run]) == 0
+    assert "3 held-out samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", np.zeros((3, 3)), "must hold samples (1, 8, 8), got shape (3, 3)"),
+        ("a.npy", np.zeros((8, 8), np.int64), "must hold uint8 or floating values, got int64"),
+        ("a.npy", np.full((8, 8), np.nan), "must hold finite values, got nan to nan"),
+        (
+            "a.npy",
+            np.full((8, 8), 0.5),
+            "must hold raw units, 0 to 255 before noise was added, got floating values 0.5 to 0.5",
+        ),
+        ("a.npy", b"no array", "must be a whole image, .npy or .npz, got: "),
+        ("a.png", b"no image", "must be a whole image, .npy or .npz, got: "),
+        ("a.txt", None, "denoise: file must exist, got "),
+    ],
+)
+def test_files_that_cannot_be_denoised_are_named(images, tmp_path, capsys, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.run(["denoise", str(images / "run"), str(path), *out]) == 2
+    error = _one_line(capsys)
+    assert str(path) in error
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_levels_above_those_of_the_data_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((8, 8), 17, np.uint8))
+    with pytest.raises(ValueError, match="raw units, 0 to 16 before noise was added, got 17"):
+        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling(levels=17))
+
+
+# --------------------------------------------------------------------- sample, evaluate and info
+
+
+@pytest.mark.parametrize("method", ["langevin", "ozaki", "mh_ozaki_cayley"])
 def test_sample_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
-    code = cli.run(
-        [
-            "sample",
-            str(run_folder),
-            "--method",
-            method,
-            "--chains",
-            "3",
-            "--steps",
-            "6",
-            "--burn-in",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    assert code == 0
+    short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
+    assert cli.run(["sample", str(run_folder), "--method", method, *short]) == 0
     assert _files(tmp_path) == [f"sample-{method}.npz", f"sample-{method}.png"]
     arrays = dict(np.load(tmp_path / f"sample-{method}.npz"))
     assert arrays["draws"].shape == (3, 6, 8, 8)
     assert arrays["starts"].shape == arrays["denoised"].shape == (3, 8, 8)
-    assert arrays["step_size"] == pytest.approx(cli.DEFAULT_STEP_SIZE[method] * 0.16)
+    assert arrays["step_size"] == pytest.approx(results.METHODS[method] * 0.16)
+    np.testing.assert_allclose(
+        arrays["raw_denoised"], arrays["denoised"] * 8.5 + 8, rtol=1e-5, atol=1e-5
+    )
     assert "of 3 x 6 draws" in capsys.readouterr().out
 
 
-def test_train_takes_rank_zero(tmp_path):
-    assert cli.run(["train", "--out", str(tmp_path), *SMALL, "--rank", "0"]) == 0
-    assert cli.run(["denoise", str(tmp_path)]) == 0
+def test_sample_draws_what_run_chains_draws(run_folder, tmp_path):
+    short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
+    assert cli.run(["sample", str(run_folder), *short]) == 0
+    model, _ = runs.load_run(run_folder)
+    source = data.open_source("digits", seed=0)
+    starts = evaluation.denoise_held_out(model, source, 0.4, count=3, seed=0).noisy
+    draws, _ = evaluation.run_chains(
+        model, starts, 0.4, method="ozaki", step_size=0.16, n_steps=6, burn_in=2, seed=0
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "sample-ozaki.npz")["draws"], draws)
+
+
+def test_sample_writes_netcdf_for_arviz(run_folder, tmp_path):
+    for module in ("h5netcdf", "h5py"):
+        pytest.importorskip(module)
+    xarray = pytest.importorskip("xarray")
+    short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
+    assert cli.run(["sample", str(run_folder), *short, "--netcdf"]) == 0
+    tree = xarray.open_datatree(tmp_path / "sample-ozaki.nc", engine="h5netcdf")
+    draws = np.load(tmp_path / "sample-ozaki.npz")["draws"]
+    np.testing.assert_array_equal(tree["posterior"]["x"].values, draws)
+    tree.close()
+
+
+def test_evaluate_writes_the_report_and_prints_it(run_folder, tmp_path, capsys):
+    arguments = ["evaluate", str(run_folder), "--sigma", "0.2,0.8", "--limit", "20"]
+    assert cli.run([*arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "evaluate.json").read_text())
+    assert [row["sigma"] for row in report["levels"]] == [0.2, 0.8]
+    assert report["n"] == 20
+    assert report["recalibration"] == runs.load_run(run_folder)[1]["recalibration"]
+    shown = capsys.readouterr().out
+    assert "20 held-out samples" in shown
+    assert f"{report['levels'][1]['predictive']:.4g}" in shown
+
+
+def test_evaluate_knows_the_truth_of_a_density(tmp_path, capsys):
+    run = str(tmp_path)
+    assert cli.run(["train", "--data", "density:gaussian2d", "--out", run, *SMALL]) == 0
+    assert cli.run(["evaluate", run, "--sigma", "0.5", "--limit", "50"]) == 0
+    row = json.loads((tmp_path / "evaluate.json").read_text())["accuracy"][0]
+    assert 0 < row["s1_relative"] < 1.5
+    assert f"relative squared error of s1 {row['s1_relative']:.3g}" in capsys.readouterr().out
+
+
+def test_info_says_what_a_run_is(run_folder, capsys):
+    assert cli.run(["info", str(run_folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "state: finished" in shown
+    assert "  step-00000005: whole" in shown
+    assert "  sigma: 0.1, 1.2" in shown
+    assert cli.run(["info", str(run_folder / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == runs.info(run_folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["denoise"], "denoise.md"),
+        (["sample"], "sample-ozaki.png"),
+        (["evaluate"], "evaluate.json"),
+        (["demo"], "report.html"),
+    ],
+)
+def test_nothing_is_replaced_without_force(run_folder, tmp_path, capsys, command, name):
+    (tmp_path / name).write_text("mine")
+    place = [] if command == ["demo"] else [str(run_folder)]
+    assert cli.run([*command, *place, "--out", str(tmp_path)]) == 2
+    assert "--force" in _one_line(capsys)
+    assert _files(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_force_replaces(run_folder, tmp_path):
+    (tmp_path / "evaluate.json").write_text("mine")
+    arguments = ["evaluate", str(run_folder), "--limit", "3", "--out", str(tmp_path), "--force"]
+    assert cli.run(arguments) == 0
+    assert json.loads((tmp_path / "evaluate.json").read_text())["n"] == 3
+
+
+# -------------------------------------------------------------------------- errors and exit codes
 
 
 def test_no_command_shows_help(capsys):
     assert cli.run([]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "train", "denoise", "sample"))
+    commands = ("train", "resume", "denoise", "sample", "evaluate", "info", "demo")
+    assert all(name in shown for name in commands)
+    assert "Exit codes: 0 done; 1 the work failed; 2 wrong arguments" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
@@ -109,47 +436,90 @@ def test_no_command_shows_help(capsys):
         (
             ["denoise", "FOLDER", "--sigma", "5"],
             2,
-            "hos-ext: denoise: --sigma must be in the range trained, 0.1 to 1.2, got 5",
+            "denoise: --sigma must be in the range trained, 0.1 to 1.2, got 5",
+        ),
+        (
+            ["denoise", "FOLDER", "--sigma", "1", "--raw-sigma", "1"],
+            2,
+            "denoise: --raw-sigma must come without --sigma, got both",
+        ),
+        (
+            ["denoise", "FOLDER", "--count", "361"],
+            2,
+            "denoise: --count must be at most 360, the held-out samples, got 361",
         ),
         (
             ["sample", "FOLDER", "--method", "gibbs"],
             2,
-            "hos-ext: sample: --method must be one of langevin, ozaki, got gibbs",
+            (
+                "sample: --method must be one of 'langevin', 'ozaki', 'ozaki_full', "
+                "'ozaki_lanczos', 'ozaki_cayley', 'mala', 'mh_ozaki', 'mh_ozaki_full', "
+                "'mh_ozaki_cayley', got 'gibbs'"
+            ),
         ),
         (
             ["sample", "FOLDER", "--step-size", "-1"],
             2,
-            "hos-ext: sample: --step-size must be positive and finite, got -1",
+            "sample: --step-size must be finite and > 0, got -1",
+        ),
+        (
+            ["sample", "FOLDER", "--chains", "361"],
+            2,
+            "sample: --chains must be at most 360, the held-out samples, got 361",
         ),
         (
             ["sample", "FOLDER", "--method", "langevin", "--step-size", "1000"],
             1,
             (
-                "hos-ext: run_chains: step_size must keep the chains finite, got 1000.0 with which "
-                "16 of 16 langevin chains diverged"
+                "sample: --step-size must keep the chains finite, got 1000 with which 16 of 16 "
+                "langevin chains diverged"
             ),
+        ),
+        (
+            ["evaluate", "FOLDER", "--sigma", "a"],
+            2,
+            "evaluate: --sigma must be numbers with commas, got a",
+        ),
+        (
+            ["evaluate", "FOLDER", "--sigma", "0.2,3"],
+            2,
+            "evaluate: --sigma must be in the range trained, 0.1 to 1.2, got 3",
         ),
         (
             ["train", "--learning-rate", "nan"],
             2,
-            "hos-ext: train: learning_rate must be positive and finite, got nan",
+            "train: learning_rate must be finite and > 0, got nan",
         ),
         (
             ["train", "--weight-decay", "-1"],
             2,
-            "hos-ext: train: weight_decay must be >= 0 and finite, got -1.0",
+            "train: weight_decay must be finite and >= 0, got -1",
         ),
+        (["train", "--config", "none.yaml"], 2, "[Errno 2] No such file or directory: 'none.yaml'"),
         (
             ["denoise", "nowhere"],
             2,
-            "hos-ext: load_checkpoint: folder must hold model.safetensors, got nowhere without it",
+            "load_model: folder must hold model.safetensors, got nowhere without it",
         ),
+        (["resume", "nowhere"], 2, "run: folder must hold run.json, got nowhere without it"),
     ],
 )
-def test_wrong_use_is_one_line_and_an_exit_code(run_folder, capsys, arguments, code, message):
+def test_wrong_use_is_one_line_and_an_exit_code(
+    run_folder, tmp_path, capsys, arguments, code, message
+):
     arguments = [str(run_folder) if word == "FOLDER" else word for word in arguments]
+    if arguments[0] not in ("resume",):
+        arguments += ["--out", str(tmp_path)]
     assert cli.run(arguments) == code
-    assert capsys.readouterr().err == message + "\n"
+    assert capsys.readouterr().err == f"hos-ext: {message}\n"
+    assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize("spec", ["digitz", "npy:nowhere.npy", "parquet:nowhere.parquet"])
+def test_data_that_are_not_there_are_exit_code_2(tmp_path, capsys, spec):
+    assert cli.run(["train", "--data", spec, "--out", str(tmp_path / "run")]) == 2
+    assert _one_line(capsys).startswith("hos-ext: open_source: ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,92 +527,109 @@ def test_wrong_use_is_one_line_and_an_exit_code(run_folder, capsys, arguments, c
     [
         (["paint"], "hos-ext: No such command 'paint'."),
         (["demo", "--bogus"], "hos-ext: No such option: --bogus"),
-        (["train", "--steps", "0"], "hos-ext: Invalid value for '--steps': "),
+        (["demo", "--steps", "0"], "hos-ext: Invalid value for '--steps': "),
         (["train", "--seed", "x"], "hos-ext: Invalid value for '--seed': "),
         (["denoise"], "hos-ext: Missing argument"),
     ],
 )
 def test_what_typer_refuses_is_one_line_and_exit_code_2(capsys, arguments, start):
     assert cli.run(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(start)
-    assert error.count("\n") == 1
+    assert _one_line(capsys).startswith(start)
 
 
-def test_a_loss_that_is_not_finite_is_exit_code_1(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_is_exit_code_3(tmp_path, capsys):
     code = cli.run(["train", "--out", str(tmp_path), *SMALL, "--learning-rate", "1e38"])
-    assert code == 1
-    error = capsys.readouterr().err
+    assert code == 3
+    error = _one_line(capsys)
     assert error.startswith("hos-ext: train: the ")
     assert "last good checkpoint: none was written" in error
-    assert error.count("\n") == 1
     assert _files(tmp_path) == []
 
 
-def test_a_run_that_fails_leaves_the_checkpoint_that_was_there(run_folder, tmp_path):
-    for path in run_folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    arguments = ["train", "--out", str(tmp_path), *SMALL, "--learning-rate", "1e38"]
-    assert cli.run(arguments) == 1
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (run_folder / name).read_bytes()
+def test_a_run_that_fails_leaves_the_run_that_was_there(run_folder, tmp_path):
+    out = ["--out", str(tmp_path), *SMALL]
+    assert cli.run(["train", *out, "--steps", "1"]) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert cli.run(["train", *out, "--learning-rate", "1e38", "--force"]) == 3
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError])
-def test_work_that_goes_wrong_is_one_line_and_exit_code_1(monkeypatch, tmp_path, capsys, kind):
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError, 1),
+        (TypeError, 1),
+        (KeyError, 1),
+        (OSError, 1),
+        (MemoryError, 4),
+        (training.OutOfMemory, 4),
+        (torch.OutOfMemoryError, 4),
+        (training.NotFinite, 3),
+        (KeyboardInterrupt, 130),
+    ],
+)
+def test_work_that_goes_wrong_is_one_line_and_an_exit_code(
+    monkeypatch, tmp_path, capsys, error, code
+):
     def fail(*_, **__):
-        raise kind("no\nfactor")
+        raise error("no\nfactor")
 
-    monkeypatch.setattr(evaluation, "recalibrate", fail)
-    assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("hos-ext: ")
-    assert captured.err.count("\n") == 1
+    monkeypatch.setattr(runs, "fit", fail)
+    assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == code
+    assert _one_line(capsys).startswith("hos-ext: ")
 
 
-def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
-    rows = {"sampling": [{"min_ess": math.nan, "step_size": 0.1, "n": 3}], "loss": math.inf}
-    cli._write_json(tmp_path / "metrics.json", rows)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {
-        "sampling": [{"min_ess": None, "step_size": 0.1, "n": 3}],
-        "loss": None,
-    }
+def test_work_that_goes_wrong_after_training_is_done_again_by_resume(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise ValueError("no factor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "recalibrate", fail)
+        assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == 1
+    assert cli.run(["resume", str(tmp_path)]) == 0
+    assert runs.load_run(tmp_path)[1]["step"] == 5
 
 
-def test_a_folder_that_cannot_be_made_is_exit_code_1_before_training(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["train", "denoise", "demo"])
+def test_a_folder_that_cannot_be_made_is_exit_code_2_before_the_work(
+    run_folder, tmp_path, capsys, command
+):
     (tmp_path / "file").write_text("")
-    assert cli.run(["train", "--out", str(tmp_path / "file"), *SMALL]) == 1
-    assert "File exists" in capsys.readouterr().err
-
-
-def test_an_interrupt_is_exit_code_130(monkeypatch, tmp_path, capsys):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "train", interrupt)
-    assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == 130
-    assert capsys.readouterr().err.strip() == "hos-ext: stopped"
+    words = {"train": SMALL, "denoise": [str(run_folder)], "demo": []}[command]
+    assert cli.run([command, *words, "--out", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in _one_line(capsys)
 
 
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
         ("typer", ["demo"], "cli: typer"),
-        ("rich.console", ["train", *SMALL], "cli: rich.console"),
-        ("matplotlib.figure", ["denoise", "FOLDER"], "plots: matplotlib.figure"),
+        ("matplotlib.figure", ["denoise", "FOLDER", "--out", "OUT"], "plots: matplotlib.figure"),
+        ("h5netcdf", ["sample", "FOLDER", "--netcdf", "--out", "OUT"], "sample --netcdf: h5netcdf"),
     ],
 )
 def test_a_missing_extra_is_exit_code_1_and_named(
-    run_folder, monkeypatch, capsys, module, arguments, message
+    run_folder, tmp_path, monkeypatch, capsys, module, arguments, message
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    arguments = [str(run_folder) if word == "FOLDER" else word for word in arguments]
-    assert cli.run(arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(
+    names = {"FOLDER": str(run_folder), "OUT": str(tmp_path)}
+    assert cli.run([names.get(word, word) for word in arguments]) == 1
+    assert _one_line(capsys).startswith(
         f"hos-ext: {message} must be installed (pip install hos_ext[app]), got: "
     )
-    assert error.count("\n") == 1
+    assert _files(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------- shared parts
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
+    rows = {"sampling": [{"min_ess": math.nan, "step_size": 0.1, "n": 3}], "loss": math.inf}
+    runs.write_json(tmp_path / "metrics.json", rows)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "sampling": [{"min_ess": None, "step_size": 0.1, "n": 3}],
+        "loss": None,
+    }
 
 
 def test_main_exits_with_the_code(monkeypatch):
@@ -252,13 +639,12 @@ def test_main_exits_with_the_code(monkeypatch):
     assert stop.value.code == 2
 
 
-def test_next_commands_name_the_program_as_it_was_called(monkeypatch, tmp_path):
+def test_the_program_is_named_as_it_was_called(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "hos-ext")])
-    local = os.path.join(".venv", "bin", "hos-ext")
-    assert cli.next_commands(cli.Path("demo")).startswith(f"{local} denoise demo/checkpoint ")
+    assert cli._program() == os.path.join(".venv", "bin", "hos-ext")
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hos-ext"])
-    assert cli.next_commands(cli.Path("demo")).startswith("hos-ext denoise demo/checkpoint ")
+    assert cli._program() == "hos-ext"
 
 
 def test_module_prints_build_info(capsys):

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from hos_ext import cli, plots, training
+from hos_ext import cli, plots, runs
 
 SCHEMA = {
     "denoise": {"sigma", "mse_noisy", "mse_denoised"},
@@ -45,20 +45,21 @@ def _without_times(value):
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 
-def test_demo_writes_report_metrics_figures_and_checkpoint(demo):
+def test_demo_writes_report_metrics_figures_and_the_run(demo):
     assert sorted(path.name for path in demo.iterdir()) == [
         "calibration.png",
         "chains.png",
-        "checkpoint",
         "denoise-0.2.png",
         "denoise-0.4.png",
         "denoise-0.8.png",
         "metrics.json",
         "report.html",
+        "run",
         "spread.png",
         "training.png",
     ]
-    assert training.load_checkpoint(demo / "checkpoint")[1]["seed"] == 3
+    assert runs.load_run(demo / "run")[1]["options"]["seed"] == 3
+    assert (demo / "training.png").read_bytes() == (demo / "run" / "training.png").read_bytes()
 
 
 def test_demo_metrics_have_exactly_the_documented_keys(metrics):
@@ -137,7 +138,8 @@ def test_report_commands_and_example_work_as_printed(demo, monkeypatch, capsys):
     assert len(example.strip().splitlines()) <= 12
     short = {
         "sample": ["--steps", "4", "--chains", "2"],
-        "train": ["--steps", "2", "--width", "8"],
+        "train": ["--steps", "2", "--width", "8", "--tracker", "none"],
+        "evaluate": ["--limit", "20"],
     }
     for line in commands.splitlines():
         words = shlex.split(line)[1:]

@@ -1,5 +1,6 @@
 """Score networks: scaled outputs, covariance by construction, memory layout, and every error."""
 
+import json
 import math
 import re
 import sys
@@ -27,7 +28,16 @@ def shared(dims=(3, 4), rank=3, **options):
     return mlp(dims, rank, trunk="shared", **options)
 
 
-BUILDERS = [mlp, shared, unet]
+def two_unets(dims=(2, 5, 7), rank=3, **options):
+    return unet(dims, rank, trunk="separate", head_channels=(8, 16), **options)
+
+
+def signal(dims=(2, 9), rank=3, **options):
+    return unet(dims, rank, spatial=1, **options)
+
+
+BUILDERS = [mlp, shared, unet, two_unets, signal]
+HEADS = [mlp, shared, unet, signal]  # that can be made with given_score=True
 
 
 def randomised(model, scale=1.0):
@@ -166,20 +176,22 @@ def test_mlp_factor_is_the_last_layers_output_without_a_copy():
 def test_unet_factor_is_a_view_of_the_channels_in_row_major_order(dims):
     model = randomised(unet(dims, 3))
     seen = []
-    model.linear.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.factor.register_forward_hook(lambda module, args, out: seen.append(out))
     x = inputs(model, 3, 0.3)
     factor = model(x, 0.3).factor
     size = math.prod(dims)
-    assert factor.data_ptr() == seen[0].data_ptr() + size * 4  # after the score's channels
-    assert factor.stride() == (4 * size, 1, size)  # D fastest
+    assert factor.data_ptr() == seen[0].data_ptr()
+    assert factor.stride() == (3 * size, 1, size)  # D fastest
     column = factor[1, :, 2].reshape(dims)  # (C, H, W) of column 2
-    torch.testing.assert_close(column, seen[0][1, 2 * 3 : 2 * 4], rtol=0, atol=0)
+    torch.testing.assert_close(column, seen[0][1, 2 * 2 : 2 * 3], rtol=0, atol=0)
 
 
 def test_unet_crops_where_it_padded():
     model = randomised(unet((2, 5, 10), 1))
     seen = {}
-    model.unet.register_forward_hook(lambda m, args, out: seen.update(x=args[0], out=out.sample))
+    model.bodies[0].register_forward_hook(
+        lambda m, args, out: seen.update(x=args[0], out=out.sample)
+    )
     model.c.register_forward_hook(lambda m, args, out: seen.update(features=args[0]))
     x = inputs(model, 2, 0.3)
     model(x, 0.3)
@@ -194,7 +206,7 @@ def test_unet_crops_where_it_padded():
 def test_networks_see_inputs_of_order_one(build, sigma):
     model = build(sigma_data=0.2)
     seen = []
-    inner = [model.unet] if build is unet else model.bodies
+    inner = list(model.bodies)
     for module in inner:
         module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(inputs(model, 50, sigma), sigma)
@@ -219,17 +231,14 @@ def test_every_parameter_learns(build, constrained):
 @pytest.mark.parametrize("build", BUILDERS)
 def test_factor_starts_off_its_saddle_point(build):
     model = build()
-    layer = model.linear.weight if build is unet else model.factor.weight
     x = inputs(model, 8, 0.1)
     score_matching_loss(model, x, 0.3, seed=0).backward()
-    rows = layer.grad[model.dims[0] :] if build is unet else layer.grad
-    assert rows.abs().max() > 0
+    assert model.factor.weight.grad.abs().max() > 0
     with torch.no_grad():  # at U = 0 its gradient 4 R U is zero: nothing would ever move
-        layer.zero_()
+        model.factor.weight.zero_()
     model.zero_grad()
     score_matching_loss(model, x, 0.3, seed=0).backward()
-    rows = layer.grad[model.dims[0] :] if build is unet else layer.grad
-    assert rows.abs().max() == 0
+    assert model.factor.weight.grad.abs().max() == 0
 
 
 def test_mlp_works_under_torch_func():
@@ -249,6 +258,7 @@ def test_mlp_defaults_are_the_papers_widths():
     widths = [[layer.out_features for layer in body.layers] for body in model.bodies]
     assert widths == [[128] * 3, [32] * 3, [32] * 3]
     assert model.bodies[0].activation is torch.tanh
+    assert model.config["activation"] == "tanh"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +272,13 @@ def test_mlp_defaults_are_the_papers_widths():
         ({"head_width": 0}, "MLP: head_width must be at least 1, got 0"),
         ({"head_depth": 0}, "MLP: head_depth must be at least 1, got 0"),
         ({"trunk": "both"}, "MLP: trunk must be 'separate' or 'shared', got 'both'"),
+        (
+            {"activation": "relu"},
+            (
+                "MLP: activation must be one of 'tanh', 'silu', 'gelu', 'softplus', or a function "
+                "(twice differentiable: at a kink variance reduction fails), got 'relu'"
+            ),
+        ),
         ({"sigma_data": 0.0}, "MLP: sigma_data must be positive and finite, got 0.0"),
         ({"sigma_data": math.inf}, "MLP: sigma_data must be positive and finite, got inf"),
         ({"c_min": -1.0}, "MLP: c_min must be at least 0 and finite, got -1.0"),
@@ -279,6 +296,7 @@ def test_mlp_refuses_bad_options(options, message):
         ({"dims": 2}, "MLP: dims must be a sequence of sizes, got 2"),
         ({"dims": (2.5,)}, "MLP: dims must be an int, got 2.5"),
         ({"rank": 1.5}, "MLP: rank must be an int, got 1.5"),
+        ({"activation": 3}, "MLP: activation must be a name or a function, got 3"),
         ({"width": 3.5}, "MLP: width must be an int, got 3.5"),
         ({"head_depth": True}, "MLP: head_depth must be an int, got True"),
     ],
@@ -308,7 +326,56 @@ def test_mlp_leaves_dtypes_to_autocast():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dims": (3, 4)}, "UNet: dims must be (C, H, W), got (3, 4)"),
+        ({"dims": (3,)}, "UNet: dims must be (C, H, W) or (H, W), got (3,)"),
+        (
+            {"dims": (1, 3, 4), "spatial": 1},
+            "UNet: dims must be (C, T) or (T,) for spatial=1, got (1, 3, 4)",
+        ),
+        ({"spatial": 3}, "UNet: spatial must be 1 or 2, got 3"),
+        ({"trunk": "both"}, "UNet: trunk must be 'separate' or 'shared', got 'both'"),
+        ({"layers_per_block": 0}, "UNet: layers_per_block must be at least 1, got 0"),
+        ({"norm_num_groups": 0}, "UNet: norm_num_groups must be at least 1, got 0"),
+        (
+            {"act_fn": "relu"},
+            (
+                "UNet: act_fn must be one of 'silu', 'swish', 'mish', 'gelu' (twice "
+                "differentiable: at a kink variance reduction fails), got 'relu'"
+            ),
+        ),
+        (
+            {"channels": (8, 4)},
+            "UNet: attention_head_dim must be at most the coarsest channels, 4, got 8",
+        ),
+        ({"num_class_embeds": 3}, "UNet: num_class_embeds is set by the adapter, got 3"),
+        (
+            {"head_channels": (8, 8)},
+            (
+                "UNet: head_channels must be None but with trunk='separate' and a score of its "
+                "own, got (8, 8)"
+            ),
+        ),
+        (
+            {"head_channels": (7, 8), "trunk": "separate"},
+            (
+                "UNet: head_channels must be multiples of norm_num_groups = 4, the first even, "
+                "got (7, 8)"
+            ),
+        ),
+        (
+            {
+                "dims": (3, 4),
+                "spatial": 1,
+                "down_block_types": ("KDownBlock2D",) * 3,
+            },
+            (
+                "UNet: blocks must be of 'DownBlock2D', 'AttnDownBlock2D', 'UpBlock2D', "
+                "'AttnUpBlock2D' for spatial=1, got 'KDownBlock2D'"
+            ),
+        ),
+        (
+            {"dims": (3, 4), "spatial": 1, "upsample_type": "resnet"},
+            "UNet: upsample_type must be 'conv' for spatial=1, got 'resnet'",
+        ),
         ({"rank": -1}, "UNet: rank must be at least 0, got -1"),
         (
             {"channels": (8, 10)},
@@ -372,3 +439,232 @@ def test_unet_names_the_extra_it_needs(monkeypatch):
 def test_model_refuses_bad_input(x, sigma, message):
     with pytest.raises(ValueError, match=exactly(message)):
         mlp()(torch.zeros(x), sigma)
+
+
+# ------------------------------------------------------------------------------- names and configs
+
+
+@pytest.mark.parametrize("name", ["tanh", "silu", "gelu", "softplus"])
+def test_mlp_activation_has_a_name_or_is_a_function(name):
+    function = {"tanh": torch.tanh}.get(name) or getattr(torch.nn.functional, name)
+    torch.manual_seed(0)
+    named = mlp(activation=name)
+    torch.manual_seed(0)
+    given = mlp(activation=function)
+    assert named.config == given.config
+    assert named.config["activation"] == name
+    x = inputs(named, 2, 0.3)
+    assert torch.equal(named(x, 0.3).factor, given(x, 0.3).factor)
+    assert torch.equal(named.bodies[0].activation(x), function(x))
+    assert mlp(activation=torch.sin).config["activation"] is None
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_config_is_plain_json_that_makes_the_model_again(build):
+    model = build(sigma_data=0.7, constrained=False, c_min=0.02)
+    config = model.config
+    assert json.loads(json.dumps(config)) == config
+    assert config["_class_name"] == type(model).__name__
+    arguments = {key: value for key, value in config.items() if key != "_class_name"}
+    again = type(model)(**arguments)
+    assert again.config == config
+    again.load_state_dict(model.state_dict())
+    x = inputs(model, 2, 0.3)
+    assert torch.equal(again(x, 0.3).score, model(x, 0.3).score)
+    assert torch.equal(again(x, 0.3).c, model(x, 0.3).c)
+
+
+# ------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [
+        ((5, 7), {}),
+        ((1, 1), {}),
+        ((3, 32, 32), {}),
+        ((28, 28), {"trunk": "separate"}),
+        ((4, 3, 6), {"channels": (8, 8, 8, 8)}),
+        ((9,), {"spatial": 1}),
+        ((3, 1), {"spatial": 1}),
+        ((2, 30), {"spatial": 1, "trunk": "separate"}),
+        (
+            (2, 11),
+            {
+                "spatial": 1,
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            },
+        ),
+    ],
+)
+def test_unet_takes_any_size(dims, options):
+    model = unet(dims, 2, **options)
+    x = inputs(model, 2, 0.3)
+    scores = model(x, 0.3)
+    assert scores.score.shape == scores.c.shape == (2, *dims)
+    assert scores.factor.shape == (2, math.prod(dims), 2)
+    assert all(value.isfinite().all() for value in scores[:3])
+
+
+def test_unet_image_of_two_sizes_is_an_image_of_one_channel():
+    torch.manual_seed(0)
+    flat = unet((5, 7), 3)
+    torch.manual_seed(0)
+    deep = unet((1, 5, 7), 3)
+    randomised(flat), randomised(deep)
+    x = inputs(flat, 2, 0.3)
+    two, three = flat(x, 0.3), deep(x.unsqueeze(1), 0.3)
+    assert torch.equal(two.score, three.score.squeeze(1))
+    assert torch.equal(two.c, three.c.squeeze(1))
+    assert torch.equal(two.factor, three.factor)
+
+
+def test_separate_unets_share_nothing():
+    model = randomised(two_unets())
+    x = inputs(model, 2, 0.3)
+    before = model(x, 0.3)
+    with torch.no_grad():
+        for parameter in model.bodies[1].parameters():
+            parameter.mul_(1.1)
+    after = model(x, 0.3)
+    assert torch.equal(before.score, after.score)
+    assert not torch.equal(before.c, after.c)
+    assert not torch.equal(before.factor, after.factor)
+
+
+def test_signal_unet_has_no_weights_that_only_see_padding():
+    model = signal()
+    kernels = {m.kernel_size for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert kernels == {(1, 3), (1, 1)}
+    strides = {m.stride for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert strides == {(1, 1), (1, 2)}
+    widths = []
+    for module in model.bodies[0].down_blocks:
+        module.register_forward_hook(lambda m, args, out: widths.append(out[0].shape[2:]))
+    model(inputs(model, 2, 0.3), 0.3)
+    assert widths == [(1, 6), (1, 3), (1, 3)]  # T = 9, padded to 12
+    # The variance of the first weights is that of the 3 x 3 kernels' outputs at H = 1, or more.
+    torch.manual_seed(0)
+    weight = UNet((64,), 0, spatial=1, channels=(64,)).bodies[0].mid_block.resnets[0].conv1.weight
+    bound = (64 * 3) ** -0.5  # torch's uniform bound for 64 * 3 inputs
+    assert 0.95 * bound < weight.abs().max() <= bound
+
+
+def test_signal_unet_is_the_same_wherever_the_signal_lies():
+    model = randomised(signal((1, 64), 1, channels=(8, 8), add_attention=False)).double()
+    # By a multiple of the coarsest cell. Means over T (group norms) see the ends a little.
+    x = torch.zeros(2, 1, 64, dtype=torch.float64)
+    bump = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+    x[0, 0, 24:27], x[1, 0, 30:33] = bump, bump
+    c = model(x, 1.0).c
+    torch.testing.assert_close(c[0, 0, 20:30], c[1, 0, 26:36], rtol=1e-4, atol=0.0)
+
+
+# ----------------------------------------------------------------------------- second-order heads
+
+
+@pytest.mark.parametrize("build", HEADS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_head_takes_the_score_and_uses_every_parameter(build, rank):
+    model = build(rank=rank, given_score=True, sigma_data=0.7, c_min=0.01)
+    assert not hasattr(model, "score")
+    x = inputs(model, 4, 0.3)
+    score = torch.randn_like(x)
+    scores = model(x, 0.3, score)
+    assert scores.score is score
+    k2 = 0.7**2 / (0.7**2 + 0.3**2)
+    torch.testing.assert_close(scores.c, torch.full_like(x, k2 + 0.01))
+    randomised(model)
+
+    def value(given):
+        out = model(x, 0.3, given)
+        return out.c.square().sum() + (0 if rank == 0 else out.factor.square().sum())
+
+    first = value(score)
+    assert value(score.flip(0)) != first  # the score is seen
+    first.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("build", HEADS)
+def test_head_and_whole_model_refuse_each_others_call(build):
+    head, whole = build(given_score=True), build()
+    name = type(head).__name__
+    x = inputs(head, 2, 0.3)
+    message = f"{name}: score must be given (the model has given_score=True), got None"
+    with pytest.raises(ValueError, match=exactly(message)):
+        head(x, 0.3)
+    got = f"shape {tuple(x.shape)} torch.float32 on cpu"
+    with pytest.raises(ValueError, match=exactly(f"{name}: score must be None, got {got}")):
+        whole(x, 0.3, x)
+    shape = tuple(x.shape)
+    message = f"{name}: score must have shape {shape}, got {(1, *shape[1:])}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        head(x, 0.3, x[:1])
+    with pytest.raises(TypeError, match=exactly(f"{name}: score must be a Tensor, got float")):
+        head(x, 0.3, 0.5)
+
+
+# ---------------------------------------------------------------------- memory, and half precision
+
+
+def saved_bytes(model, x, **options):
+    """Bytes that one loss keeps for its backward, and the gradients."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = score_matching_loss(model, x, 0.3, seed=0, **options)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    loss.backward()
+    size = sum(n for place, n in kept.items() if place not in parameters)
+    return size, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(build):
+    options = {"depth": 6, "head_depth": 6, "width": 64, "head_width": 64}
+    model = build(rank=1, **(options if build in (mlp, shared) else {"layers_per_block": 2}))
+    randomised(model)
+    assert model.gradient_checkpointing is False
+    x = inputs(model, 16, 0.1)
+    whole, gradients = saved_bytes(model, x)
+    model.gradient_checkpointing = True
+    less, again = saved_bytes(model, x)
+    assert less < 0.7 * whole
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    with torch.no_grad():
+        model(x, 0.3)
+    model.gradient_checkpointing = False
+    assert saved_bytes(model, x)[0] == whole
+    assert "gradient_checkpointing" not in model.config
+    assert not any("checkpoint" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 30.0])
+def test_model_runs_under_bfloat16_autocast(build, sigma):
+    model = build()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    x = inputs(model, 4, sigma)
+    exact = model(x, sigma)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(x, sigma)
+        loss = score_matching_loss(model, x, sigma, seed=0, variance_reduction=False, centred=True)
+    loss.backward()
+    assert loss.isfinite()
+    assert half.score.dtype == half.c.dtype == torch.float32
+    for value, wanted in zip(half[:3], exact[:3], strict=True):
+        error = (value.float() - wanted).norm() / wanted.norm()
+        assert error < 0.02
+    assert all(p.grad.isfinite().all() for p in model.parameters())

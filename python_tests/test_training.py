@@ -1,115 +1,488 @@
-"""The training loop, its checkpoints, and the figures it reports."""
+"""The training engine: what a step is, exact resume, what it refuses, what it reports."""
 
 import json
-import math
-import re
+import os
+import signal
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from hos_ext import data, evaluation, ops, storage, training
+from hos_ext import MLP, ScoreMatchingLoss, data, ops, schedules, score_matching_loss, training
 from hos_ext.tweedie import Scores
 
-SETTINGS = {"rank": 2, "width": 16, "depth": 2, "head_width": 8, "sigma_data": 0.7, "c_min": 0.01}
+SETTINGS = {"width": 16, "depth": 2, "head_width": 8, "sigma_data": 0.7, "c_min": 0.01}
+
+
+def build(seed=0, rank=2):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MLP((8, 8), rank, trunk="separate", activation=functional.silu, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def digits() -> data.Digits:
-    return data.load_digits(seed=0)
+def source():
+    return data.open_source("digits")
 
 
-def _train(digits, seed=0, **options):
-    model = training.build_model(SETTINGS, seed=seed)
-    options = {"steps": 12, "batch_size": 16} | options
-    return model, *training.train(model, digits, seed=seed, **options)
+def run(source, seed=0, model=None, **options):
+    options = {"steps": 12, "batch_size": 16, "augment": "distort"} | options
+    return training.train(model or build(seed), source, seed=seed, **options)
 
 
-# ----------------------------------------------------------------------------------------- the loop
+class _Instead:
+    """A source with another `batch`."""
+
+    def __init__(self, source, batch):
+        self._source, self.batch = source, batch
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
 
 
-def test_batch_rows_visits_every_row_once_an_epoch():
-    rows = torch.cat([training.batch_rows(30, 8, seed=1, step=step) for step in range(15)])
-    epochs = rows.reshape(4, 30)
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(30))
-    assert not torch.equal(epochs[0], epochs[1])
-    assert len(training.batch_rows(5, 12, seed=1, step=3)) == 12
+def same(a, b):
+    state = b.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in a.state_dict().items())
 
 
-def test_draw_sigma_is_log_uniform():
-    sigma = training.draw_sigma(20000, (0.1, 1.2), seed=0)
-    place = (sigma.double() / 0.1).log() / math.log(12)
+def near(a, b, atol):
+    state = b.state_dict()
+    return all((value - state[name]).abs().max() <= atol for name, value in a.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------- the steps
+
+
+def test_draw_sigma_is_log_uniform_and_known_by_its_row():
+    sigma = schedules.draw_sigma(20000, (0.1, 1.2), seed=0)
+    place = (sigma.double() / 0.1).log() / np.log(12)
     assert place.min() >= -1e-6
     assert place.max() <= 1 + 1e-6
     assert place.mean().item() == pytest.approx(0.5, abs=0.01)
     assert place.var().item() == pytest.approx(1 / 12, rel=0.03)
-    assert not torch.equal(sigma, training.draw_sigma(20000, (0.1, 1.2), seed=0, offset=1))
+    assert not torch.equal(sigma, schedules.draw_sigma(20000, (0.1, 1.2), seed=0, offset=1))
+    part = schedules.draw_sigma(7, (0.1, 1.2), seed=0, first=50)
+    assert torch.equal(part, sigma[50:57])
 
 
-def test_train_lowers_the_loss_on_digits_it_does_not_see(digits):
-    _, fitted, history = _train(digits, steps=60, batch_size=64)
-    untrained = training.validation_loss(
-        training.build_model(SETTINGS), digits, training.SIGMA_RANGE, seed=0
+def test_a_plain_loop_of_torch_gives_the_same_weights(source):
+    """The engine against a loop written out: AdamW, warm-up, cosine, clipping, average."""
+    model = build()
+    trained = run(source, model=build(), steps=6, max_grad_norm=20.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=4e-3,
+        betas=(0.9, 0.99),
+        fused=True,
     )
-    assert history[-1].step == 60
-    assert history[-1].validation_first < 0.9 * untrained["first"]
-    last = training.validation_loss(fitted, digits, training.SIGMA_RANGE, seed=0)
-    assert (history[-1].validation, history[-1].validation_first) == (last["loss"], last["first"])
+    average = None
+    for step in range(1, 7):
+        raw = source.batch(step - 1, 16, seed=0)[1].float()
+        half = data.distort(raw[:8], seed=0, offset=step)
+        x = data.dequantise(torch.cat([half, raw[8:]]), seed=0, offset=step)
+        sigma = schedules.draw_sigma(16, (0.1, 1.2), seed=0, offset=step)
+        loss = score_matching_loss(model, x, sigma, **training.OBJECTIVE, seed=0, offset=step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 20.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (1 + np.cos(np.pi * (step - 1) / 6)) / 2
+        optimizer.step()
+        now = [p.detach().clone() for p in model.parameters()]
+        weight = min(0.998, step / (9 + step))
+        average = (
+            now
+            if step == 1
+            else [weight * a + (1 - weight) * b for a, b in zip(average, now, strict=True)]
+        )
+    for a, b in zip(average, trained.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_train_repeats_with_its_seed_and_leaves_the_generator_alone(digits):
+def test_train_lowers_the_loss_on_rows_it_does_not_see(source):
+    trained = run(source, steps=60, batch_size=64)
+    assert (trained.step, trained.resumed_from, trained.history[-1].step) == (60, 0, 60)
+    assert trained.history[-1].validation_first < 0.9 * trained.history[0].validation_first
+    assert not trained.model.training
+
+
+def test_train_repeats_with_its_seed_and_leaves_the_generator_alone(source):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second, other = _train(digits), _train(digits), _train(digits, seed=1)
+    first, second, other = run(source), run(source), run(source, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
-    for name, value in first[1].state_dict().items():
-        assert torch.equal(value, second[1].state_dict()[name])
-    assert first[2] == second[2]
-    assert first[2] != other[2]
+    assert same(first.model, second.model)
+    assert first.history == second.history
+    assert first.history != other.history
 
 
-def test_train_returns_the_average_of_the_weights(digits):
-    model, last, _ = _train(digits, ema_decay=0.0)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, last.state_dict()[name])
-    model, average, _ = _train(digits, ema_decay=0.9)
-    gap = sum(
-        (value - average.state_dict()[name]).norm() for name, value in model.state_dict().items()
-    )
+def test_train_returns_the_average_of_the_weights(source):
+    model = build()
+    assert same(model, run(source, model=model, ema_decay=0.0).model)
+    model = build()
+    average = run(source, model=model, ema_decay=0.9).model
+    gap = sum((v - average.state_dict()[k]).norm() for k, v in model.state_dict().items())
     assert gap > 1e-3
 
 
-def test_train_shows_loss_rate_and_time_left(digits, capsys):
-    _train(digits, steps=3, progress=True)
+@pytest.mark.parametrize("accumulate", [2, 16])
+def test_micro_batches_are_the_same_step(source, accumulate):
+    whole, parts = run(source), run(source, accumulate=accumulate)
+    assert near(whole.model, parts.model, 2e-5)
+    for a, b in zip(whole.history, parts.history, strict=True):
+        assert a[:8] == pytest.approx(b[:8], rel=1e-4)
+
+
+def test_the_curve_holds_means_since_the_last_row(source):
+    fine, coarse = run(source, log_every=1).history, run(source, log_every=5).history
+    assert [row.step for row in coarse] == [5, 10, 12]
+    for name in ("loss", "first", "second", "gradient_norm"):
+        values = [getattr(row, name) for row in fine]
+        assert getattr(coarse[1], name) == pytest.approx(np.mean(values[5:10]), rel=1e-12)
+        assert getattr(coarse[2], name) == pytest.approx(np.mean(values[10:]), rel=1e-12)
+    assert coarse[2].validation == fine[-1].validation
+    assert coarse[0].loss == pytest.approx(coarse[0].first + coarse[0].second, rel=1e-6)
+
+
+def test_the_gradient_variance_is_that_of_the_batch(source):
+    """Its mean over many batches against the spread of the gradients of those batches."""
+    model = build(rank=0)
+    trained = list(model.parameters())
+    place = torch.device("cpu")
+    estimates, gradients = [], []
+    for step in range(150):
+        batch = training._draw(source, 16, 16, "none", (0.3, 0.6), 0, place, step + 1, 0)
+        estimates.append(
+            training._gradient_variance(model, trained, batch, training.OBJECTIVE, 0, step + 1)
+        )
+        loss = training._losses(model, batch, training.OBJECTIVE, 0, step + 1)[0].mean()
+        flat = [g.flatten() for g in torch.autograd.grad(loss, trained)]
+        gradients.append(torch.cat(flat).double())
+    spread = torch.stack(gradients).var(0).sum().item()
+    assert np.mean(estimates) == pytest.approx(spread, rel=0.1)
+
+
+def test_train_takes_batches_of_one_row(source):
+    history = run(source, steps=2, batch_size=1).history
+    assert len(history) == 2
+    assert history[0].gradient_variance is None
+
+
+class _Half(nn.Module):
+    """A frozen score beside trained second-order parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.c = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x, sigma):
+        variance = sigma.view(-1, 1, 1) ** 2 + 0.5
+        score = -self.frozen * sigma.view(-1, 1, 1) * x / variance
+        return Scores(score, functional.softplus(self.c).expand_as(x), None)
+
+
+def test_frozen_parameters_are_neither_trained_nor_saved(source, tmp_path):
+    model = _Half()
+    run(source, model=model, out=tmp_path, objective={"diagonal": True})
+    assert model.frozen.item() == 1
+    assert model.c.abs().min() > 0
+    from safetensors.torch import load_file
+
+    path = tmp_path / "checkpoints" / "step-00000012"
+    assert set(load_file(path / "model.safetensors")) == {"c"}
+    assert set(load_file(path / "ema.safetensors")) == {"n_averaged", "module.c"}
+    again = run(source, model=_Half(), out=tmp_path, objective={"diagonal": True}, resume=True)
+    assert again.resumed_from == 12
+
+
+def test_bf16_runs_the_network_under_autocast_and_leaves_the_model_as_it_was(source):
+    code = """
+import torch
+torch.set_num_threads(1)
+from test_training import build, run, data
+source = data.open_source("digits")
+model = build()
+kinds = set()
+def hook(module, inputs, output):
+    kinds.add(output.dtype)
+model.bodies[0].layers[0].register_forward_hook(hook)
+bf16 = run(source, model=model, mixed_precision="bf16")
+print(torch.bfloat16 in kinds)
+kinds.clear()
+model(torch.zeros(1, 8, 8), 1.0)
+bf16.model(torch.zeros(1, 8, 8), 1.0)
+print(*kinds)
+print(all(p.dtype == torch.float32 for p in bf16.model.parameters()), bf16.history[-1].first)
+"""
+    told = _python(code)
+    wide = run(source).history[-1].first
+    assert told[:2] == ["True", "torch.float32"]
+    dtypes, narrow = told[2].split()
+    assert dtypes == "True"
+    assert float(narrow) == pytest.approx(wide, rel=0.02)
+    assert float(narrow) != wide
+
+
+def _python(code, code_expected=0, **environment):
+    """Runs a program in a process of its own, with the tests importable; the lines it printed."""
+    here = os.path.dirname(__file__)
+    paths = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode == code_expected, told.stderr
+    return told.stdout.splitlines()
+
+
+def test_train_shows_loss_rate_and_time_left(source, capsys):
+    run(source, steps=3, progress=True)
     shown = capsys.readouterr().out
     assert "3/3" in shown
-    assert "loss " in shown
-    assert "steps/s" in shown
-    assert "left" in shown
+    for word in ("loss ", "steps/s", "left"):
+        assert word in shown
 
 
-def test_train_stops_when_a_term_is_not_finite_and_keeps_the_last_checkpoint(digits, tmp_path):
+# ------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source):
+    return run(source, steps=12, log_every=5)
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def goes_on_as_if_nothing_had_happened(source, folder, uninterrupted, step):
+    options = {"steps": 12, "log_every": 5, "out": folder, "save_every": 4}
+    again = run(source, resume=True, **options)
+    assert again.resumed_from == step
+    assert same(again.model, uninterrupted.model)
+    assert again.history == uninterrupted.history
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves_and_the_rest_is_the_same_bit_for_bit(
+    source, tmp_path, uninterrupted, number
+):
+    calls = []
+    batch = source.batch
+
+    def interrupt(step, *arguments, **options):
+        calls.append(step)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return batch(step, *arguments, **options)
+
+    stopping = _Instead(source, interrupt)
+    before = signal.getsignal(number)
+    with pytest.raises(training.Stopped) as stopped:
+        run(stopping, log_every=5, out=tmp_path, save_every=4)
+    assert signal.getsignal(number) is before
+    assert stopped.value.signal == number
+    assert str(stopped.value) == (
+        f"train: {number.name} stopped it after step 7; last checkpoint: "
+        f"{tmp_path / 'checkpoints' / 'step-00000007'} (step 7)"
+    )
+    assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 7)
+
+
+KILL = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import data, run
+from hos_ext import storage
+where, folder = sys.argv[1:] if len(sys.argv) > 2 else (os.environ["WHERE"], os.environ["FOLDER"])
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+count = 0
+mark, rename, rmtree = storage._mark, Path.rename, storage.shutil.rmtree
+def second(path):
+    return "step-00000008" in str(path)
+if where == "weights":  # model.safetensors of step 8 is written, the rest is not
+    storage._mark = lambda path: kill() if second(path) else mark(path)
+elif where == "rename":  # all files of step 8 are there, under the temporary name
+    Path.rename = lambda path, to: kill() if second(to) else rename(path, to)
+elif where == "prune":  # step 8 is there, step 4 not yet removed
+    from hos_ext import training
+    def prune(path, **options):
+        kill() if Path(path).name == "step-00000004" else rmtree(path, **options)
+    training.shutil.rmtree = prune
+run(data.open_source("digits"), log_every=5, out=folder, save_every=4, keep=1)
+"""
+
+
+@pytest.mark.parametrize(("where", "step"), [("weights", 4), ("rename", 4), ("prune", 8)])
+def test_a_run_killed_while_it_writes_a_checkpoint_loses_nothing(
+    source, tmp_path, uninterrupted, where, step
+):
+    _python(KILL, -signal.SIGKILL, WHERE=where, FOLDER=str(tmp_path))
+    left = names(tmp_path)
+    assert "step-00000004" in left
+    assert any(name.endswith(".tmp") for name in left) == (where != "prune")
+    assert ("step-00000008" in left) == (where == "prune")
+    assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, step)
+    assert not any(name.endswith(".tmp") for name in names(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def saved(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run(source, log_every=5, out=folder, save_every=4)
+    return folder
+
+
+def copied(saved, folder):
+    for path in (saved / "checkpoints").rglob("*.*"):
+        target = folder / path.relative_to(saved)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return folder / "checkpoints"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "words"),
+    [
+        ("model.safetensors", _truncate, "model.safetensors is not what was written"),
+        ("ema.safetensors", _flip, "ema.safetensors is not what was written"),
+        ("optimizer.pt", lambda path: path.unlink(), "optimizer.pt is missing"),
+        ("state.json", _truncate, "state.json is not what was written"),
+        ("manifest.json", lambda path: path.unlink(), "manifest.json is missing"),
+        ("manifest.json", lambda path: path.write_text("{"), "manifest.json cannot be read: "),
+        ("manifest.json", lambda path: path.write_text("[]"), "manifest.json cannot be read: "),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    source, saved, tmp_path, uninterrupted, name, harm, words
+):
+    folder = copied(saved, tmp_path)
+    harm(folder / "step-00000012" / name)
+    with pytest.warns(UserWarning, match="^train: ") as warned:
+        assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 8)
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert message.startswith(f"train: {folder / 'step-00000012'} is damaged ({words}")
+    assert message.endswith("): going back to the one before")
+    assert training.checkpoints(tmp_path)[-1] == (folder / "step-00000012", None)
+
+
+def test_without_a_whole_checkpoint_the_run_starts_again(source, saved, tmp_path, uninterrupted):
+    for path in copied(saved, tmp_path).iterdir():
+        (path / "state.json").unlink()
+    with pytest.warns(UserWarning, match="going back to the one before") as warned:
+        assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 0)
+    assert len(warned) == 3
+
+
+def test_a_checkpoint_holds_tensors_and_plain_json_only(source, saved):
+    path = saved / "checkpoints" / "step-00000012"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "ema.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    ]
+    torch.load(path / "optimizer.pt", weights_only=True)
+    state = json.loads((path / "state.json").read_text())
+    assert set(state) == {"step", "options", "facts", "history", "sums"}
+
+
+def test_a_fixed_number_of_checkpoints_is_kept(source, saved, tmp_path):
+    assert names(saved) == ["step-00000004", "step-00000008", "step-00000012"]
+    run(source, out=tmp_path, save_every=2, keep=2, facts={"data": "digits"})
+    assert names(tmp_path) == ["step-00000010", "step-00000012"]
+    state = json.loads((tmp_path / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["facts"] == {"data": "digits"}
+
+
+def test_a_finished_run_is_left_as_it_is(source, saved, tmp_path, uninterrupted):
+    copied(saved, tmp_path)
+    assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 32}, r"^train: batch_size must be 16 to go on from .*12, got 32$"),
+        ({"seed": 1}, r"^train: seed must be 0 to go on from .*12, got 1$"),
+        ({"steps": 20}, r"^train: steps must be 12 to go on from .*12, got 20$"),
+        ({"objective": {"gamma": 2.0}}, r"^train: objective must be {.*} to go on from .*, got "),
+        ({"model": _Half()}, r"^train: model must be the one of the checkpoint, got .*12$"),
+        ({"model": build(rank=3)}, r"^train: model must be the one of the checkpoint, got .*12$"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_options_only(source, saved, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(source, out=saved, resume=True, **options)
+
+
+def test_a_constant_rate_may_go_on_for_longer(source, tmp_path):
+    options = {"decay": "constant", "out": tmp_path, "warm_up": 1, "log_every": 1}
+    run(source, steps=5, **options)
+    longer = run(source, steps=9, resume=True, **options)
+    assert longer.resumed_from == 5
+    once = run(source, steps=9, decay="constant", warm_up=1, log_every=1)
+    assert same(longer.model, once.model)
+    assert {row.learning_rate for row in once.history} == {4e-3}
+    with pytest.raises(ValueError, match=r"^train: steps must be 9 to go on from .*, got 7$"):
+        run(source, steps=7, resume=True, **options)
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_its_samples(source, tmp_path):
     row, step = 77, 0
-    while row not in training.batch_rows(1257, 16, seed=0, step=step).tolist():
+    while row not in source.batch(step, 16, seed=0)[0].tolist():
         step += 1
     assert step > 0
-    poisoned = digits._replace(train=digits.train.clone())
-    poisoned.train[row] = torch.nan
+    place = source.batch(step, 16, seed=0)[0].tolist().index(row)
+    sigma = schedules.draw_sigma(16, (0.1, 1.2), seed=0, offset=step + 1)[place]
+    batch = source.batch
 
-    def save(model, done):
-        return training.save_checkpoint(tmp_path, model, {"model": SETTINGS}, step=done)
+    def poisoned(step, *arguments, **options):
+        rows, raw = batch(step, *arguments, **options)
+        raw = raw.float()
+        raw[rows == row] = torch.nan
+        return rows, raw
 
-    with pytest.raises(RuntimeError) as error:
-        _train(poisoned, steps=200, save=save, save_every=1)
+    bad = _Instead(source, poisoned)
+    with pytest.raises(training.NotFinite) as error:
+        run(bad, steps=200, out=tmp_path, save_every=1, keep=1, augment="none")
     assert str(error.value) == (
-        f"train: the first-order term must stay finite, got nan at step {step + 1}; "
-        f"last good checkpoint: {tmp_path} (step {step})"
+        f"train: the first-order term must stay finite, got nan at step {step + 1} in sample "
+        f"{row} (sigma {sigma:.4g}); last good checkpoint: "
+        f"{tmp_path / 'checkpoints' / f'step-{step:08d}'} (step {step})"
     )
-    model, settings = training.load_checkpoint(tmp_path)
-    assert settings["step"] == step
-    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert [path.name for path, wrong in training.checkpoints(tmp_path) if wrong is None] == [
+        f"step-{step:08d}"
+    ]
 
 
 class _Overflow(nn.Module):
@@ -124,15 +497,50 @@ class _Overflow(nn.Module):
         return Scores(-x, torch.ones_like(x) + 0 * self.weight, factor)
 
 
-def test_train_stops_before_a_gradient_that_is_not_finite_reaches_the_weights(digits):
+def test_train_stops_before_a_gradient_that_is_not_finite_reaches_the_weights(source):
     model = _Overflow()
     with pytest.raises(
-        RuntimeError,
+        training.NotFinite,
         match=r"^train: the norm of the gradient must stay finite, got "
         r"(inf|nan) at step 1; last good checkpoint: none was written$",
     ):
-        training.train(model, digits, steps=3, batch_size=4)
+        run(source, model=model, steps=3, batch_size=4)
     assert model.weight.item() == 0
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 80 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_lower(source, failure):
+    model = build()
+
+    def fail(*_):
+        raise failure
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(training.OutOfMemory) as error:
+        run(source, model=model, accumulate=2)
+    assert str(error.value) == (
+        "train: a step must fit in the memory of cpu, got 8 samples at a time (batch_size 16): "
+        "raise accumulate, or lower batch_size, rank or the size of the model, or turn gradient "
+        "checkpointing on"
+    )
+
+
+def test_other_failures_of_the_model_are_left_alone(source):
+    model = build()
+
+    def fail(*_):
+        raise RuntimeError("a shape is wrong")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^a shape is wrong$"):
+        run(source, model=model)
 
 
 @pytest.mark.parametrize(
@@ -140,314 +548,203 @@ def test_train_stops_before_a_gradient_that_is_not_finite_reaches_the_weights(di
     [
         ({"steps": 0}, r"^train: steps must be at least 1, got 0$"),
         ({"batch_size": 0}, r"^train: batch_size must be at least 1, got 0$"),
-        ({"save_every": -1}, r"^train: save_every must be at least 1, got -1$"),
+        ({"save_every": 0}, r"^train: save_every must be at least 1, got 0$"),
+        ({"keep": 0}, r"^train: keep must be at least 1, got 0$"),
+        ({"log_every": 0}, r"^train: log_every must be at least 1, got 0$"),
+        ({"accumulate": 3}, r"^train: accumulate must divide batch_size 16, got 3$"),
+        ({"sigma_range": (0.0, 1.0)}, r"^train: sigma_range must be \(low, high\) with 0 < low"),
+        ({"sigma_range": (0.5, 0.1)}, r"^train: sigma_range must be \(low, high\) with 0 < low"),
+        ({"sigma_range": 0.5}, r"^train: sigma_range must be \(low, high\) .*, got 0\.5$"),
+        ({"learning_rate": 0.0}, r"^train: learning_rate must be finite and > 0, got 0$"),
+        ({"max_grad_norm": -1.0}, r"^train: max_grad_norm must be finite and > 0, got -1$"),
+        ({"weight_decay": -0.1}, r"^train: weight_decay must be finite and >= 0, got -0\.1$"),
+        ({"warm_up": -1}, r"^train: warm_up must be in \[0, 2\*\*31\), got -1$"),
+        ({"ema_decay": 1.0}, r"^train: ema_decay must be below 1, got 1$"),
+        ({"decay": "linear"}, r"^train: decay must be one of 'cosine', 'constant', got 'linear'$"),
+        ({"mixed_precision": "fp16"}, r"^train: mixed_precision must be one of 'no', 'bf16', got "),
+        ({"device": "gpu"}, r"^train: device must be one of 'auto', 'cpu', got 'gpu'$"),
         (
-            {"sigma_range": (0.0, 1.0)},
-            r"^train: sigma_range must be positive and increasing, got \(0\.0, 1\.0\)$",
+            {"tracker": "tensorboard"},
+            r"^train: out must be a folder for the tracker 'tensorboard', got None$",
         ),
-        (
-            {"sigma_range": (0.5, 0.1)},
-            r"^train: sigma_range must be positive and increasing, got \(0\.5, 0\.1\)$",
-        ),
-        *(
-            ({name: value}, rf"^train: {name} must be positive and finite, got {value}$")
-            for name in ("learning_rate", "max_grad_norm")
-            for value in (0, -1.0, math.nan, math.inf)
-        ),
-        ({"weight_decay": -0.1}, r"^train: weight_decay must be >= 0 and finite, got -0\.1$"),
-        ({"weight_decay": math.nan}, r"^train: weight_decay must be >= 0 and finite, got nan$"),
-        ({"warm_up": -1}, r"^train: warm_up must be at least 0, got -1$"),
-        ({"ema_decay": 1.0}, r"^train: ema_decay must be in \[0, 1\), got 1\.0$"),
     ],
 )
-def test_train_refuses_arguments_out_of_range(digits, options, message):
+def test_train_refuses_arguments_out_of_range(source, options, message):
     with pytest.raises(ValueError, match=message):
-        _train(digits, **options)
+        run(source, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 2.5}, r"^train: steps must be an int, got 2\.5$"),
-        ({"warm_up": True}, r"^train: warm_up must be an int, got True$"),
-        ({"learning_rate": "a"}, r"^train: learning_rate must be a float, got 'a'$"),
-        ({"weight_decay": None}, r"^train: weight_decay must be a float, got None$"),
+        ({"steps": 2.5}, r"^train: steps must be an int, got float$"),
+        ({"warm_up": True}, r"^train: warm_up must be an int, got bool$"),
+        ({"learning_rate": "a"}, r"^train: learning_rate must be a number, got 'a'$"),
+        ({"weight_decay": None}, r"^train: weight_decay must be a number, got None$"),
     ],
 )
-def test_train_refuses_arguments_of_another_kind(digits, options, message):
+def test_train_refuses_arguments_of_another_kind(source, options, message):
     with pytest.raises(TypeError, match=message):
-        _train(digits, **options)
+        run(source, **options)
 
 
-def test_train_takes_batches_of_one_digit(digits):
-    assert len(_train(digits, steps=2, batch_size=1)[2]) == 2
-
-
-def test_train_saves_every_so_many_steps_and_at_the_end_but_not_before_the_work(digits):
-    steps = []
-
-    def save(model, step):
-        steps.append(step)
-        return "here"
-
-    _train(digits, steps=5, save=save, save_every=2)
-    assert steps == [2, 4, 5]
+def test_dropout_is_refused(source):
+    model = nn.Sequential(build(), nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"^train: dropout must be off .*, got p = 0\.1 in '1'$"):
+        run(source, model=model)
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
+    ("name", "value", "message"),
     [
         (
-            "accelerate",
-            r"^train: accelerate must be installed \(pip install hos_ext\[app\]\), got: ",
+            "ACCELERATE_USE_FSDP",
+            "true",
+            r"^train: the launcher must use data parallelism .*, got ACCELERATE_USE_FSDP: not ",
         ),
         (
-            "rich.progress",
-            r"^train: rich\.progress must be installed \(pip install hos_ext\[app\]\), got: ",
+            "ACCELERATE_USE_DEEPSPEED",
+            "true",
+            r"^train: the launcher must use data parallelism \(DDP\), got ACCELERATE_USE_DEEPSPEED",
+        ),
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "fp16",
+            r"^train: mixed_precision must be that of the launcher, 'fp16', got 'no'$",
         ),
     ],
 )
-def test_train_without_an_extra_names_it(digits, monkeypatch, missing, message):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(RuntimeError, match=message):
-        _train(digits, progress=True)
+def test_what_a_launcher_asks_for_beside_is_refused(source, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        run(source)
 
 
-# -------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model = training.build_model(SETTINGS, seed=3)
-    training.save_checkpoint(
-        tmp_path, model, {"model": SETTINGS, "seed": 3}, step=7, recalibration=0.1
-    )
-    return tmp_path, model
-
-
-def test_checkpoint_gives_back_the_model_and_its_settings(saved):
-    folder, model = saved
-    loaded, settings = training.load_checkpoint(folder)
-    assert not loaded.training
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
-    assert (settings["seed"], settings["step"], settings["recalibration"]) == (3, 7, 0.1)
-    x = torch.randn(5, 8, 8)
-    for ours, theirs in zip(model(x, 0.3)[:3], loaded(x, 0.3)[:3], strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_config_is_a_copy_of_what_the_weights_carry(saved):
-    folder, _ = saved
-    settings = training.load_checkpoint(folder)[1]
-    assert json.loads((folder / "config.json").read_text()) == settings
-    for text in ('{"seed": 4}', "{"):  # a run that was killed between the two files, or an edit
-        (folder / "config.json").write_text(text)
-        assert training.load_checkpoint(folder)[1] == settings
-    (folder / "config.json").unlink()
-    assert training.load_checkpoint(folder)[1] == settings
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_run_killed_between_renames_leaves_a_checkpoint_that_loads(saved, monkeypatch, renames):
-    folder, _ = saved
-    replace, done = training.Path.replace, []
-
-    def kill(path, target):
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(target)
-        return replace(path, target)
-
-    other = SETTINGS | {"width": 8}
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Path, "replace", kill)
-        try:
-            training.save_checkpoint(
-                folder, training.build_model(other), {"model": other, "seed": 4}, step=9
-            )
-        except KeyboardInterrupt:
-            assert renames < 2
-    model, settings = training.load_checkpoint(folder)
-    expected = (7, 3, 16) if renames == 0 else (9, 4, 8)
-    assert (settings["step"], settings["seed"], model.score.in_features) == expected
-
-
-def test_check_writable_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
-    storage.check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="File exists"):
-        storage.check_writable(tmp_path / "file")
-
-
-def test_load_checkpoint_refuses_a_missing_file(saved):
-    folder, _ = saved
-    (folder / "model.safetensors").unlink()
-    message = f"load_checkpoint: folder must hold model.safetensors, got {folder} without it"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        training.load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_load_checkpoint_refuses_truncated_weights(saved, keep):
-    path = saved[0] / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        ValueError,
-        match=r"^load_checkpoint: folder must hold a whole "
-        r"model\.safetensors, got .*model\.safetensors: ",
-    ):
-        training.load_checkpoint(saved[0])
-
-
-def test_load_checkpoint_refuses_weights_of_another_model(saved):
-    folder, _ = saved
-    training.save_checkpoint(
-        folder, training.build_model(SETTINGS | {"width": 8}), {"model": SETTINGS}, step=1
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"^load_checkpoint: folder must hold the weights of its "
-        r"model, got .*size mismatch",
-    ):
-        training.load_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "found"),
-    [
-        (None, "None"),
-        ({"config": "{"}, "None"),
-        ({"config": "[1]"}, "None"),
-        ({"config": '{"format": "other"}'}, "'other'"),
-    ],
-)
-def test_load_checkpoint_refuses_weights_of_another_program(saved, metadata, found):
-    from safetensors.torch import save_file
-
-    path = saved[0] / "model.safetensors"
-    save_file({"a": torch.zeros(2)}, path, metadata)
-    message = (
-        "load_checkpoint: folder must hold a model.safetensors of format 'hos_ext digits model 1', "
-        f"got {found} in {path}"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        training.load_checkpoint(saved[0])
-
-
-def test_checkpoints_without_safetensors_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    cure = r"must be installed \(pip install hos_ext\[app\]\), got: "
-    with pytest.raises(RuntimeError, match=f"^load_checkpoint: safetensors {cure}"):
-        training.load_checkpoint(tmp_path)
-    with pytest.raises(RuntimeError, match=rf"^save_checkpoint: safetensors\.torch {cure}"):
-        training.save_checkpoint(tmp_path, nn.Linear(1, 1), {}, step=0)
-
-
-def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file"
-    storage.write_whole(path, b"old")
-
-    def full(handle):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        storage.write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
-
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-def _gaussian(x, sigma):
-    """Scaled scores of N(0, v I) data with v = 0.3: sigma s1 and c = v / (v + sigma^2)."""
-    level = (
-        torch.as_tensor(sigma).reshape(-1, *[1] * (x.dim() - 1))
-        if torch.is_tensor(sigma)
-        else sigma
-    )
-    total = 0.3 + level**2
-    return Scores(-level * x / total, torch.ones_like(x) * 0.3 / total)
-
-
-def test_denoise_adds_noise_of_the_level_and_gives_the_posterior(digits):
-    result = evaluation.denoise(_gaussian, digits.test, 0.5, seed=0)
-    assert torch.equal(data.to_grey(result.clean), digits.test)
-    noise = (result.noisy - result.clean) / 0.5
-    assert noise.std().item() == pytest.approx(1, abs=0.02)
-    torch.testing.assert_close(result.posterior.mean, result.noisy * 0.3 / 0.55)
-    errors = evaluation.denoising_errors(result)
-    assert errors["sigma"] == 0.5
-    assert errors["mse_noisy"] == pytest.approx(0.25, rel=0.03)
-    expected = (result.clean - result.noisy * 0.3 / 0.55).square().mean().item()
-    assert errors["mse_denoised"] == pytest.approx(expected)
-
-
-def test_calibration_figures_agree_with_dense_algebra(digits):
-    model = training.build_model(SETTINGS, seed=1)
-    result = evaluation.denoise(model, digits.test[:20], 0.4, seed=0)
-    figures = evaluation.calibration_figures(result, 1.7)
-    error = (result.clean - result.posterior.mean).flatten(1).double()
-    dense = result.posterior.covariance.dense().double()
-    eye = torch.eye(64, dtype=torch.float64)
-
-    def mahalanobis(scale, tau):
-        inverse = torch.linalg.inv(scale * dense + tau**2 * eye)
-        expected = error.unsqueeze(2) * error.unsqueeze(1) + tau**2 * eye
-        return (inverse * expected).sum((1, 2)).mean().item() / 64
-
-    assert figures["mahalanobis"] == pytest.approx(mahalanobis(1.0, 0.0), rel=1e-4)
-    assert figures["predictive"] == pytest.approx(mahalanobis(1.0, 0.2), rel=1e-4)
-    assert figures["predictive_recalibrated"] == pytest.approx(mahalanobis(1.7, 0.2), rel=1e-4)
-    trace = dense.diagonal(0, 1, 2).sum(1).mean()
-    expected = (error.square().sum(1).mean() / trace).item()
-    assert figures["trace_ratio"] == pytest.approx(expected, rel=1e-4)
-    assert figures["mahalanobis_recalibrated"] == pytest.approx(mahalanobis(1.7, 0.0), rel=1e-4)
-    assert figures["trace_ratio_recalibrated"] == pytest.approx(expected / 1.7, rel=1e-4)
-    assert (figures["sigma"], figures["n"]) == (0.4, 20)
-
-
-def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits):
-    c = torch.linspace(0.1, 2.0, 8).expand(8, 8)
-
-    def sure_of_white(x, sigma):
-        """Posterior mean 0 and covariance sigma^2 diag(c) whatever x is."""
-        return Scores(-x / sigma.view(-1, 1, 1), c.expand_as(x))
-
-    factor = evaluation.recalibrate(sure_of_white, digits.validation, (0.5, 1.0), seed=2)
-    clean = data.dequantise(digits.validation, seed=2, offset=1)
-    sigma = training.draw_sigma(len(clean), (0.5, 1.0), seed=2, offset=1)
-    residual = clean / sigma.view(-1, 1, 1)
-    predictive = ((residual.square() + 0.25) / (factor * c + 0.25)).mean()
-    assert predictive.item() == pytest.approx(1, rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["langevin", "ozaki"])
-def test_run_chains_samples_the_noisy_density(method):
-    init = 0.5 * ops.normal((64, 8, 8), seed=1)
-    draws, row = evaluation.run_chains(
-        _gaussian, init, 0.5, method=method, step_size=0.1, n_steps=60, burn_in=20, seed=0
-    )
-    assert draws.shape == (64, 60, 8, 8)
-    # Langevin's own bias, math of `sample`: variance times 1 / (1 - h / (2 v)), v = 0.55.
-    expected = 0.55 / (1 - 0.1 / 1.1) if method == "langevin" else 0.55
-    assert draws.var().item() == pytest.approx(expected, rel=0.03)
-    assert list(row) == ["method", "step_size", "min_ess", "us_per_step"]
-    assert (row["method"], row["step_size"]) == (method, 0.1)
-    assert 0 < row["min_ess"] < 64 * 60
-    assert row["us_per_step"] > 0
-
-
-def test_run_chains_says_when_chains_diverge():
-    init = torch.ones(4, 8, 8)
+def test_processes_that_do_not_form_a_group_are_refused(source, monkeypatch):
+    run(source, steps=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         RuntimeError,
-        match=r"^run_chains: step_size must keep the chains finite, got "
-        r"50 with which 4 of 4 langevin chains diverged$",
+        match=r"^train: the processes of the launcher must form one group, got 2 processes and a "
+        r"group of 1$",
     ):
-        evaluation.run_chains(
-            _gaussian, init, 0.5, method="langevin", step_size=50, n_steps=40, burn_in=0, seed=0
-        )
+        run(source, steps=1)
+
+
+def test_accumulation_is_ours_also_under_accelerate_launch(source, monkeypatch):
+    plain = run(source, steps=3, accumulate=4)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert same(run(source, steps=3, accumulate=4).model, plain.model)
+
+
+VR = {"variance_reduction": True}
+BF16 = (
+    r"^train: mixed_precision must be 'no' for variance reduction below sigma 0\.035 \(its second "
+    r"difference is divided by sigma\^2, and the rounding of bf16 with it\), got sigma_range "
+    r"\(0\.01, 1\.0\)$"
+)
+
+
+@pytest.mark.parametrize("objective", [VR, {}, {"variance_reduction": False, "first_order": "vr"}])
+def test_bf16_is_refused_where_it_would_ruin_variance_reduction(objective):
+    with pytest.raises(ValueError, match=BF16):
+        training.check_precision(objective, (0.01, 1.0), 0.7, mixed_precision="bf16")
+    training.check_precision(objective, (0.035, 1.0), 0.7, mixed_precision="bf16")
+    training.check_precision(objective, (0.01, 1.0), 0.7)
+    plain = {"variance_reduction": False}
+    training.check_precision(plain, (0.01, 1.0), 0.7, mixed_precision="bf16")
+
+
+def test_bf16_matrix_products_of_the_cpu_are_refused(source):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(
+            ValueError,
+            match=r"^train: torch\.set_float32_matmul_precision must not be 'medium' for variance ",
+        ):
+            run(source, objective=VR, sigma_range=(0.01, 1.0))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_refused_where_it_would_ruin_variance_reduction(monkeypatch):
+    monkeypatch.setattr(
+        training, "_tf32", lambda: ["torch.backends.cudnn.allow_tf32"], raising=True
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^train: TF32 must be off \(torch\.backends\.cudnn\.allow_tf32 set to False\) for "
+        r"variance reduction below sigma 0\.02 .* the rounding of TF32 with it\), got ",
+    ):
+        training.check_precision(VR, (0.01, 1.0), 1.0, device="cuda")
+    training.check_precision(VR, (0.02, 1.0), 1.0, device="cuda")
+    training.check_precision(VR, (0.01, 1.0), 1.0, device="cpu")
+
+
+def test_the_switches_of_tf32_are_read():
+    names = {"torch.backends.cudnn.allow_tf32", "torch.backends.cuda.matmul.allow_tf32"}
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        assert set(training._tf32()) == names
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        assert training._tf32() == []
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "rich.progress", "tensorboard"])
+def test_train_without_an_extra_names_it(source, monkeypatch, tmp_path, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        RuntimeError, match=rf"^train: {missing} must be installed \(pip install hos_ext\[app\]\), "
+    ):
+        run(source, progress=True, tracker="tensorboard", out=tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- trackers
+
+
+def _logged(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_gets_every_row_once_also_after_a_stop(source, tmp_path, uninterrupted):
+    def report(model, step):
+        assert isinstance(model, MLP)
+        return {"calibration": float(step)}, {"std": np.full((1, 4, 5, 3), 7, np.uint8)}
+
+    options = {"out": tmp_path, "tracker": "tensorboard", "log_every": 5, "save_every": 4}
+    run(source, **options)
+    for name in ("step-00000012", "step-00000008"):
+        (tmp_path / "checkpoints" / name / "state.json").unlink()
+    with pytest.warns(UserWarning, match="going back"):
+        again = run(source, report=report, resume=True, **options)
+    assert again.resumed_from == 4
+    events = _logged(tmp_path)
+    for name in ("loss", "first", "second", "gradient_norm", "gradient_variance", "validation"):
+        rows = events.Scalars(name)
+        assert [row.step for row in rows] == [5, 10, 12]
+        wanted = [getattr(row, name) for row in uninterrupted.history]
+        assert [row.value for row in rows] == pytest.approx(wanted, rel=1e-6)
+    assert [row.step for row in events.Scalars("calibration")] == [12]
+    image = events.Images("std")[0]
+    assert (image.step, image.height, image.width) == (12, 4, 5)
+
+
+# --------------------------------------------------------------------------------- the loss module
+
+
+def test_the_module_for_loops_of_ones_own_draws_as_documented(source):
+    """`ScoreMatchingLoss` and the engine are two doors to the same objective."""
+    loss = ScoreMatchingLoss((0.1, 1.2), **training.OBJECTIVE)
+    x = source.scaling.forward(source.test[:8], seed=0)
+    u = ops.uniform((8,), seed=0, offset=3, stream=ops.STREAM_TIME, dtype=torch.float64)
+    sigma = (0.1 * 12**u).float()
+    model = build()
+    expected = score_matching_loss(model, x, sigma, **training.OBJECTIVE, seed=0, offset=3)
+    assert loss(model, x, step=3).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -1,0 +1,94 @@
+"""Training on several processes: the same curve, and a killed process put up again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_training import near, run
+
+from hos_ext import data
+
+PROGRAM = """
+import json, os, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import build, data, run, training
+out, options, kill = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+source, model = data.open_source("digits"), build()
+rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if kill and restarts == 0 and rank == 1:
+    calls = []
+    def count(*_):
+        calls.append(0)
+        if len(calls) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+    model.register_forward_pre_hook(count)
+trained = run(source, model=model, out=out, resume=True, **options)
+if rank == 0:
+    from safetensors.torch import save_file
+    save_file(trained.model.state_dict(), out + "/trained.safetensors")
+    rows = [row._asdict() for row in trained.history]
+    Path(out, "told.json").write_text(json.dumps([trained.resumed_from, restarts, rows]))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(data.open_source("digits"), log_every=3)
+
+
+def launched(folder, processes, options, *, kill=0, restarts=0):
+    """Trains under torchrun; the model, the step resumed from, the restarts and the curve."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    here = os.path.dirname(__file__)
+    paths = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    told = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={processes}", f"--max-restarts={restarts}"),
+            *(str(program), str(folder), json.dumps(options), str(kill)),
+        ],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert told.returncode == 0, told.stderr
+    from safetensors.torch import load_file
+
+    resumed, count, rows = json.loads((folder / "told.json").read_text())
+    return load_file(folder / "trained.safetensors"), resumed, count, rows
+
+
+class _Weights:
+    def __init__(self, weights):
+        self.state_dict = lambda: weights
+
+
+def agrees(alone, weights, rows):
+    assert near(_Weights(weights), alone.model, 2e-5)
+    for row, expected in zip(rows, alone.history, strict=True):
+        for name, value in expected._asdict().items():
+            if name != "gradient_variance":  # from the rows of one process
+                assert row[name] == pytest.approx(value, rel=1e-4), name
+    return True
+
+
+def test_two_processes_train_to_the_same_curve_as_one(alone, tmp_path):
+    options = {"log_every": 3, "accumulate": 2}
+    weights, resumed, restarts, rows = launched(tmp_path, 2, options)
+    assert (resumed, restarts) == (0, 0)
+    assert agrees(alone, weights, rows)
+    # Two halves of the batch, not the whole batch twice.
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_killed_process_is_put_up_again_and_training_goes_on(alone, tmp_path):
+    options = {"log_every": 3, "save_every": 4}
+    weights, resumed, restarts, rows = launched(tmp_path, 2, options, kill=7, restarts=1)
+    assert (resumed, restarts) == (4, 1)
+    assert agrees(alone, weights, rows)
