@@ -10,6 +10,7 @@ likewise c and sigma U.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 import tempfile
@@ -85,7 +86,8 @@ class DiffusersScore(nn.Module):
         for dtype in {p.dtype for p in unet.parameters()}:
             if dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{where}: unet must be float32 or float64, got {dtype}")
-        if table[-1] == 0:  # no signal, hence no score, at the last time
+        # No signal, hence no score, at the last time; Euler's scheduler puts 2^-24 there.
+        if table[-1] == 0 or (len(table) > 1 and table[-1] == 2**-24 > table[-2]):
             table = table[:-1]
         self.unet, self.scheduler = unet, scheduler
         self.schedule = from_alphas_cumprod(table)
@@ -264,8 +266,12 @@ class SecondOrderHead(nn.Module):
             TypeError, ValueError: what the score and the head raise, or the score does not fit x.
         """
         where = "SecondOrderHead"
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and (x.requires_grad or functorch_active())
+        # Not under autocast: it stays as it is, and the head learns beside the score it will see.
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.set_grad_enabled(
+                torch.is_grad_enabled() and (x.requires_grad or functorch_active())
+            ),
         ):
             first = self.first_order(x, sigma)
             if isinstance(first, Scores):
@@ -402,13 +408,24 @@ def _save_first_order(folder: Path, score: Any, network: dict[str, str]) -> None
 
 def _digest(score: Any) -> str:
     """Of what the score depends on: network, weights, noise levels, kind of prediction."""
-    config = {k: v for k, v in score.unet.config.items() if not k.startswith("_")}
+    # What has its default is left out: later versions of diffusers have more of it.
+    known = inspect.signature(type(score.unet)).parameters
+    config = {
+        k: v
+        for k, v in score.unet.config.items()
+        if not k.startswith("_") and not (k in known and _as_list(known[k].default) == _as_list(v))
+    }
     mark = hashlib.sha256(json.dumps([score.prediction, config], sort_keys=True).encode())
     tensors = score.unet.state_dict() | {"alphas_cumprod": score.schedule.alphas_cumprod}
     for name, value in sorted(tensors.items()):
         mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         mark.update(value.detach().cpu().contiguous().numpy().tobytes())
     return mark.hexdigest()
+
+
+def _as_list(value: object) -> object:
+    """JSON makes lists of tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _part(folder: Path | str, name: str, config: str) -> Path:

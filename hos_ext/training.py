@@ -9,6 +9,7 @@ trackers), `torch.optim.swa_utils` (EMA), safetensors and rich; extra `app`.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,8 +177,8 @@ def check_precision(
         kinds["bf16"] = "mixed_precision must be 'no'"
     if device == "cuda" and _tf32():
         kinds["TF32"] = f"TF32 must be off ({' and '.join(_tf32())} set to False)"
-    if device == "cpu" and torch.get_float32_matmul_precision() == "medium":
-        kinds["bf16"] = "torch.set_float32_matmul_precision must not be 'medium'"
+    if device == "cpu" and (setting := _cpu_bf16()):
+        kinds["bf16"] = setting
     for kind, rule in kinds.items():
         least = _LEAST_SIGMA[kind] * std
         if sigma_range[0] < least:
@@ -206,6 +207,20 @@ def _tf32() -> list[str]:
         if new == "tf32" if new is not None else backend.allow_tf32:
             on.append(name)
     return on
+
+
+def _cpu_bf16() -> str | None:
+    """The rule that a setting for products in bf16 on the CPU breaks."""
+    try:
+        if torch.get_float32_matmul_precision() == "medium":
+            return "torch.set_float32_matmul_precision must not be 'medium'"
+    except RuntimeError:  # torch from 2.9 on, where the settings below were used beside it
+        pass
+    for part in ("matmul", "conv"):
+        place = getattr(torch.backends.mkldnn, part, None)
+        if getattr(place, "fp32_precision", None) == "bf16":
+            return f"torch.backends.mkldnn.{part}.fp32_precision must not be 'bf16'"
+    return None
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -251,15 +266,16 @@ def train(
         model: `model(x, sigma) -> Scores`. Trained in place; parameters that need no gradient are
             neither trained nor saved.
         source: see `data.open_source`; `train` is trained on, `validation` gives the curve only.
-        out: run folder for checkpoints/ and logs/. None: nothing is written.
+        out: run folder for checkpoints/ and logs/. None: nothing is written. Without resume there
+            must be no checkpoints in it.
         steps: optimiser steps, >= 1.
         batch_size: samples in a step, over all processes; a multiple of processes x accumulate.
         accumulate: micro-batches of a step: less memory for the same step.
         learning_rate: after the warm-up.
         decay: "cosine" to zero at `steps`, or "constant": then a run may be resumed with more
-            steps.
+            steps, and is the one that had them from the start.
         weight_decay: of the weight matrices, >= 0.
-        warm_up: steps; at most a tenth of all.
+        warm_up: steps; with a cosine at most a tenth of all.
         max_grad_norm: longer gradients are scaled down to it.
         ema_decay: of the average, >= 0 and < 1. Early on it is lowered to (1 + t) / (10 + t).
         sigma_range: smallest and largest sigma, data units.
@@ -285,12 +301,14 @@ def train(
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind; a checkpoint of
-            another run; arithmetic that would ruin variance reduction; dropout; FSDP, DeepSpeed.
+            another run, or some where none are wanted; arithmetic that would ruin variance
+            reduction; dropout; FSDP, DeepSpeed.
         NotFinite: names the step, the term, the samples and their noise levels, and the last
             checkpoint.
         OutOfMemory: says what to lower.
         Stopped: SIGTERM or SIGINT came (one process): the step was finished and saved.
-        RuntimeError: an extra is missing.
+        OSError: out cannot be written to, or the disk is full.
+        RuntimeError: an extra is missing; processes that see different checkpoints.
     """
     options = {name: value for name, value in locals().items() if name in _OPTIONS}
     check_options(options)
@@ -321,49 +339,60 @@ def train(
 
     # Before prepare: under bf16 that puts a forward into the model whose copy calls the original.
     ema = swa_utils.AveragedModel(model.to(place), avg_fn=average)
-    network, optimizer = accelerator.prepare(model, optimizer)
     deciding = {name: options[name] for name in _DECIDING} | {
         "objective": objective,
         "sigma_range": list(sigma_range),
     }
+    main = accelerator.is_main_process
     folder = None if out is None else Path(out) / "checkpoints"
-    state = _State(0, [], [0.0] * 5, "none was written")
-    if resume and folder is not None:
-        state = _load(folder, model, ema, optimizer, deciding)
+    state = _State(0, [], [0.0] * 5, None)
+    if folder is not None:
+        _check_json({"objective": objective, "facts": facts})
+        if resume:
+            state = _load(folder, model, ema, optimizer, deciding)
+        elif main and (there := _found(folder)):
+            raise ValueError(f"train: out must hold no checkpoints without resume, got {there[-1]}")
     start, history, sums, kept = state
+    _check_starts(require("train", "accelerate.utils").gather_object([start]))
     if start >= steps:
         return Trained(ema.module.eval(), history, start, start)
-    main = accelerator.is_main_process
     if main and folder is not None:
+        storage.check_writable(folder)
         storage.remove_leftovers(folder)
+    network, optimizer = accelerator.prepare(model, optimizer)
     if tracker != "none":
         # Rows after the checkpoint that a stopped run wrote are written anew.
         again = {"purge_step": start + 1} if tracker == "tensorboard" else {}
         accelerator.init_trackers("logs", init_kwargs={tracker: again})
 
-    rate = partial(_rate, learning_rate, decay, max(1, min(warm_up, steps // 10)), steps)
+    # Where steps may be added later the rate does not depend on them.
+    warm_up = max(1, min(warm_up, steps // 10) if decay == "cosine" else warm_up)
+    rate = partial(_rate, learning_rate, decay, warm_up, steps)
     window = log_every or max(1, steps // 50)
     draw = partial(_draw, source, batch_size, size, augment, sigma_range, seed, place)
     held_out = _validation(source, sigma_range, seed, place)
     with (
+        ExitStack() as stack,
         _progress_bar(progress and main, start, steps) as show,
         _signals(world == 1) as received,
         _memory(size, batch_size, place),
     ):
+        stack.callback(accelerator.unwrap_model, network, keep_fp32_wrapper=False)
         for step in range(start + 1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step - 1)
-            totals, bad = torch.zeros(3, dtype=torch.float64, device=place), ""
+            totals, bad = torch.zeros(3, dtype=torch.float64), ""
             for micro in range(accumulate):
                 batch = draw(step, (micro * world + accelerator.process_index) * size)
                 with accelerator.accumulate(network):
                     values = _losses(network, batch, objective, seed, step)
                     accelerator.backward(values[0].mean())
-                totals += values.detach().double().mean(1)
+                totals += values.detach().cpu().double().mean(1)  # Apple's GPUs have no float64
                 bad = bad or _bad_rows(values[0], batch)
             norm = accelerator.clip_grad_norm_(trained, max_grad_norm)
-            means = [float(v) for v in accelerator.reduce(totals / accumulate, "mean")]
-            means.append(float(norm))
+            if world > 1:
+                totals = accelerator.reduce(totals.to(place), "mean")
+            means = [*(totals / accumulate).tolist(), float(norm)]
             _check_finite(means, step, bad, kept)
             optimizer.step()
             optimizer.zero_grad()
@@ -380,11 +409,13 @@ def train(
                     row = History(
                         step, loss, first, second, rate(step), *validation, length, spread
                     )
+                    _check_row(row, kept)
                     history.append(row)
                     if tracker != "none":
                         _track(accelerator, history, ema.module, report, step == steps)
                 sums = [0.0] * 5
-            if folder is not None and (step % save_every == 0 or step == steps or received):
+            stop = bool(received)  # once: a signal may come at any line
+            if folder is not None and (step % save_every == 0 or step == steps or stop):
                 if main:
                     content = {
                         "step": step,
@@ -393,17 +424,17 @@ def train(
                         "history": [list(row) for row in history],
                         "sums": sums,
                     }
-                    kept = _save(folder, model, ema, optimizer, content, keep)
+                    _save(folder, model, ema, optimizer, content, keep, kept)
                 accelerator.wait_for_everyone()
+                kept = _path(folder, step)
             show(step, means[0])
-            if received and step < steps:
+            if stop and step < steps:
                 break
     if tracker != "none":
         accelerator.end_training()
-    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    if received and step < steps:
+    if step < steps:
         name = signal.Signals(received[0]).name
-        message = f"train: {name} stopped it after step {step}; last checkpoint: {kept}"
+        message = f"train: {name} stopped it after step {step}; last checkpoint: {_named(kept)}"
         raise Stopped(message, received[0])
     return Trained(ema.module.eval(), history, steps, start)
 
@@ -440,9 +471,23 @@ def _accelerator(
     plugin = accelerate.utils.GradientAccumulationPlugin(
         num_steps=accumulate, sync_with_dataloader=False
     )
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if accelerate.state.is_initialized():
+        # accelerate keeps what the first engine of a process was asked for: the wrong device even
+        # without a word.
+        before = accelerate.state.AcceleratorState()
+        asked_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+        for what, old, new in (
+            ("mixed_precision", before.mixed_precision, mixed_precision),
+            ("whether device is the CPU", before.device.type == "cpu", cpu or asked_cpu),
+        ):
+            if old != new:
+                raise ValueError(
+                    f"train: {what} must stay the same within a process, {old!r}, got {new!r}"
+                )
     engine = accelerate.Accelerator(
         # Told so, it makes a group of CPU processes; not told, each would train alone.
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_plugin=plugin,
         log_with=None if tracker == "none" else tracker,
@@ -522,7 +567,7 @@ def _validation_loss(
     for low in range(0, len(batch.x), 128):
         part = slice(low, low + 128)
         some = _Batch(batch.x[part], batch.sigma[part], low, batch.rows[part])
-        total += _losses(model, some, objective, seed, 0).double().sum(1).cpu()
+        total += _losses(model, some, objective, seed, 0).cpu().double().sum(1)
     loss, first, _ = (total / len(batch.x)).tolist()
     return loss, first
 
@@ -538,7 +583,7 @@ def _gradient_variance(
     """Trace of the covariance of the gradient of the mean loss over such a batch.
 
     The halves' gradients g, g' are independent, each with twice the variance of their mean:
-    E |g - g'|^2 = 4 Var.
+    E |g - g'|^2 = 4 Var. Of an odd batch the last row is left out.
     """
     half = len(batch.x) // 2
     if half == 0:
@@ -548,8 +593,9 @@ def _gradient_variance(
         part = slice(low, low + half)
         some = _Batch(batch.x[part], batch.sigma[part], batch.first + low, batch.rows[part])
         loss = _losses(model, some, objective, seed, step)[0].mean()
-        gradients.append(torch.autograd.grad(loss, trained))
-    return float(sum((a - b).double().square().sum() for a, b in zip(*gradients, strict=True)) / 4)
+        gradients.append(torch.autograd.grad(loss, trained, materialize_grads=True))
+    apart = sum(float((a - b).square().sum()) for a, b in zip(*gradients, strict=True))
+    return apart / 4 * (2 * half / len(batch.x))
 
 
 def _bad_rows(losses: Tensor, batch: _Batch) -> str:
@@ -561,7 +607,7 @@ def _bad_rows(losses: Tensor, batch: _Batch) -> str:
     return f"sample{'s' if len(bad) > 1 else ''} {named}{' ...' if len(bad) > 5 else ''}"
 
 
-def _check_finite(values: list[float], step: int, bad: str, kept: str) -> None:
+def _check_finite(values: list[float], step: int, bad: str, kept: Path | None) -> None:
     names = ("the first-order term", "the second-order term", "the sum of the terms")
     order = (*values[1:3], values[0], values[3])
     for name, value in zip((*names, "the norm of the gradient"), order, strict=True):
@@ -569,8 +615,37 @@ def _check_finite(values: list[float], step: int, bad: str, kept: str) -> None:
             where = f" in {bad}" if bad else ""
             raise NotFinite(
                 f"train: {name} must stay finite, got {value} at step {step}{where}; "
-                f"last good checkpoint: {kept}"
+                f"last good checkpoint: {_named(kept)}"
             )
+
+
+def _check_row(row: History, kept: Path | None) -> None:
+    for name, value in row._asdict().items():
+        if value is not None and not math.isfinite(value):
+            raise NotFinite(
+                f"train: the {name} of the curve must stay finite, got {value} at step {row.step}; "
+                f"last good checkpoint: {_named(kept)}"
+            )
+
+
+def _check_starts(steps: list[int]) -> None:
+    """Each process reads the checkpoints itself: on a disk of its own it may find others."""
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            "train: every process must find the same checkpoints (out on a disk that all share), "
+            f"got those of steps {', '.join(map(str, steps))}"
+        )
+
+
+def _check_json(given: dict[str, Any]) -> None:
+    """Refuses at once what no checkpoint could hold."""
+    for name, value in given.items():
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"train: {name} must be plain JSON, got: {error}") from None
+        if name == "objective" and json.loads(text) != value:  # no run could be resumed with it
+            raise TypeError(f"train: {name} must be plain JSON, got {value}")
 
 
 def _track(
@@ -603,8 +678,9 @@ def _signals(wanted: bool) -> Iterator[list[int]]:
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield received
         return
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    # What was ignored before stays so: SIGINT in the background of a script.
+    kinds = [kind for kind, handler in before.items() if handler is not signal.SIG_IGN]
 
     def note(number: int, _: object) -> None:
         received.append(number)
@@ -625,7 +701,7 @@ def _memory(size: int, batch_size: int, place: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
+        words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
         raise OutOfMemory(
@@ -674,13 +750,24 @@ class _State(NamedTuple):
     step: int
     history: list[History]
     sums: list[float]
-    kept: str
+    kept: Path | None
 
 
 def checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
     """The checkpoints of a run, oldest first, each with what is wrong with it or None."""
-    found = sorted((Path(out) / "checkpoints").glob("step-*"))
-    return [(path, storage.damage(path)) for path in found]
+    return [(path, storage.damage(path)) for path in _found(Path(out) / "checkpoints")]
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _named(path: Path | None) -> str:
+    return "none was written" if path is None else f"{path} (step {int(path.name[5:])})"
 
 
 def _save(
@@ -690,26 +777,46 @@ def _save(
     optimizer: Any,
     content: dict[str, Any],
     keep: int,
-) -> str:
-    """Writes step-00000500/ whole, and only then removes all but the newest `keep`."""
-    save_file = require("train", "safetensors.torch").save_file
-    path = folder / f"step-{content['step']:08d}"
+    kept: Path | None,
+) -> None:
+    """Writes step-00000500/ whole, and only then removes all but the newest `keep` whole ones.
+
+    Args:
+        kept: the checkpoint before. What lies between it and this one, or behind this one, was
+            damaged when the run went on.
+    """
+    path = _path(folder, content["step"])
     text = json.dumps(content, allow_nan=False) + "\n"
-    if storage.damage(path) is not None:  # a whole one may be there: a run stopped behind it
-        if path.exists():
-            shutil.rmtree(path)
-        storage.write_folder(
-            path,
-            {
-                "model.safetensors": partial(save_file, _trained_state(model)),
-                "ema.safetensors": partial(save_file, _trained_state(ema)),
-                "optimizer.pt": partial(torch.save, optimizer.state_dict()),
-                "state.json": lambda file: file.write_text(text),
-            },
-        )
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    if path.exists():
+        shutil.rmtree(path)
+    storage.write_folder(
+        path,
+        {
+            "model.safetensors": partial(_write_weights, model),
+            "ema.safetensors": partial(_write_weights, ema),
+            "optimizer.pt": partial(_write_optimizer, optimizer),
+            "state.json": lambda file: file.write_text(text),
+        },
+    )
+    last = "" if kept is None else kept.name
+    found = _found(folder)
+    damaged = [old for old in found if last < old.name < path.name]
+    whole = [old for old in found if old.name <= path.name and old not in damaged]
+    for old in [*damaged, *whole[:-keep]]:
         shutil.rmtree(old)
-    return f"{path} (step {content['step']})"
+
+
+# As bytes and then by Python: of a full disk both libraries only say that something is wrong.
+def _write_weights(module: nn.Module, file: Path) -> None:
+    # Copies: safetensors refuses tensors that share memory.
+    state = {name: v.to("cpu", copy=True) for name, v in _trained_state(module).items()}
+    file.write_bytes(require("train", "safetensors.torch").save(state))
+
+
+def _write_optimizer(optimizer: Any, file: Path) -> None:
+    content = io.BytesIO()
+    torch.save(optimizer.state_dict(), content)
+    file.write_bytes(content.getbuffer())
 
 
 def _trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -739,13 +846,18 @@ def _load(
         for module, name in ((model, "model"), (ema, "ema")):
             weights = load_file(path / f"{name}.safetensors")
             wanted = _trained_state(module)
-            if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in wanted.items()}:
+            kinds, wanted_kinds = (
+                {k: (v.shape, v.dtype) for k, v in each.items()} for each in (weights, wanted)
+            )
+            if kinds != wanted_kinds:
                 raise ValueError(f"train: model must be the one of the checkpoint, got {path}")
             module.load_state_dict(weights, strict=False)
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        # On the CPU first: the device that it was saved from may be another's, or not there.
+        moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(moments)
         history = [History(*row) for row in state["history"]]
-        return _State(state["step"], history, state["sums"], f"{path} (step {state['step']})")
-    return _State(0, [], [0.0] * 5, "none was written")
+        return _State(state["step"], history, state["sums"], path)
+    return _State(0, [], [0.0] * 5, None)
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Second-order heads on frozen scores: exact on Gaussians, and nothing of the score ever moves."""
 
+import inspect
 import json
 import math
 import re
@@ -583,6 +584,58 @@ def test_another_network_than_the_heads_is_refused(diffusers, tmp_path):
     )
     with pytest.raises(ValueError, match=exactly(message)):
         SecondOrderHead.from_pretrained(tmp_path)
+
+
+def test_a_version_of_diffusers_with_more_options_knows_the_network(
+    diffusers, monkeypatch, tmp_path
+):
+    torch.manual_seed(0)
+    score = DiffusersScore(small_unet(diffusers), diffusers.DDPMScheduler())
+    model = SecondOrderHead(score, head())
+    model.save_pretrained(tmp_path)
+    before = inspect.signature(diffusers.UNet2DModel)
+    more = inspect.Parameter("later", inspect.Parameter.KEYWORD_ONLY, default=None)
+    later = before.replace(parameters=[*before.parameters.values(), more])
+    read = diffusers.UNet2DModel.from_pretrained
+
+    def from_later(*arguments, **options):
+        unet = read(*arguments, **options)
+        unet.register_to_config(later=None)
+        return unet
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "__signature__", later, raising=False)
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", from_later)
+    again = SecondOrderHead.from_pretrained(tmp_path)
+    assert again.first_order.unet.config["later"] is None
+
+
+class _Linear(nn.Module):
+    """A score whose dtype autocast would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, sigma):
+        return self.layer(x)
+
+
+def test_autocast_does_not_reach_the_score():
+    torch.manual_seed(0)
+    model = SecondOrderHead(_Linear(), MLP((4,), 1, given_score=True))
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model(x, 0.5)
+    assert torch.equal(scores.score, model(x, 0.5).score)
+    assert scores.factor.dtype == torch.bfloat16
+
+
+def test_the_last_time_of_eulers_scheduler_without_signal_is_left_out(diffusers):
+    unet = small_unet(diffusers)
+    euler = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True)
+    plain = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
+    ends = [DiffusersScore(unet, each).sigma_range for each in (euler, plain)]
+    assert ends[0] == ends[1]
 
 
 def test_head_on_any_function_is_saved_without_it(tmp_path):

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from test_training import build, data, run, training
 out, options, kill = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+apart = options.pop("apart", False)
 source, model = data.open_source("digits"), build()
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if kill and restarts == 0 and rank == 1:
@@ -25,6 +26,15 @@ if kill and restarts == 0 and rank == 1:
         if len(calls) == kill:
             os.kill(os.getpid(), signal.SIGKILL)
     model.register_forward_pre_hook(count)
+if apart:  # as on a disk of its own: the second process finds no checkpoint
+    run(source, model=build(), out=out, steps=4, **options)
+    out = out + "/other" if rank else out
+    try:
+        run(source, model=model, out=out, steps=8, resume=True, **options)
+    except RuntimeError as error:
+        Path(sys.argv[1], f"told-{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+    sys.exit()
 trained = run(source, model=model, out=out, resume=True, **options)
 if rank == 0:
     from safetensors.torch import save_file
@@ -58,6 +68,8 @@ def launched(folder, processes, options, *, kill=0, restarts=0):
         timeout=180,
     )
     assert told.returncode == 0, told.stderr
+    if options.get("apart"):
+        return [(folder / f"told-{rank}").read_text() for rank in range(processes)]
     from safetensors.torch import load_file
 
     resumed, count, rows = json.loads((folder / "told.json").read_text())
@@ -89,6 +101,17 @@ def test_two_processes_train_to_the_same_curve_as_one(alone, tmp_path):
 
 def test_a_killed_process_is_put_up_again_and_training_goes_on(alone, tmp_path):
     options = {"log_every": 3, "save_every": 4}
-    weights, resumed, restarts, rows = launched(tmp_path, 2, options, kill=7, restarts=1)
-    assert (resumed, restarts) == (4, 1)
+    # More than one restart: on a busy machine gloo at times fails to connect after the first.
+    weights, resumed, restarts, rows = launched(tmp_path, 2, options, kill=7, restarts=4)
+    assert resumed == 4
+    assert restarts >= 1
     assert agrees(alone, weights, rows)
+
+
+def test_processes_that_find_other_checkpoints_are_refused(tmp_path):
+    told = launched(tmp_path, 2, {"apart": True, "decay": "constant", "log_every": 3})
+    refused = (
+        "train: every process must find the same checkpoints (out on a disk that all share), got "
+        "those of steps 4, 0"
+    )
+    assert told == [refused, refused]

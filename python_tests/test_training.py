@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -151,14 +153,15 @@ def test_the_curve_holds_means_since_the_last_row(source):
     assert coarse[0].loss == pytest.approx(coarse[0].first + coarse[0].second, rel=1e-6)
 
 
-def test_the_gradient_variance_is_that_of_the_batch(source):
+@pytest.mark.parametrize("rows", [3, 16])
+def test_the_gradient_variance_is_that_of_the_batch(source, rows):
     """Its mean over many batches against the spread of the gradients of those batches."""
     model = build(rank=0)
     trained = list(model.parameters())
     place = torch.device("cpu")
     estimates, gradients = [], []
     for step in range(150):
-        batch = training._draw(source, 16, 16, "none", (0.3, 0.6), 0, place, step + 1, 0)
+        batch = training._draw(source, rows, rows, "none", (0.3, 0.6), 0, place, step + 1, 0)
         estimates.append(
             training._gradient_variance(model, trained, batch, training.OBJECTIVE, 0, step + 1)
         )
@@ -173,6 +176,30 @@ def test_train_takes_batches_of_one_row(source):
     history = run(source, steps=2, batch_size=1).history
     assert len(history) == 2
     assert history[0].gradient_variance is None
+
+
+class _Tied(nn.Module):
+    """A weight under two names, and one that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+        self.alias = self.body.c
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, sigma):
+        return self.body(x, sigma)
+
+
+def test_tied_and_idle_weights_are_trained_and_resumed_like_others(source, tmp_path):
+    plain = run(source).model
+    assert same(plain, run(source, model=_Tied(), out=tmp_path, save_every=5).model.body)
+    (tmp_path / "checkpoints" / "step-00000012" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="going back"):
+        again = run(source, model=_Tied(), out=tmp_path, resume=True)
+    assert again.resumed_from == 10
+    assert same(plain, again.model.body)
+    assert torch.equal(again.model.idle, torch.ones(3))
 
 
 class _Half(nn.Module):
@@ -207,12 +234,20 @@ def test_bf16_runs_the_network_under_autocast_and_leaves_the_model_as_it_was(sou
     code = """
 import torch
 torch.set_num_threads(1)
-from test_training import build, run, data
+from test_training import _Cut, _cut, build, run, data
 source = data.open_source("digits")
 model = build()
 kinds = set()
 def hook(module, inputs, output):
     kinds.add(output.dtype)
+model.bodies[0].layers[0].register_forward_hook(hook)
+try:
+    run(_cut(source, 1), model=model, mixed_precision="bf16")
+except _Cut:
+    kinds.clear()
+    model(torch.zeros(1, 8, 8), 1.0)
+    print(*kinds)
+model = build()
 model.bodies[0].layers[0].register_forward_hook(hook)
 bf16 = run(source, model=model, mixed_precision="bf16")
 print(torch.bfloat16 in kinds)
@@ -224,8 +259,8 @@ print(all(p.dtype == torch.float32 for p in bf16.model.parameters()), bf16.histo
 """
     told = _python(code)
     wide = run(source).history[-1].first
-    assert told[:2] == ["True", "torch.float32"]
-    dtypes, narrow = told[2].split()
+    assert told[:3] == ["torch.float32", "True", "torch.float32"]
+    dtypes, narrow = told[3].split()
     assert dtypes == "True"
     assert float(narrow) == pytest.approx(wide, rel=0.02)
     assert float(narrow) != wide
@@ -421,6 +456,152 @@ def test_a_fixed_number_of_checkpoints_is_kept(source, saved, tmp_path):
     assert state["facts"] == {"data": "digits"}
 
 
+class _Cut(Exception):
+    """The end of a run at a step, as hard as a power cut but for this process."""
+
+
+def _cut(source, at):
+    def batch(step, *arguments, **options):
+        if step == at:
+            raise _Cut
+        return source.batch(step, *arguments, **options)
+
+    return _Instead(source, batch)
+
+
+def test_damaged_checkpoints_ahead_and_passed_by_are_not_among_those_kept(
+    source, saved, tmp_path, uninterrupted
+):
+    folder = copied(saved, tmp_path)
+    (folder / "step-00000012" / "state.json").unlink()
+    with pytest.warns(UserWarning, match="going back"), pytest.raises(_Cut):
+        run(_cut(source, 9), log_every=5, out=tmp_path, save_every=3, keep=1, resume=True)
+    assert names(tmp_path) == ["step-00000009", "step-00000012"]
+    _flip(folder / "step-00000009" / "optimizer.pt")
+    copied(saved, tmp_path)
+    (folder / "step-00000012" / "state.json").unlink()
+    with pytest.warns(UserWarning, match="going back"), pytest.raises(_Cut):
+        run(_cut(source, 10), log_every=5, out=tmp_path, save_every=10, keep=2, resume=True)
+    assert names(tmp_path) == ["step-00000008", "step-00000010", "step-00000012"]
+    with pytest.warns(UserWarning, match="going back"):
+        assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 10)
+
+
+def test_a_signal_at_the_end_of_a_step_waits_for_the_next(source, tmp_path, monkeypatch):
+    @contextmanager
+    def bar(*_):
+        yield lambda step, loss: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+
+    monkeypatch.setattr(training, "_progress_bar", bar)
+    with pytest.raises(training.Stopped, match=r"after step 7; last checkpoint: .*step-00000007 "):
+        run(source, out=tmp_path, save_every=4)
+
+
+def test_a_signal_that_was_ignored_before_still_is(source, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        batch = source.batch
+
+        def interrupt(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            return batch(*arguments, **options)
+
+        assert run(_Instead(source, interrupt), steps=2).step == 2
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_does_not_start_among_the_checkpoints_of_another(source, saved):
+    with pytest.raises(
+        ValueError,
+        match=r"^train: out must hold no checkpoints without resume, got .*step-00000012$",
+    ):
+        run(source, out=saved)
+    assert names(saved) == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_an_os_error_and_the_checkpoint_before_stays(
+    source, saved, tmp_path, uninterrupted, name
+):
+    """A limit on the size of files stands for the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (saved / "checkpoints" / "step-00000004" / name).stat().st_size
+
+    def batch(step, *arguments, **options):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+        return source.batch(step, *arguments, **options)
+
+    try:
+        with pytest.raises(OSError, match=r"^\[Errno 27\] File too large"):
+            run(_Instead(source, batch), log_every=5, out=tmp_path, save_every=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-00000004"]
+    assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 4)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_step(source, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(FileExistsError):
+        run(_cut(source, 0), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"facts": {"a": torch.ones(1)}}, TypeError, "facts must be plain JSON, got: Object of "),
+        ({"facts": {"a": np.nan}}, ValueError, "facts must be plain JSON, got: Out of range "),
+        (
+            {"objective": {"gamma": torch.ones(())}},
+            TypeError,
+            "objective must be plain JSON, got: ",
+        ),
+        (
+            {"objective": {"gamma": (1.0,)}},
+            TypeError,
+            r"objective must be plain JSON, got {'gamma'",
+        ),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(
+    source, tmp_path, options, error, message
+):
+    with pytest.raises(error, match="^train: " + message):
+        run(_cut(source, 0), out=tmp_path, **options)
+
+
+def test_moments_are_read_to_the_cpu_wherever_they_were_saved(
+    source, saved, tmp_path, uninterrupted, monkeypatch
+):
+    """As on a machine without the GPU of the run: torch would look for it."""
+    copied(saved, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000012" / "state.json").unlink()
+    load, places = torch.load, []
+
+    def note(*arguments, **options):
+        places.append(options.get("map_location"))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", note)
+    with pytest.warns(UserWarning, match="going back"):
+        assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 8)
+    assert places == ["cpu"]
+
+
+def test_a_run_of_micro_batches_goes_on_bit_for_bit(source, tmp_path):
+    options = {"accumulate": 2, "log_every": 5, "tracker": "tensorboard"}
+    whole = run(source, out=tmp_path / "whole", **options)
+    with pytest.raises(_Cut):
+        run(_cut(source, 6), out=tmp_path / "cut", save_every=4, **options)
+    again = run(source, out=tmp_path / "cut", save_every=4, resume=True, **options)
+    assert again.resumed_from == 4
+    assert same(again.model, whole.model)
+    assert again.history == whole.history
+
+
 def test_a_finished_run_is_left_as_it_is(source, saved, tmp_path, uninterrupted):
     copied(saved, tmp_path)
     assert goes_on_as_if_nothing_had_happened(source, tmp_path, uninterrupted, 12)
@@ -435,6 +616,10 @@ def test_a_finished_run_is_left_as_it_is(source, saved, tmp_path, uninterrupted)
         ({"objective": {"gamma": 2.0}}, r"^train: objective must be {.*} to go on from .*, got "),
         ({"model": _Half()}, r"^train: model must be the one of the checkpoint, got .*12$"),
         ({"model": build(rank=3)}, r"^train: model must be the one of the checkpoint, got .*12$"),
+        (
+            {"model": build().double()},
+            r"^train: model must be the one of the checkpoint, got .*12$",
+        ),
     ],
 )
 def test_a_run_goes_on_with_its_own_options_only(source, saved, options, message):
@@ -442,14 +627,16 @@ def test_a_run_goes_on_with_its_own_options_only(source, saved, options, message
         run(source, out=saved, resume=True, **options)
 
 
-def test_a_constant_rate_may_go_on_for_longer(source, tmp_path):
-    options = {"decay": "constant", "out": tmp_path, "warm_up": 1, "log_every": 1}
+@pytest.mark.parametrize("warm_up", [1, 7])
+def test_a_constant_rate_may_go_on_for_longer(source, tmp_path, warm_up):
+    options = {"decay": "constant", "out": tmp_path, "warm_up": warm_up, "log_every": 1}
     run(source, steps=5, **options)
     longer = run(source, steps=9, resume=True, **options)
     assert longer.resumed_from == 5
-    once = run(source, steps=9, decay="constant", warm_up=1, log_every=1)
+    once = run(source, steps=9, decay="constant", warm_up=warm_up, log_every=1)
     assert same(longer.model, once.model)
-    assert {row.learning_rate for row in once.history} == {4e-3}
+    assert longer.history == once.history
+    assert once.history[-1].learning_rate == 4e-3
     with pytest.raises(ValueError, match=r"^train: steps must be 9 to go on from .*, got 7$"):
         run(source, steps=7, resume=True, **options)
 
@@ -508,11 +695,33 @@ def test_train_stops_before_a_gradient_that_is_not_finite_reaches_the_weights(so
     assert model.weight.item() == 0
 
 
+class _OverflowApart(nn.Module):
+    """Finite where it is trained and not on the validation rows: their noise has offset 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+
+    def forward(self, x, sigma):
+        scores = self.body(x, sigma)
+        return scores if torch.is_grad_enabled() else scores._replace(score=scores.score / 0)
+
+
+def test_a_curve_that_is_not_finite_stops_the_run(source, tmp_path):
+    with pytest.raises(
+        training.NotFinite,
+        match=r"^train: the validation of the curve must stay finite, got (nan|inf) at step 5; last "
+        r"good checkpoint: .*step-00000004 \(step 4\)$",
+    ):
+        run(source, model=_OverflowApart(), out=tmp_path, save_every=4, log_every=5)
+
+
 @pytest.mark.parametrize(
     "failure",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 80 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
 )
@@ -637,6 +846,22 @@ def test_accumulation_is_ours_also_under_accelerate_launch(source, monkeypatch):
     assert same(run(source, steps=3, accumulate=4).model, plain.model)
 
 
+@pytest.mark.parametrize(
+    ("options", "gpu", "message"),
+    [
+        ({"mixed_precision": "bf16"}, False, "mixed_precision must stay .*, 'no', got 'bf16'$"),
+        ({}, True, "whether device is the CPU must stay the same .*, True, got False$"),
+    ],
+)
+def test_what_accelerate_keeps_for_a_process_is_not_taken_for_another(
+    source, monkeypatch, options, gpu, message
+):
+    run(source, steps=1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    with pytest.raises(ValueError, match="^train: " + message):
+        run(source, steps=1, **options)
+
+
 VR = {"variance_reduction": True}
 BF16 = (
     r"^train: mixed_precision must be 'no' for variance reduction below sigma 0\.035 \(its second "
@@ -665,6 +890,23 @@ def test_bf16_matrix_products_of_the_cpu_are_refused(source):
             run(source, objective=VR, sigma_range=(0.01, 1.0))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("part", ["matmul", "conv"])
+def test_bf16_products_of_the_cpu_are_refused_also_by_the_new_settings(part):
+    place = getattr(torch.backends.mkldnn, part, None)
+    if not hasattr(place, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    before = place.fp32_precision
+    place.fp32_precision = "bf16"
+    try:
+        with pytest.raises(
+            ValueError,
+            match=rf"^train: torch\.backends\.mkldnn\.{part}\.fp32_precision must not be 'bf16' ",
+        ):
+            training.check_precision(VR, (0.01, 1.0), 1.0)
+    finally:
+        place.fp32_precision = before
 
 
 def test_tf32_is_refused_where_it_would_ruin_variance_reduction(monkeypatch):
