@@ -436,7 +436,8 @@ def _app() -> Any:
           hos-ext evaluate runs/mnist --sigma 0.3 --limit 200
 
         A figure of 1 is calibrated; above, errors are larger than the covariance says. Writes
-        evaluate.json; for density: data also the errors of both scores against the exact ones.
+        evaluate.json, calibration.png and uncertainty.png (the covariance at each level, its
+        eigenvectors); for density: data also the errors of both scores against the exact ones.
         """
         with _options():
             model, facts = runs.load_run(folder, device=device)
@@ -453,7 +454,7 @@ def _app() -> Any:
                 _level("evaluate", facts, level, None, 1.0) for level in dict.fromkeys(wanted)
             ]
             place = out or folder
-            results.refuse_existing("evaluate", place, ["evaluate.json"], force=force)
+            results.refuse_existing("evaluate", place, results.EVALUATE_FILES, force=force)
             storage.check_writable(place)
             source = runs.open_data(facts)
         factor = facts["recalibration"]
@@ -461,6 +462,7 @@ def _app() -> Any:
             model, source, wanted, recalibration=factor, seed=seed, limit=limit
         )
         runs.write_json(place / "evaluate.json", report)
+        _write(place, results.evaluated(model, source, wanted, report, seed=seed))
         console = _console()
         console.print(_evaluation_table(report))
         for row in report["accuracy"] or []:
@@ -468,7 +470,7 @@ def _app() -> Any:
                 f"sigma {row['sigma']:g}: relative squared error of s1 {row['s1_relative']:.3g}, "
                 f"of the diagonal of s2 {row['s2_diag_relative']:.3g}"
             )
-        console.print(f"wrote {place / 'evaluate.json'}")
+        console.print(f"wrote {', '.join(results.EVALUATE_FILES)} to {place}")
 
     @app.command()
     def info(

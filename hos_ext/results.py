@@ -1,4 +1,4 @@
-"""What `denoise` and `sample` of the command line make: samples from files, arrays, pictures, text.
+"""What denoise, sample and evaluate of the command line make: arrays, pictures, text.
 
 npz files hold data units, and as raw_* the units of the data set; TIFF files are float32 in raw
 units. A command builds all of its files in memory, then writes each whole.
@@ -41,6 +41,7 @@ METHODS = {
     "mh_ozaki_cayley": 0.1,
 }
 COMPONENTS = 4
+EVALUATE_FILES = ("evaluate.json", "calibration.png", "uncertainty.png")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
@@ -321,6 +322,26 @@ def sampled(
 
 
 # -------------------------------------------------------------------------------------------- files
+
+
+def evaluated(
+    model: nn.Module,
+    source: data.Source,
+    sigmas: Sequence[float],
+    report: Mapping[str, Any],
+    *,
+    seed: int,
+) -> dict[str, bytes]:
+    """The pictures of `evaluate`: calibration, and the covariance at up to four of the levels."""
+    count = min(4, len(source.test))
+    results = [
+        evaluation.denoise_held_out(
+            model, source, sigma, count=count, seed=seed, recalibration=report["recalibration"]
+        )
+        for sigma in sigmas[:4]
+    ]
+    figures = (plots.calibration_figure(report["levels"]), plots.uncertainty_figure(results))
+    return dict(zip(EVALUATE_FILES[1:], map(plots.png, figures), strict=True))
 
 
 def npz(arrays: Mapping[str, Tensor]) -> bytes:

@@ -369,6 +369,7 @@ def test_evaluate_writes_the_report_and_prints_it(run_folder, tmp_path, capsys):
     report = json.loads((tmp_path / "evaluate.json").read_text())
     assert [row["sigma"] for row in report["levels"]] == [0.2, 0.8]
     assert report["n"] == 20
+    assert _files(tmp_path) == sorted(results.EVALUATE_FILES)
     assert report["recalibration"] == runs.load_run(run_folder)[1]["recalibration"]
     shown = capsys.readouterr().out
     assert "20 held-out samples" in shown
