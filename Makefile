@@ -30,6 +30,9 @@ $(READY): $(SOURCES) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	touch $@
 
+# Two processes, a file of tests each at a time.
+SPREAD := -n 2 --dist loadfile
+
 # Threads that wait do not spin: beside another busy process that costs more than the work.
 demo test full asan: export OMP_WAIT_POLICY ?= passive
 
@@ -37,10 +40,10 @@ demo: $(READY)
 	$(BIN)/hos-ext demo --force
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 full: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --record bench/results/cpu.csv
