@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .checks import check_like, check_tensor, one_of, positive, require
 from .doors import functorch_active
-from .pretrained import build, model_config, read_weights, write_weights
+from .models import load_network, saved_config
 from .schedules import from_alphas_cumprod
 from .storage import write_folder
 from .tweedie import Scores
+from .weights import read_weights, write_weights
 
 ScoreModel = Callable[[Tensor, Tensor | float], Tensor | Scores]
 
@@ -299,12 +300,12 @@ class SecondOrderHead(nn.Module):
         return {
             "_class_name": "SecondOrderHead",
             "scaled": self.scaled,
-            "head": model_config(self.head),
+            "head": saved_config(self.head),
             "first_order": network,
         }
 
     def save_pretrained(self, folder: Path | str, **extra: Any) -> str:
-        """The head as config.json and model.safetensors (`pretrained.save_model`).
+        """The head as config.json and model.safetensors (see `weights`).
 
         A diffusers network goes to first_order/unet and first_order/scheduler, in the format of
         diffusers and with a manifest each, if it is not there yet. Any other score is not saved.
@@ -376,7 +377,7 @@ def load_head(
                 f"{where}: folder must hold the first-order model that the head was trained with, "
                 f"got another one in {place}"
             )
-    head = build(folder, config["head"], state, device=device)
+    head = load_network(folder, config["head"], state, device=device)
     return SecondOrderHead(score, head, scaled=config["scaled"]).eval()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import check_like, require, show
 from .tweedie import Scores
+from .weights import HOLD, WEIGHTS, arguments_of, read_weights, write_weights
 
 _Model = TypeVar("_Model", bound="_Network")
 
@@ -60,29 +61,26 @@ class _Network(nn.Module):
     config: dict[str, Any]
 
     def save_pretrained(self, folder: Path | str, **extra: Any) -> str:
-        """`pretrained.save_model`: config.json and model.safetensors. Returns the folder."""
-        from .pretrained import save_model
-
-        return save_model(folder, self, **extra)
+        """config.json and model.safetensors, as `save_model` writes them. Returns the folder."""
+        write_weights(folder, saved_config(self), self.state_dict(), extra)
+        return str(folder)
 
     @classmethod
     def from_pretrained(
         cls: type[_Model], folder: Path | str, *, device: torch.device | str = "cpu"
     ) -> _Model:
-        """`pretrained.load_model` without the config. The model is in eval mode.
+        """Reads what `save_pretrained` wrote. The model is in eval mode.
 
         Raises:
             ValueError: the folder holds a model of another class, or what `load_model` refuses.
         """
-        from .pretrained import load_model
-
-        model, _ = load_model(folder, device=device)
-        if not isinstance(model, cls):
+        config, state = read_weights(folder)
+        if config["_class_name"] != cls.__name__:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: folder must hold {cls.__name__}, got "
-                f"{type(model).__name__} in {folder}"
+                f"{config['_class_name']} in {folder}"
             )
-        return model
+        return cast(_Model, load_network(folder, config, state, device=device))
 
 
 class MLP(_Network):
@@ -661,3 +659,48 @@ def _check_input(
         raise ValueError(f"{name}: score must be {rule}, got {show(score)}")
     if score is not None:
         check_like(name, "score", score, x)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def saved_config(model: nn.Module) -> dict[str, Any]:
+    """The config of an MLP or a UNet that can be made again from it."""
+    if not isinstance(model, (MLP, UNet)):
+        raise TypeError(
+            f"save_model: model must be MLP or UNet (unwrapped), got {type(model).__name__}"
+        )
+    if model.config.get("activation", "") is None:
+        raise ValueError(
+            "save_model: activation of the model must be given by name to be saved, got "
+            f"{model.bodies[0].activation!r}"
+        )
+    return model.config
+
+
+def load_network(
+    folder: Path | str,
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    *,
+    device: torch.device | str,
+) -> MLP | UNet:
+    """The model of a config, with these weights in their own dtype. In eval mode."""
+    path = Path(folder) / WEIGHTS
+    name = config["_class_name"]
+    kinds: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
+    dtypes = sorted({str(value.dtype) for value in state.values()})
+    if len(dtypes) != 1 or not all(value.is_floating_point() for value in state.values()):
+        raise ValueError(f"{HOLD} weights of one floating dtype, got {', '.join(dtypes)} in {path}")
+    try:
+        with torch.random.fork_rng(devices=[]):  # the first weights are overwritten
+            model = kinds[name](**arguments_of(config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{HOLD} the arguments of {name}, got {path}: {error}") from None
+    model.to(next(iter(state.values())).dtype)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{HOLD} the weights of its model, got {path}: {reason}") from None
+    return model.to(device).eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hos_ext import pretrained, storage
+from hos_ext import storage, weights
 from hos_ext.models import MLP, UNet
 from hos_ext.pretrained import load_model, save_model
 
@@ -347,7 +347,7 @@ def test_a_run_killed_between_the_renames_loads_its_new_model_in_silence(tmp_pat
             raise Killed
         storage.write_whole(path, content)
 
-    monkeypatch.setattr(pretrained, "write_whole", kill)
+    monkeypatch.setattr(weights, "write_whole", kill)
     with pytest.raises(Killed):
         save_model(tmp_path, new, step=2)
     again, config = load_model(tmp_path)  # warnings are errors here

@@ -710,8 +710,8 @@ class _OverflowApart(nn.Module):
 def test_a_curve_that_is_not_finite_stops_the_run(source, tmp_path):
     with pytest.raises(
         training.NotFinite,
-        match=r"^train: the validation of the curve must stay finite, got (nan|inf) at step 5; last "
-        r"good checkpoint: .*step-00000004 \(step 4\)$",
+        match=r"^train: the validation of the curve must stay finite, got (nan|inf) at step 5; "
+        r"last good checkpoint: .*step-00000004 \(step 4\)$",
     ):
         run(source, model=_OverflowApart(), out=tmp_path, save_every=4, log_every=5)
 
