@@ -53,6 +53,11 @@ READINGS = ("product", "joint")
 SIZES = (50, 80)
 SETTINGS = ("even", "uneven", "apart")
 COMPONENTS = 20
+# The sets of Table 1 by name, as `law` takes them.
+TABLE_1 = (
+    *(f"normal {setting}" for setting in NORMALS),
+    *(f"{r} {dim} {s}" for dim in SIZES for r in READINGS for s in SETTINGS),
+)
 SIGMAS = (0.01, 0.05, 0.1)
 PLANE = ("two modes", "crescent")
 
@@ -62,6 +67,14 @@ _DIM, _PAIRS, _FACTORS = 100, 35, 35
 def seed_of(name: str) -> int:
     """The seed that belongs to a name."""
     return zlib.crc32(name.encode())
+
+
+def law(name: str) -> Gaussian | ProductLogisticMixture | JointLogisticMixture:
+    """A set of Table 1: "normal SETTING" or "READING DIM SETTING"."""
+    first, *rest = name.split()
+    if first == "normal":
+        return normal(*rest)
+    return logistic(first, int(rest[0]), rest[1])
 
 
 def normal(setting: str) -> Gaussian:

@@ -1,0 +1,242 @@
+"""The networks of the paper's appendix C.2 and their training, at one noise level.
+
+They speak in data units, `net(x) -> UnscaledScores`, as the paper's do: s1 from a network of width
+128 with three hidden layers, the diagonal and the factor of s2 from two more of width 32 with three
+hidden layers, tanh everywhere, Adam at a constant rate. The losses are the library's operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hos_ext import UnscaledScores, d2sm_diag_loss, d2sm_diag_vr_loss, d2sm_loss, d2sm_vr_loss
+from hos_ext import dsm_loss, dsm_vr_loss, normal
+
+# Batches are drawn so many at a time.
+_CHUNK = 50
+# What a training run takes beside its net, its law and its noise level.
+PAPER: dict[str, Any] = {
+    "batch": 128,
+    "rate": 1e-3,
+    "decay": "none",
+    "first_order": "vr",
+    "second_order": "vr",
+}
+BEST: dict[str, Any] = {
+    "batch": 256,
+    "rate": 2e-3,
+    "decay": "cosine",
+    "first_order": "antithetic",
+    "second_order": "vr",
+}
+
+
+class Net(nn.Module):
+    """s1, and with heads the diagonal and the factor of s2, each by a network of its own.
+
+    Args:
+        dim: D.
+        rank: columns of the factor; None is a net for s1 alone.
+        width, head_width: of the hidden layers for s1, and for the two parts of s2.
+        depth: hidden layers of each.
+        linear: adds a linear map of x to s1: what is left to learn is how far the law is from a
+            normal one.
+        seed: of the initial weights; those of s1 do not depend on the rank.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int | None,
+        *,
+        width: int = 128,
+        head_width: int = 32,
+        depth: int = 3,
+        linear: bool = False,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.dim, self.rank = dim, rank
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.first = _layers(dim, width, depth, dim)
+            self.linear = nn.Linear(dim, dim) if linear else None
+            self.diag = None if rank is None else _layers(dim, head_width, depth, dim)
+            self.factor = None if not rank else _layers(dim, head_width, depth, dim * rank)
+        if self.linear is not None:
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def score(self, x: Tensor) -> Tensor:
+        value: Tensor = self.first(x)
+        return value if self.linear is None else value + self.linear(x)
+
+    def second(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The diagonal d and the factor U (B, D, r) of s2 = diag(d) + U U^T."""
+        assert self.diag is not None
+        factor = None if self.factor is None else self.factor(x).reshape(*x.shape, self.rank)
+        return self.diag(x), factor
+
+    def forward(self, x: Tensor) -> UnscaledScores:
+        return UnscaledScores(self.score(x), *self.second(x))
+
+
+def _layers(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
+    sizes = [inputs] + [width] * depth
+    parts: list[nn.Module] = []
+    for low, high in zip(sizes[:-1], sizes[1:], strict=True):
+        parts += [nn.Linear(low, high), nn.Tanh()]
+    return nn.Sequential(*parts, nn.Linear(width, outputs))
+
+
+def objective(
+    net: Net,
+    x: Tensor,
+    noise: Tensor,
+    sigma: float,
+    *,
+    first_order: str,
+    second_order: str,
+    diagonal: bool,
+    detach: bool = True,
+) -> Tensor:
+    """The joint loss of a batch: second-order term plus first-order term.
+
+    Args:
+        first_order: "plain" (Eq. 3), "vr" (Eq. 32) or "antithetic".
+        second_order: "none", "plain" (Eq. 13, 17) or "vr" (Eq. 33 and its diagonal form).
+        diagonal: the diagonal form of the second-order term.
+        detach: s1 is given in the second-order term.
+    """
+    points = [x + sigma * noise]
+    if first_order == "antithetic" or second_order == "vr":
+        points.append(x - sigma * noise)
+    if first_order == "vr" or second_order == "vr":
+        points.append(x)
+    at = torch.cat(points)
+    score = net.score(at).reshape(len(points), *x.shape)
+    if first_order == "plain":
+        loss = dsm_loss(score[0], noise, sigma)
+    elif first_order == "vr":
+        loss = dsm_vr_loss(torch.stack([score[0], score[-1]]), noise, sigma)
+    else:
+        loss = (dsm_loss(score[0], noise, sigma) + dsm_loss(score[1], -noise, sigma)) / 2
+    if second_order == "none":
+        return loss
+    given = score.detach() if detach else score
+    count = 3 if second_order == "vr" else 1
+    diag, factor = net.second(at[: count * len(x)])
+    diag = diag.reshape(count, *x.shape)
+    if factor is not None:
+        factor = factor.reshape(count, *x.shape, -1)
+    if second_order == "vr":
+        if diagonal:
+            return loss + d2sm_diag_vr_loss(given, diag, noise, sigma)
+        return loss + d2sm_vr_loss(given, diag, factor, noise, sigma)
+    if diagonal:
+        return loss + d2sm_diag_loss(given[0], diag[0], noise, sigma)
+    return loss + d2sm_loss(given[0], diag[0], None if factor is None else factor[0], noise, sigma)
+
+
+def batches(law: Any, batch: int, seed: int) -> Callable[[int], Tensor]:
+    """Fresh float32 samples of a law for each step, the same for the same seed."""
+    law = law.to(dtype=torch.float32)
+    drawn = torch.empty(0)
+
+    def at(step: int) -> Tensor:
+        nonlocal drawn
+        chunk, place = divmod(step, _CHUNK)
+        if place == 0 or not len(drawn):
+            drawn = law.sample(batch * _CHUNK, seed=(seed << 32) + chunk)
+        return drawn[place * batch : (place + 1) * batch]
+
+    return at
+
+
+def train(
+    net: nn.Module,
+    law: Any,
+    loss: Callable[[nn.Module, Tensor, int], Tensor],
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    decay: str,
+    seed: int,
+    ema_decay: float = 0.999,
+    watch: Callable[[int, nn.Module], None] | None = None,
+) -> nn.Module:
+    """Adam on `loss(net, x, step)`; trains net in place and returns the average of its weights.
+
+    Args:
+        rate: learning rate.
+        decay: "none", or "cosine" to zero after a warm-up of a twentieth of the steps.
+        seed: of the samples.
+        ema_decay: of the average, at most (1 + t) / (10 + t).
+        watch: called with the steps done and the net, before the first step and after each.
+    """
+    optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
+    average = copy.deepcopy(net)
+    pairs = list(zip(average.parameters(), net.parameters(), strict=True))
+    draw = batches(law, batch, seed)
+    if watch is not None:
+        watch(0, net)
+    for step in range(steps):
+        if decay == "cosine":
+            warm = min(1.0, (step + 1) / max(1, steps // 20))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss(net, draw(step), step).backward()
+        optimizer.step()
+        weight = 1 - min(ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_([p for p, _ in pairs], [p for _, p in pairs], weight)
+        if watch is not None:
+            watch(step + 1, net)
+    return average
+
+
+def train_net(
+    net: Net,
+    law: Any,
+    sigma: float,
+    *,
+    steps: int,
+    seed: int,
+    diagonal: bool,
+    detach: bool = True,
+    watch: Callable[[int, nn.Module], None] | None = None,
+    batch: int,
+    rate: float,
+    decay: str,
+    first_order: str,
+    second_order: str,
+) -> Net:
+    """`train` with `objective` at one noise level; the noise of a step depends on (seed, step)."""
+
+    def loss(current: nn.Module, x: Tensor, step: int) -> Tensor:
+        assert isinstance(current, Net)
+        noise = normal(tuple(x.shape), seed=seed, offset=step, dtype=x.dtype)
+        return objective(
+            current,
+            x,
+            noise,
+            sigma,
+            first_order=first_order,
+            second_order=second_order,
+            diagonal=diagonal,
+            detach=detach,
+        )
+
+    average = train(
+        net, law, loss, steps=steps, batch=batch, rate=rate, decay=decay, seed=seed, watch=watch
+    )
+    assert isinstance(average, Net)
+    return average

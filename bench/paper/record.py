@@ -1,0 +1,227 @@
+"""What an item leaves behind: cells as they finish, then a table, a figure and its settings.
+
+A cell is the smallest piece that is computed alone, such as one training run. Its settings are all
+that its result depends on; both are appended to ITEM.jsonl as one line, and a cell whose settings
+are there already is not computed again. ITEM.md and ITEM.csv hold the table, ITEM.png the figure,
+ITEM.json what the cells took, where, and at which commits.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench import timer
+from hos_ext.evaluation import plain_json
+from hos_ext.storage import write_whole
+
+WIDTH = 7.0
+# One colour for each contestant, on every figure of the paper's items.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#1f6fb4", "#d9622b", "#3d8f5f", "#7d5ba6", "#8a8a8a"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#c2478d", "#2aa1a8", "#5b5b5b")
+
+
+class Unfinished(RuntimeError):
+    """Cells of this item belong to another share and are not there yet."""
+
+
+class Record:
+    """The folder of one item.
+
+    Args:
+        item: its name, such as "table1".
+        out: the folder of all items.
+        quick: small settings, to show that the item works; its numbers mean nothing.
+        share: (i, n): of n processes this one computes every n-th missing cell, from the i-th on.
+    """
+
+    def __init__(
+        self, item: str, out: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.item, self.out, self.quick, self.share = item, out, quick, share
+        self.computed = 0
+        self._used: list[dict[str, Any]] = []
+        self._sections: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def cells(
+        self, work: Sequence[Mapping[str, Any]], compute: Callable[..., Any], *, of: str = ""
+    ) -> list[Any]:
+        """The results of `compute(**settings)` for each settings, from the file where they are.
+
+        Args:
+            work: settings of each cell: plain JSON, keyword arguments of compute.
+            compute: returns plain JSON.
+            of: the item that the cells belong to, if it is another one.
+
+        Raises:
+            Unfinished: cells of another share are missing; those of this one are done.
+        """
+        path = self.out / f"{of or self.item}.jsonl"
+        kind = compute.__name__
+        known = {_key(line["kind"], line["settings"]): line for line in _lines(path)}
+        keys = [_key(kind, settings) for settings in work]
+        missing = [
+            (key, settings)
+            for key, settings in zip(keys, work, strict=True)
+            if key not in known
+        ]
+        first, step = self.share
+        here = timer.environment() if missing else {}
+        for key, settings in missing[first::step]:
+            began = time.perf_counter()
+            result = plain_json(compute(**settings))
+            line = {
+                "kind": kind,
+                "settings": dict(settings),
+                "seconds": round(time.perf_counter() - began, 2),
+                **here,
+                "result": result,
+            }
+            _append(path, line)
+            known[key] = json.loads(json.dumps(line))
+            self.computed += 1
+        left = [key for key in keys if key not in known]
+        if left:
+            raise Unfinished(
+                f"{self.item}: {len(left)} of {len(keys)} cells are left to other shares"
+            )
+        self._used += [known[key] for key in keys]
+        return [known[key]["result"] for key in keys]
+
+    def text(self, paragraph: str) -> None:
+        """A paragraph of the page."""
+        self._sections.append(paragraph)
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table of the page; the first row's keys are its columns. Its rows join the csv file."""
+        columns = list(rows[0])
+        lines = [
+            "| " + " | ".join(columns) + " |",
+            "|" + " --- |" * len(columns),
+            *("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows),
+        ]
+        self._sections.append(f"### {title}\n\n" + "\n".join(lines))
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of the csv file, in full precision."""
+        self._rows += [dict(row) for row in rows]
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        write_whole(self.out / f"{self.item}.png", buffer.getvalue())
+        self._sections.append(f"![{caption}]({self.item}.png)\n\n{caption}")
+
+    def close(self, title: str) -> None:
+        """Writes the page, the csv file and the settings."""
+        places = ("machine", "device", "torch", "commit", "dirty", "date")
+        facts = {
+            "item": self.item,
+            "quick": self.quick,
+            "cells": len(self._used),
+            "seconds": round(sum(line["seconds"] for line in self._used), 1),
+            **{
+                key: sorted({str(line[key]) for line in self._used})
+                for key in places
+            },
+            "settings": _ranges([line["settings"] for line in self._used]),
+        }
+        warning = "\n\nA quick run: it shows that the item works, its numbers mean nothing."
+        head = f"## {title}" + warning * self.quick
+        origin = (
+            f"{facts['cells']} cells, {facts['seconds']:,.0f} s in all, on "
+            f"{', '.join(facts['machine'])} ({', '.join(facts['device'])}), torch "
+            f"{', '.join(facts['torch'])}, commit {', '.join(facts['commit'])}."
+        )
+        page = "\n\n".join([head, *self._sections, origin]) + "\n"
+        write_whole(self.out / f"{self.item}.md", page.encode())
+        if self._rows:
+            text = io.StringIO()
+            columns = list(dict.fromkeys(key for row in self._rows for key in row))
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+            write_whole(self.out / f"{self.item}.csv", text.getvalue().encode())
+        write_whole(
+            self.out / f"{self.item}.json", (json.dumps(facts, indent=1) + "\n").encode()
+        )
+
+
+def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes (rows, columns), `height` inches for each row."""
+    figure = Figure(figsize=(WIDTH, height * rows), dpi=160, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=7)
+        axis.title.set_fontsize(8)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
+    return figure, axes
+
+
+def mean_std(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) over the seeds; NaN where a value is missing."""
+    numbers = [float("nan") if v is None else float(v) for v in values]
+    mean = sum(numbers) / len(numbers)
+    spread = sum((v - mean) ** 2 for v in numbers) / max(len(numbers) - 1, 1)
+    return mean, spread**0.5
+
+
+def plus_minus(values: Sequence[float | None]) -> str:
+    mean, std = mean_std(values)
+    return f"{mean:.4g} ± {std:.2g}"
+
+
+def _key(kind: str, settings: Mapping[str, Any]) -> str:
+    return json.dumps([kind, settings], sort_keys=True)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; the rest of one that was being written is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds a line in one piece, on a line of its own whatever stood at the end."""
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        whole = file.tell() == 0
+        if not whole:
+            file.seek(-1, io.SEEK_END)
+            whole = file.read(1) == b"\n"
+        file.write(b"\n" * (not whole) + json.dumps(line, allow_nan=False).encode() + b"\n")
+
+
+def _ranges(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values that each setting took, in order of appearance."""
+    found: dict[str, list[Any]] = {}
+    for each in settings:
+        for key, value in each.items():
+            values = found.setdefault(key, [])
+            if value not in values:
+                values.append(value)
+    return found
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
