@@ -15,26 +15,37 @@ from pathlib import Path
 
 import torch
 
-from . import table1
+from . import mixing, table1
+from .networks import ROOT
 from .record import Record, Unfinished
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ITEMS: dict[str, Callable[[Record], None]] = {
     "table1": table1.run,
+    **mixing.ITEMS,
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("items", nargs="+", choices=[*ITEMS, "all"], metavar="item",
-                        help=f"{', '.join(ITEMS)}, or all")  # fmt: skip
-    parser.add_argument("--quick", action="store_true",
-                        help="small settings that show that an item works, in seconds")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder of the results; default "
-                        "bench/results/paper, with --quick build/paper")  # fmt: skip
-    parser.add_argument("--share", type=_share, default=(0, 1), metavar="I/N",
-                        help="compute every N-th missing cell, from the I-th on")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = f"{', '.join(ITEMS)}, or all"
+    parser.add_argument("items", nargs="+", choices=[*ITEMS, "all"], metavar="item", help=known)
+    parser.add_argument(
+        "--quick", action="store_true", help="small settings that show that an item works"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder; default bench/results/paper, with --quick build/paper"
+    )
+    parser.add_argument(
+        "--share",
+        type=_share,
+        default=(0, 1),
+        metavar="I/N",
+        help="compute every N-th missing cell, from the I-th on",
+    )
     options = parser.parse_args(arguments)
     out = options.out
     if out is None:

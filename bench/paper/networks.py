@@ -8,16 +8,29 @@ hidden layers, tanh everywhere, Adam at a constant rate. The losses are the libr
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hos_ext import UnscaledScores, d2sm_diag_loss, d2sm_diag_vr_loss, d2sm_loss, d2sm_vr_loss
-from hos_ext import dsm_loss, dsm_vr_loss, normal
+from hos_ext import (
+    UnscaledScores,
+    d2sm_diag_loss,
+    d2sm_diag_vr_loss,
+    d2sm_loss,
+    d2sm_vr_loss,
+    dsm_loss,
+    dsm_vr_loss,
+    normal,
+)
+from hos_ext.checks import require
+from hos_ext.storage import write_whole
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 # Batches are drawn so many at a time.
 _CHUNK = 50
 # What a training run takes beside its net, its law and its noise level.
@@ -90,7 +103,7 @@ class Net(nn.Module):
 def _layers(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
     sizes = [inputs] + [width] * depth
     parts: list[nn.Module] = []
-    for low, high in zip(sizes[:-1], sizes[1:], strict=True):
+    for low, high in itertools.pairwise(sizes):
         parts += [nn.Linear(low, high), nn.Tanh()]
     return nn.Sequential(*parts, nn.Linear(width, outputs))
 
@@ -110,14 +123,16 @@ def objective(
 
     Args:
         first_order: "plain" (Eq. 3), "vr" (Eq. 32) or "antithetic".
-        second_order: "none", "plain" (Eq. 13, 17) or "vr" (Eq. 33 and its diagonal form).
+        second_order: "none", "plain" (Eq. 13, 17), "vr" (Eq. 33 and its diagonal form) or
+            "centred" (`centred_vr_loss`).
         diagonal: the diagonal form of the second-order term.
         detach: s1 is given in the second-order term.
     """
     points = [x + sigma * noise]
-    if first_order == "antithetic" or second_order == "vr":
+    three = second_order in ("vr", "centred")
+    if first_order == "antithetic" or three:
         points.append(x - sigma * noise)
-    if first_order == "vr" or second_order == "vr":
+    if first_order == "vr" or three:
         points.append(x)
     at = torch.cat(points)
     score = net.score(at).reshape(len(points), *x.shape)
@@ -130,11 +145,13 @@ def objective(
     if second_order == "none":
         return loss
     given = score.detach() if detach else score
-    count = 3 if second_order == "vr" else 1
+    count = 3 if three else 1
     diag, factor = net.second(at[: count * len(x)])
     diag = diag.reshape(count, *x.shape)
     if factor is not None:
         factor = factor.reshape(count, *x.shape, -1)
+    if second_order == "centred":
+        return loss + centred_vr_loss(given, diag, factor, noise, sigma, diagonal=diagonal)
     if second_order == "vr":
         if diagonal:
             return loss + d2sm_diag_vr_loss(given, diag, noise, sigma)
@@ -142,6 +159,54 @@ def objective(
     if diagonal:
         return loss + d2sm_diag_loss(given[0], diag[0], noise, sigma)
     return loss + d2sm_loss(given[0], diag[0], None if factor is None else factor[0], noise, sigma)
+
+
+def centred_vr_loss(
+    score: Tensor, diag: Tensor, factor: Tensor | None, noise: Tensor, sigma: float, *,
+    diagonal: bool,
+) -> Tensor:  # fmt: skip
+    """Eq. 33 with e e^T in place of z z^T, e = z + sigma s1: robust against errors of s1.
+
+    Eq. 13 fits s2 to -C - s1 s1^T, C = (I - z z^T) / sigma^2. Its mean given x~ is s2 if s1 is the
+    true one; with an error delta it is off by -(delta s1^T + s1 delta^T + delta delta^T), which
+    outweighs s2 itself where |delta|^2 |s1|^2 does, as it does in high dimension. The target
+        T = -C + (s1 z^T + z s1^T) / sigma + s1 s1^T = -I / sigma^2 + e e^T / sigma^2
+    is off by delta delta^T alone. Its part in z is odd: the pair +z, -z leaves a first difference
+    over sigma, and the even part C has the control variate of Eq. 33, so that the variance stays
+    bounded as sigma falls.
+
+    Args:
+        score: at +, -, clean, given. Shape (3, B, D).
+        diag, factor: likewise, (3, B, D) and (3, B, D, r) or None.
+        diagonal: fit diag s2 alone.
+    """
+    plus, minus = score[0], score[1]
+    moment = (1 - noise.square()) / sigma**2
+    if diagonal:
+        squares = (diag[0].square() + diag[1].square()) / 2
+        control = moment * (diag[0] + diag[1] - 2 * diag[2])
+        odd = 2 * noise * (diag[0] * plus - diag[1] * minus) / sigma
+        even = diag[0] * plus.square() + diag[1] * minus.square()
+        return (squares + control - odd - even).sum(1).mean()
+    u = score.new_empty(*diag.shape, 0) if factor is None else factor
+
+    def form(k: int, a: Tensor, b: Tensor) -> Tensor:
+        """a^T s2 b at point k, per sample."""
+        sides = ((v.unsqueeze(-2) @ u[k]).squeeze(-2) for v in (a, b))
+        left, right = sides
+        return (diag[k] * a * b).sum(-1) + (left * right).sum(-1)
+
+    def trace(k: int) -> Tensor:
+        return diag[k].sum(-1) + u[k].square().sum((-2, -1))
+
+    def square(k: int) -> Tensor:
+        mixed = (diag[k] * u[k].square().sum(-1)).sum(-1)
+        return diag[k].square().sum(-1) + 2 * mixed + (u[k].mT @ u[k]).square().sum((-2, -1))
+
+    control = sum(w * (trace(k) - form(k, noise, noise)) for k, w in ((0, 1), (1, 1), (2, -2)))
+    odd = 2 * (form(0, plus, noise) - form(1, minus, noise)) / sigma
+    even = form(0, plus, plus) + form(1, minus, minus)
+    return ((square(0) + square(1)) / 2 + control / sigma**2 - odd - even).mean()
 
 
 def batches(law: Any, batch: int, seed: int) -> Callable[[int], Tensor]:
@@ -240,3 +305,19 @@ def train_net(
     )
     assert isinstance(average, Net)
     return average
+
+
+def remembered(name: str, net: Net, fit: Callable[[Net], Net]) -> Net:
+    """`fit(net)`, or its weights from build/paper-models if they are there.
+
+    Args:
+        name: of the file; must tell all that the result depends on.
+    """
+    safetensors = require("bench.paper", "safetensors.torch")
+    path = ROOT / "build" / "paper-models" / f"{name.replace(' ', '-')}.safetensors"
+    if path.exists():
+        net.load_state_dict(safetensors.load_file(path))
+        return net
+    fitted = fit(net)
+    write_whole(path, safetensors.save(fitted.state_dict()))
+    return fitted

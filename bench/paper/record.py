@@ -71,9 +71,7 @@ class Record:
         known = {_key(line["kind"], line["settings"]): line for line in _lines(path)}
         keys = [_key(kind, settings) for settings in work]
         missing = [
-            (key, settings)
-            for key, settings in zip(keys, work, strict=True)
-            if key not in known
+            (key, settings) for key, settings in zip(keys, work, strict=True) if key not in known
         ]
         first, step = self.share
         here = timer.environment() if missing else {}
@@ -130,10 +128,7 @@ class Record:
             "quick": self.quick,
             "cells": len(self._used),
             "seconds": round(sum(line["seconds"] for line in self._used), 1),
-            **{
-                key: sorted({str(line[key]) for line in self._used})
-                for key in places
-            },
+            **{key: sorted({str(line[key]) for line in self._used}) for key in places},
             "settings": _ranges([line["settings"] for line in self._used]),
         }
         warning = "\n\nA quick run: it shows that the item works, its numbers mean nothing."
@@ -152,9 +147,7 @@ class Record:
             writer.writeheader()
             writer.writerows(self._rows)
             write_whole(self.out / f"{self.item}.csv", text.getvalue().encode())
-        write_whole(
-            self.out / f"{self.item}.json", (json.dumps(facts, indent=1) + "\n").encode()
-        )
+        write_whole(self.out / f"{self.item}.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:

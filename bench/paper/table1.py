@@ -37,9 +37,15 @@ PAPER = {
         "ours, rank 20": (5.24, 5.07, 5.13),
         "ours, rank 30": (1.76, 2.05, 1.76),
     },
-    "50": {"autodiff of s1, DSM-VR": (26.41, 26.13, 25.39), "ours, diagonal": (18.43, 18.50, 17.88)},
-    "80": {"autodiff of s1, DSM-VR": (32.80, 32.44, 31.51), "ours, diagonal": (21.68, 22.23, 22.18)},
-}  # fmt: skip
+    "50": {
+        "autodiff of s1, DSM-VR": (26.41, 26.13, 25.39),
+        "ours, diagonal": (18.43, 18.50, 17.88),
+    },
+    "80": {
+        "autodiff of s1, DSM-VR": (32.80, 32.44, 31.51),
+        "ours, diagonal": (21.68, 22.23, 22.18),
+    },
+}
 
 # What a training run gives: (row of the table, key of its figures).
 _FAMILIES: dict[str, list[tuple[str, str]]] = {

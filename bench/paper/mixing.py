@@ -1,0 +1,484 @@
+"""Table 3 and Figures 5, 6 and 11: how fast chains mix, Langevin against the Ozaki family.
+
+The target is the law of noisy samples at sigma 0.1, by its exact scores or by learned ones. Steps
+are h, as in MALA: drift h s1, noise sqrt(2 h) z; the paper's eps is 2 h. Its Eq. 20 can be read
+with exponents (eps / 2, eps), then the same printed eps is the same time for both methods, or with
+(eps, 2 eps), then it is twice the time for Ozaki: Figure 6 shows both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hos_ext import (
+    DenseScores,
+    UnscaledScores,
+    ess_rate,
+    min_ess,
+    mode_jumps,
+    sample,
+    search_step_size,
+)
+from hos_ext.densities import GaussianMixture
+from hos_ext.samplers import ADJUSTED, UNADJUSTED, Chains
+
+from . import networks, sets
+from .record import BLUE, GREEN, GREY, ORANGE, Record, mean_std, panels, plus_minus
+
+SIGMA = 0.1
+SEEDS = (0, 1, 2)
+STEP_SIZES = tuple(round(0.004 * 1.6**k, 6) for k in range(16))
+METHODS = (*UNADJUSTED, *ADJUSTED)
+# In the plane a Krylov space of two vectors is everything: the same chains as "ozaki_full", only
+# slower. It runs at the steps found for that.
+_LANCZOS, _SAME = "ozaki_lanczos", "ozaki_full"
+# An unadjusted chain counts as close to its target where no marginal is further off than this
+# (Kolmogorov distance; chains from the exact law itself come within 0.03 or so).
+TOLERANCE = 0.06
+_LEARNING = 6_000
+_EXACT, _SEARCH = 2**41, 2**42  # keys of the exact draws and of the search for a step size
+
+# Printed in the paper: smallest ESS over the dimensions; chain lengths and steps are lost.
+PAPER = {"two modes": (21.81, 28.89), "crescent": (26.33, 46.57)}
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+def _noisy(name: str) -> GaussianMixture:
+    return sets.plane(name).noisy(SIGMA)
+
+
+@lru_cache(maxsize=8)
+def learned(name: str, seed: int, steps: int) -> networks.Net:
+    """s1 and the whole s2 (rank 2) of a set at SIGMA, the average of the weights."""
+    net = networks.Net(2, 2, head_width=64, linear=True, seed=seed)
+
+    def fit(untrained: networks.Net) -> networks.Net:
+        options = {"steps": steps, "seed": seed, "diagonal": False, **networks.BEST}
+        return networks.train_net(untrained, sets.plane(name), SIGMA, **options)
+
+    return networks.remembered(f"{name} {SIGMA} {seed} {steps}", net, fit)
+
+
+def score_function(name: str, scores: str, method: str, seed: int, steps: int) -> Any:
+    """What `sample` asks for: no more of s2 than the method uses."""
+    proposal = method.removeprefix("mh_").replace("mala", "langevin")
+    if scores == "exact":
+        law = _noisy(name)
+        if proposal == "langevin":
+            return law.score
+        if proposal == "ozaki":
+            return lambda x: UnscaledScores(law.score(x), law.hessian_diag(x))
+        if proposal == "ozaki_isotropic":
+            return lambda x: _isotropic(law.score(x), law.hessian(x))
+        return lambda x: DenseScores(law.score(x), law.hessian(x))
+    net = learned(name, seed, steps)
+    if proposal == "langevin":
+        return net.score
+    if proposal == "ozaki_isotropic":
+
+        def isotropic(x: Tensor) -> UnscaledScores:
+            found = net(x)
+            assert found.factor is not None
+            return _isotropic(found.score, found.diag.diag_embed() + found.factor @ found.factor.mT)
+
+        return isotropic
+    return net
+
+
+def _isotropic(score: Tensor, hessian: Tensor) -> UnscaledScores:
+    """In the plane every symmetric matrix is c I + u u^T."""
+    values, vectors = torch.linalg.eigh(hessian)
+    factor = vectors[..., 1:] * (values[:, 1] - values[:, 0]).sqrt()[:, None, None]
+    return UnscaledScores(score, values[:, :1].expand_as(score).contiguous(), factor)
+
+
+# ------------------------------------------------------------------------------------------ chains
+
+
+def _run(
+    name: str,
+    scores: str,
+    method: str,
+    step_size: float,
+    seed: int,
+    chains: int,
+    n: int,
+    steps: int,
+) -> Chains:
+    """Chains that begin at draws of their target."""
+    law = _noisy(name)
+    start = law.sample(chains, seed=_EXACT + seed)
+    start = start if scores == "exact" else start.float()
+    adjusted = method in ADJUSTED and scores == "exact"
+    return sample(
+        score_function(name, scores, method, seed, steps),
+        start,
+        method=method,
+        step_size=step_size,
+        n_steps=n,
+        burn_in=n // 5,
+        log_prob=law.log_prob if adjusted else None,
+        seed=seed,
+    )
+
+
+def _quality(name: str, chains: Chains, seed: int) -> dict[str, Any]:
+    """Smallest ESS of a chain by two rules, ESS per second, and how far the law is off."""
+    draws = chains.draws
+    count = len(draws)
+    found: dict[str, Any] = {"diverged": int(chains.stats["diverged"].sum())}
+    if found["diverged"]:
+        return found
+    exact = _noisy(name).sample(20_000, seed=_EXACT + 1000 + seed)
+    pooled = draws.flatten(0, 1).double()
+    few = pooled[:: max(1, len(pooled) // 2000)][:2000]
+    seconds = chains.stats["seconds"]
+    found |= {
+        "cutoff": min_ess(draws, method="cutoff") / count,
+        "bulk": min_ess(draws) / count,
+        "cutoff per second": ess_rate(draws, seconds, method="cutoff"),
+        "bulk per second": ess_rate(draws, seconds),
+        "seconds": seconds,
+        "kolmogorov": max(kolmogorov(a, b) for a, b in zip(pooled.mT, exact.mT, strict=True)),
+        "energy": energy_distance(few, exact[:2000]),
+        "acceptance": float(chains.stats["acceptance"].mean())
+        if "acceptance" in chains.stats
+        else None,
+    }
+    if name == "two modes":
+        jumps = mode_jumps(draws, sets.plane(name).means.to(draws))
+        found["jumps"] = float(jumps.double().mean())
+    return found
+
+
+def kolmogorov(a: Tensor, b: Tensor) -> float:
+    """Largest distance of two empirical distribution functions."""
+    a, b = a.sort().values.contiguous(), b.sort().values.contiguous()
+    at = torch.cat([a, b])
+    gap = torch.searchsorted(a, at, right=True) / len(a)
+    return float((gap - torch.searchsorted(b, at, right=True) / len(b)).abs().max())
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| without the terms of a point with itself."""
+    within = sum(torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in (a, b))
+    return float(2 * torch.cdist(a, b).mean() - within)
+
+
+def mix(
+    name: str, scores: str, method: str, seed: int, chains: int, n: int, steps: int,
+    step_sizes: Sequence[float],
+) -> dict[str, Any]:  # fmt: skip
+    """The step size of largest ESS per score evaluation, and the largest such one without bias.
+
+    Found with one seed, measured with another. "best": the paper's rule. "close": among the step
+    sizes in order of their rate the first whose law is within TOLERANCE; None if none is.
+    """
+    law = _noisy(name)
+    start = law.sample(chains, seed=_SEARCH + seed)
+    options: dict[str, Any] = {"method": method, "burn_in": n // 5, "seed": _SEARCH + seed}
+    if method in ADJUSTED and scores == "exact":
+        options["log_prob"] = law.log_prob
+    search = search_step_size(
+        score_function(name, scores, method, seed, steps),
+        start if scores == "exact" else start.float(),
+        step_sizes,
+        n_steps=n,
+        ess_method="cutoff",
+        **options,
+    )
+    found: dict[str, Any] = {"rates": search.rates, "best": None, "close": None}
+    for index in sorted(range(len(step_sizes)), key=search.rates.__getitem__, reverse=True):
+        if search.rates[index] == 0:
+            break
+        h = step_sizes[index]
+        quality = _quality(name, _run(name, scores, method, h, seed, chains, n, steps), seed)
+        quality = {"step_size": h, **quality}
+        if found["best"] is None:
+            found["best"] = quality
+        if quality.get("kolmogorov", math.inf) <= TOLERANCE:
+            found["close"] = quality
+            break
+    return found
+
+
+def trace(
+    name: str, scores: str, method: str, step_size: float, seed: int, chains: int, n: int,
+    steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The first chain, the smallest ESS of a chain by iterations, and the quality of all."""
+    found = _run(name, scores, method, step_size, seed, chains, n, steps)
+    parts = [max(4, n * k // 8) for k in range(1, 9)]
+    return {
+        "path": [[round(v, 3) for v in point] for point in found.draws[0].tolist()],
+        "iterations": parts,
+        "ess": [min_ess(found.draws[:, :k], method="cutoff") / len(found.draws) for k in parts],
+        **_quality(name, found, seed),
+    }
+
+
+# ------------------------------------------------------------------------------------------- items
+
+
+def _sizes(quick: bool) -> dict[str, Any]:
+    if quick:
+        return {"chains": 4, "n": 16, "steps": 10}
+    return {"chains": 100, "n": 1000, "steps": _LEARNING}
+
+
+def _work(quick: bool, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The searches for a step size: every method but Lanczos."""
+    step_sizes = (0.05,) if quick else STEP_SIZES
+    return [
+        {"name": name, "scores": scores, "method": method, "seed": seed, **_sizes(quick)}
+        | {"step_sizes": list(step_sizes)}
+        for seed in seeds
+        for name in sets.PLANE
+        for scores in ("exact", "learned")
+        for method in METHODS
+        if method != _LANCZOS
+    ]
+
+
+def _lanczos_work(
+    work: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Lanczos at the steps that were found for the whole Hessian."""
+    found = []
+    for settings, result in zip(work, results, strict=True):
+        if settings["method"] == _SAME:
+            steps = {c["step_size"] for c in (result["best"], result["close"]) if c is not None}
+            found.append(settings | {"method": _LANCZOS, "step_sizes": sorted(steps)})
+    return found
+
+
+def table3(record: Record) -> None:
+    seeds = (0,) if record.quick else SEEDS
+    work = _work(record.quick, seeds)
+    results = record.cells(work, mix)
+    more = _lanczos_work(work, results)
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for settings, result in zip(work + more, results + record.cells(more, mix), strict=True):
+        key = (settings["name"], settings["scores"], settings["method"])
+        found.setdefault(key, []).append(result)
+    size = _sizes(record.quick)
+    record.text(
+        f"Smallest ESS over the two dimensions of one chain of {size['n']:,} steps "
+        f"({size['chains']} chains side by side, begun at draws of the target), mean ± standard "
+        f"deviation over {len(seeds)} seeds. Target: noisy samples at sigma {SIGMA}. The step size "
+        "h (the paper's eps is 2 h) is searched with another seed for the largest ESS by the "
+        "cut-off rule. "
+        "`best`: that step, whatever its bias. `close`: the fastest step at which every marginal "
+        f"is within a Kolmogorov distance of {TOLERANCE} of exact draws. Over L: over Langevin in "
+        "the same block. The paper printed "
+        + "; ".join(f"{a} -> {b} ({b / a:.2f}x) for set {i}" for i, (a, b)
+                    in enumerate(PAPER.values(), 1))
+        + ", Langevin to Ozaki, chain length and sets unknown."
+    )  # fmt: skip
+    figure, axes = panels(1, 2, 2.6)
+    for name, axis in zip(sets.PLANE, axes.flat, strict=True):
+        for scores in ("exact", "learned"):
+            for choice in ("best", "close"):
+                rows = []
+                base = [r[choice] for r in found[name, scores, "langevin"]]
+                for method in METHODS:
+                    chosen = [r[choice] for r in found[name, scores, method]]
+                    rows.append(_line(method, chosen, base))
+                    record.rows([_full(name, scores, choice, method, chosen)])
+                record.table(f"{name}, {scores} scores, {choice} step", rows)
+            close, best = (
+                [_mean(found[name, scores, method], choice, "cutoff") for method in METHODS]
+                for choice in ("close", "best")
+            )
+            shift = -0.2 if scores == "exact" else 0.2
+            colour = BLUE if scores == "exact" else ORANGE
+            at = np.arange(len(METHODS)) + shift
+            axis.barh(at, close, 0.38, color=colour, label=f"{scores} scores")
+            axis.barh(at, best, 0.38, edgecolor=colour, facecolor="none", linewidth=0.7)
+        axis.set_yticks(range(len(METHODS)), METHODS if axis is axes.flat[0] else [])
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel(f"ESS of {size['n']:,} steps", fontsize=8)
+    axes.flat[0].legend(fontsize=6)
+    record.figure(
+        figure,
+        "Smallest ESS by the cut-off rule. Full: at the fastest step within the tolerance; "
+        "outlines: at the fastest step, whatever its bias.",
+    )
+    record.close("Table 3: mixing")
+
+
+def _mean(results: Sequence[dict[str, Any]], choice: str, key: str) -> float:
+    if any(r[choice] is None or r[choice].get(key) is None for r in results):
+        return math.nan
+    return mean_std([r[choice][key] for r in results])[0]
+
+
+def _line(
+    method: str, chosen: Sequence[dict[str, Any] | None], base: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    line: dict[str, Any] = {"method": method}
+    whole = [c for c in chosen if c is not None and not c["diverged"]]
+    if len(whole) < len(chosen):
+        return line | {"h": "none" if not whole else f"none in {len(chosen) - len(whole)} seeds"}
+
+    def over(key: str) -> str:
+        if any(b is None or b["diverged"] for b in base):
+            return ""
+        theirs = mean_std([b[key] for b in base if b is not None])[0]
+        return f" ({mean_std([c[key] for c in whole])[0] / theirs:.2f}x)"
+
+    line["h"] = ", ".join(f"{h:g}" for h in sorted({c["step_size"] for c in whole}))
+    line["ESS, cut-off (over L)"] = plus_minus([c["cutoff"] for c in whole]) + over("cutoff")
+    line["ESS, bulk (over L)"] = plus_minus([c["bulk"] for c in whole]) + over("bulk")
+    line["ESS/s, cut-off (over L)"] = (
+        f"{mean_std([c['cutoff per second'] for c in whole])[0]:,.0f}" + over("cutoff per second")
+    )
+    for title, key in (("Kolmogorov", "kolmogorov"), ("energy", "energy")):
+        line[title] = f"{mean_std([c[key] for c in whole])[0]:.3f}"
+    accepted = [c["acceptance"] for c in whole]
+    line["accepted"] = "" if None in accepted else f"{mean_std(accepted)[0]:.2f}"
+    if "jumps" in whole[0]:
+        line["mode changes"] = f"{mean_std([c['jumps'] for c in whole])[0]:.1f}"
+    return line
+
+
+def _full(
+    name: str, scores: str, choice: str, method: str, chosen: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"set": name, "scores": scores, "choice": choice, "method": method}
+    whole = [c for c in chosen if c is not None and not c["diverged"]]
+    row["seeds"] = len(whole)
+    for key in ("step_size", "cutoff", "bulk", "cutoff per second", "bulk per second",
+                "kolmogorov", "energy"):  # fmt: skip
+        if whole:
+            row[key], row[f"{key} std"] = mean_std([c[key] for c in whole])
+    return row
+
+
+def _best_steps(record: Record, scores: str) -> dict[tuple[str, str], float]:
+    """The steps of Table 3 by the paper's rule, first seed, for (set, method)."""
+    work = [
+        settings
+        for settings in _work(record.quick, (0,))
+        if settings["scores"] == scores
+        and settings["method"] in ("langevin", "ozaki", "ozaki_full")
+    ]
+    found = record.cells(work, mix, of="table3")
+    return {
+        (s["name"], s["method"]): r["best"]["step_size"] for s, r in zip(work, found, strict=True)
+    }
+
+
+def _trajectories(
+    record: Record, title: str, caption: str, chosen: Sequence[tuple[str, str, str, float]]
+) -> None:
+    """Paths over the target's contours, and ESS by iterations.
+
+    Args:
+        chosen: (set, title of the column, method, step size); the same columns for both sets.
+    """
+    work = [
+        {"name": name, "scores": "learned", "method": method, "step_size": h, "seed": 0}
+        | _sizes(record.quick)
+        for name, _, method, h in chosen
+    ]
+    found = record.cells(work, trace)
+    per_set = len(chosen) // 2
+    figure, axes = panels(2, per_set + 1, 2.1)
+    rows = []
+    for index, ((name, label, method, h), result) in enumerate(zip(chosen, found, strict=True)):
+        line, column = divmod(index, per_set)
+        _contours(axes[line, column], _noisy(name))
+        colour = (BLUE, ORANGE, GREEN, GREY)[column]
+        path = np.array(result["path"], dtype=float)[:400]
+        axes[line, column].plot(*path.T, ".-", color=colour, linewidth=0.3, markersize=1.5)
+        axes[line, column].set_title(f"{label}, h = {h:g}", fontsize=7)
+        ess = [math.nan if v is None else v for v in result["ess"]]
+        axes[line, -1].plot(result["iterations"], ess, color=colour, label=label)
+        rows.append(
+            {"set": name, "chain": label, "method": method, "h": h}
+            | {key: result.get(key) for key in ("cutoff", "bulk", "kolmogorov", "energy", "jumps")}
+            | {"diverged chains": result["diverged"]}
+        )
+    for axis in axes[:, -1]:
+        axis.set_title("smallest ESS", fontsize=7)
+        axis.set_xlabel("iterations", fontsize=7)
+        axis.legend(fontsize=5)
+    record.table(title, rows)
+    record.rows(rows)
+    record.figure(figure, caption)
+    record.close(title)
+
+
+def _contours(axis: Any, law: GaussianMixture) -> None:
+    x, y = torch.meshgrid(
+        torch.linspace(-3.2, 3.2, 80, dtype=torch.float64),
+        torch.linspace(-3.2, 3.2, 80, dtype=torch.float64),
+        indexing="xy",
+    )
+    density = law.log_prob(torch.stack([x.flatten(), y.flatten()], -1)).exp().reshape(x.shape)
+    axis.contour(x, y, density, levels=5, colors=GREY, linewidths=0.5)
+    axis.set_xlim(-3.2, 3.2)
+    axis.set_ylim(-3.2, 3.2)
+    axis.set_aspect("equal")
+
+
+_SHOWN = (
+    "The first 400 states of a chain with learned scores over the density; right: smallest ESS."
+)
+
+
+def fig5(record: Record) -> None:
+    best = _best_steps(record, "learned")
+    chosen = [
+        (name, method, method, best[name, method])
+        for name in sets.PLANE
+        for method in ("langevin", "ozaki", "ozaki_full")
+    ]
+    title = "Figure 5: chains at their best steps"
+    _trajectories(record, title, f"{_SHOWN} Each at its best step.", chosen)
+
+
+def fig6(record: Record) -> None:
+    best = _best_steps(record, "learned")
+    chosen = []
+    for name in sets.PLANE:
+        h = best[name, "langevin"]
+        chosen += [
+            (name, "langevin", "langevin", h),
+            (name, "ozaki, same time", "ozaki", h),
+            (name, "ozaki, twice the time", "ozaki", 2 * h),
+        ]
+    title = "Figure 6: chains at equal steps"
+    caption = (
+        f"{_SHOWN} Langevin's best h for both: the same step in time, and twice it, which is the "
+        "same printed eps if Eq. 20 has the exponents eps and 2 eps."
+    )
+    _trajectories(record, title, caption, chosen)
+
+
+def fig11(record: Record) -> None:
+    best = _best_steps(record, "learned")
+    chosen = []
+    for name in sets.PLANE:
+        h = best[name, "ozaki"]
+        chosen += [
+            (name, "ozaki", "ozaki", h),
+            (name, "langevin at Ozaki's h", "langevin", h),
+            (name, "langevin at half of it", "langevin", h / 2),
+        ]
+    title = "Figure 11: Langevin at Ozaki's step"
+    _trajectories(record, title, f"{_SHOWN} Ozaki's best h, for Ozaki and for Langevin.", chosen)
+
+
+ITEMS = {"table3": table3, "fig5": fig5, "fig6": fig6, "fig11": fig11}
