@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from . import mixing, table1
+from . import figures, mixing, table1
 from .networks import ROOT
 from .record import Record, Unfinished
 
 ITEMS: dict[str, Callable[[Record], None]] = {
     "table1": table1.run,
     **mixing.ITEMS,
+    **figures.ITEMS,
 }
 
 

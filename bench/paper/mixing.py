@@ -30,6 +30,7 @@ from hos_ext.densities import GaussianMixture
 from hos_ext.samplers import ADJUSTED, UNADJUSTED, Chains
 
 from . import networks, sets
+from .figures import energy_distance
 from .record import BLUE, GREEN, GREY, ORANGE, Record, mean_std, panels, plus_minus
 
 SIGMA = 0.1
@@ -166,12 +167,6 @@ def kolmogorov(a: Tensor, b: Tensor) -> float:
     at = torch.cat([a, b])
     gap = torch.searchsorted(a, at, right=True) / len(a)
     return float((gap - torch.searchsorted(b, at, right=True) / len(b)).abs().max())
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| without the terms of a point with itself."""
-    within = sum(torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in (a, b))
-    return float(2 * torch.cdist(a, b).mean() - within)
 
 
 def mix(
