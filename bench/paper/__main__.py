@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from . import figures, mixing, table1
+from . import claims, figures, mixing, table1
 from .networks import ROOT
-from .record import Record, Unfinished
+from .record import Record, Unfinished, write_page
 
 ITEMS: dict[str, Callable[[Record], None]] = {
     "table1": table1.run,
     **mixing.ITEMS,
     **figures.ITEMS,
+    **claims.ITEMS,
 }
 
 
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         seconds = time.perf_counter() - began
         print(f"{name}: {record.computed} cells computed, {seconds:.1f} s", flush=True)
+    write_page(out, list(ITEMS))
     return 1 if left else 0
 
 

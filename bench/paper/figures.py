@@ -111,8 +111,8 @@ def fig1(record: Record) -> None:
     record.text(
         "A normal law in the plane (standard deviations 1 and 0.5, correlation 0.8), networks of "
         f"appendix C.2 at each noise level, {steps:,} steps of Adam with 128 samples, with and "
-        "without variance reduction. Squared errors against the noisy truth over the squared truth, "
-        f"medians of the last checkpoints, mean ± standard deviation over {len(seeds)} seeds."
+        "without variance reduction. Squared errors against the noisy truth over the squared "
+        f"truth: medians of the last checkpoints, mean ± standard deviation of {len(seeds)} seeds."
     )
     record.table("Errors with and without variance reduction", table)
     record.figure(

@@ -26,6 +26,16 @@ from hos_ext.storage import write_whole
 WIDTH = 7.0
 # One colour for each contestant, on every figure of the paper's items.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#1f6fb4", "#d9622b", "#3d8f5f", "#7d5ba6", "#8a8a8a"
+_HEAD = """# The paper's tables and figures, ours beside the paper's
+
+Meng, Song, Li and Ermon, "Estimating High Order Gradients of the Data Distribution by Denoising",
+NeurIPS 2021, arXiv:2111.04726. Every item is one command, `python -m bench.paper ITEM`; numbers
+marked as the paper's are printed there, all others were measured here. What the paper does not
+give (covariances, mixture parameters, steps, batches) is fixed in `bench/paper/sets.py` and in the
+texts below: ratios and orderings can be compared, absolute values cannot. Every seed that was run
+is in the tables. For each item ITEM.csv holds the table in full precision, ITEM.jsonl every cell
+with its settings, seed, machine, commit and time, and ITEM.json their sum.
+"""
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#c2478d", "#2aa1a8", "#5b5b5b")
 
 
@@ -148,6 +158,13 @@ class Record:
             writer.writerows(self._rows)
             write_whole(self.out / f"{self.item}.csv", text.getvalue().encode())
         write_whole(self.out / f"{self.item}.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def write_page(out: Path, items: Sequence[str]) -> None:
+    """README.md: the pages of the items that are there, in this order."""
+    pages = [out / f"{item}.md" for item in items]
+    found = [page.read_text() for page in pages if page.exists()]
+    write_whole(out / "README.md", "\n".join([_HEAD, *found]).encode())
 
 
 def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
