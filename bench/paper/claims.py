@@ -232,8 +232,8 @@ def training_steps(dim: int, batch: int, seconds: float) -> dict[str, float]:
 
 
 def _cost(record: Record) -> None:
-    dims = (100,) if record.quick else (100, 784)
-    seconds = 0.1 if record.quick else 3.0
+    dims = (10,) if record.quick else (100, 784)
+    seconds = 0.02 if record.quick else 3.0
     chains, batch = (20, 16) if record.quick else (100, 128)
     for title, compute, size, base, words in (
         (

@@ -36,13 +36,22 @@ from .record import BLUE, GREEN, GREY, ORANGE, Record, mean_std, panels, plus_mi
 SIGMA = 0.1
 SEEDS = (0, 1, 2)
 STEP_SIZES = tuple(round(0.004 * 1.6**k, 6) for k in range(16))
-METHODS = (*UNADJUSTED, *ADJUSTED)
+# Positive curvature is clamped to zero unless a second word says what becomes of it: "raw" leaves
+# it, which is Eq. 20 as it stands, "abs" turns it round.
+METHODS = (
+    *UNADJUSTED,
+    *("ozaki raw", "ozaki_full raw", "ozaki_full abs"),
+    *ADJUSTED,
+    *("mh_ozaki raw", "mh_ozaki_full raw", "mh_ozaki_full abs"),
+)
 # In the plane a Krylov space of two vectors is everything: the same chains as "ozaki_full", only
 # slower. It runs at the steps found for that.
 _LANCZOS, _SAME = "ozaki_lanczos", "ozaki_full"
-# An unadjusted chain counts as close to its target where no marginal is further off than this
-# (Kolmogorov distance; chains from the exact law itself come within 0.03 or so).
-TOLERANCE = 0.06
+# How far the law is off: 4,000 chains that begin at draws of the target, after 200 steps, against
+# 20,000 draws of it. With no bias at all the Kolmogorov distance of a marginal exceeds TOLERANCE
+# once in a thousand times.
+_CHAINS, _STEPS, _DRAWS = 4_000, 200, 20_000
+TOLERANCE = 1.95 * (1 / _CHAINS + 1 / _DRAWS) ** 0.5
 _LEARNING = 6_000
 _EXACT, _SEARCH = 2**41, 2**42  # keys of the exact draws and of the search for a step size
 
@@ -71,7 +80,7 @@ def learned(name: str, seed: int, steps: int) -> networks.Net:
 
 def score_function(name: str, scores: str, method: str, seed: int, steps: int) -> Any:
     """What `sample` asks for: no more of s2 than the method uses."""
-    proposal = method.removeprefix("mh_").replace("mala", "langevin")
+    proposal = method.split()[0].removeprefix("mh_").replace("mala", "langevin")
     if scores == "exact":
         law = _noisy(name)
         if proposal == "langevin":
@@ -105,6 +114,20 @@ def _isotropic(score: Tensor, hessian: Tensor) -> UnscaledScores:
 # ------------------------------------------------------------------------------------------ chains
 
 
+def _options(name: str, scores: str, method: str) -> dict[str, Any]:
+    """The arguments of `sample` that a method stands for."""
+    kind, _, curvature = method.partition(" ")
+    options: dict[str, Any] = {"method": kind, "curvature": curvature or "clamp"}
+    if kind in ADJUSTED and scores == "exact":
+        options["log_prob"] = _noisy(name).log_prob
+    return options
+
+
+def _start(name: str, scores: str, chains: int, seed: int) -> Tensor:
+    start = _noisy(name).sample(chains, seed=_EXACT + seed)
+    return start if scores == "exact" else start.float()
+
+
 def _run(
     name: str,
     scores: str,
@@ -116,44 +139,64 @@ def _run(
     steps: int,
 ) -> Chains:
     """Chains that begin at draws of their target."""
-    law = _noisy(name)
-    start = law.sample(chains, seed=_EXACT + seed)
-    start = start if scores == "exact" else start.float()
-    adjusted = method in ADJUSTED and scores == "exact"
     return sample(
         score_function(name, scores, method, seed, steps),
-        start,
-        method=method,
+        _start(name, scores, chains, seed),
         step_size=step_size,
         n_steps=n,
         burn_in=n // 5,
-        log_prob=law.log_prob if adjusted else None,
         seed=seed,
+        **_options(name, scores, method),
     )
 
 
-def _quality(name: str, chains: Chains, seed: int) -> dict[str, Any]:
-    """Smallest ESS of a chain by two rules, ESS per second, and how far the law is off."""
+def _bias(
+    name: str,
+    scores: str,
+    method: str,
+    step_size: float,
+    seed: int,
+    chains: int,
+    n: int,
+    steps: int,
+) -> dict[str, float]:
+    """Largest Kolmogorov distance of a marginal, and energy distance, after many short chains."""
+    many, few = (_CHAINS, _STEPS) if chains * n >= _CHAINS else (chains, n)
+    ends = sample(
+        score_function(name, scores, method, seed, steps),
+        _start(name, scores, many, 100 + seed),
+        step_size=step_size,
+        n_steps=few,
+        thin=few,
+        seed=seed,
+        **_options(name, scores, method),
+    ).draws[:, 0]
+    ends = ends[ends.isfinite().all(1)].double()
+    if len(ends) < many:
+        return {}
+    exact = _noisy(name).sample(_DRAWS, seed=_EXACT + 1000 + seed)
+    return {
+        "kolmogorov": max(kolmogorov(a, b) for a, b in zip(ends.mT, exact.mT, strict=True)),
+        "energy": energy_distance(ends[:2000], exact[:2000]),
+    }
+
+
+def _quality(name: str, chains: Chains) -> dict[str, Any]:
+    """Smallest ESS of a chain by two rules, ESS per second, and mode changes."""
     draws = chains.draws
     count = len(draws)
     found: dict[str, Any] = {"diverged": int(chains.stats["diverged"].sum())}
     if found["diverged"]:
         return found
-    exact = _noisy(name).sample(20_000, seed=_EXACT + 1000 + seed)
-    pooled = draws.flatten(0, 1).double()
-    few = pooled[:: max(1, len(pooled) // 2000)][:2000]
     seconds = chains.stats["seconds"]
+    accepted = chains.stats.get("acceptance")
     found |= {
         "cutoff": min_ess(draws, method="cutoff") / count,
         "bulk": min_ess(draws) / count,
         "cutoff per second": ess_rate(draws, seconds, method="cutoff"),
         "bulk per second": ess_rate(draws, seconds),
         "seconds": seconds,
-        "kolmogorov": max(kolmogorov(a, b) for a, b in zip(pooled.mT, exact.mT, strict=True)),
-        "energy": energy_distance(few, exact[:2000]),
-        "acceptance": float(chains.stats["acceptance"].mean())
-        if "acceptance" in chains.stats
-        else None,
+        "acceptance": None if accepted is None else float(accepted.mean()),
     }
     if name == "two modes":
         jumps = mode_jumps(draws, sets.plane(name).means.to(draws))
@@ -178,29 +221,30 @@ def mix(
     Found with one seed, measured with another. "best": the paper's rule. "close": among the step
     sizes in order of their rate the first whose law is within TOLERANCE; None if none is.
     """
-    law = _noisy(name)
-    start = law.sample(chains, seed=_SEARCH + seed)
-    options: dict[str, Any] = {"method": method, "burn_in": n // 5, "seed": _SEARCH + seed}
-    if method in ADJUSTED and scores == "exact":
-        options["log_prob"] = law.log_prob
     search = search_step_size(
         score_function(name, scores, method, seed, steps),
-        start if scores == "exact" else start.float(),
+        _start(name, scores, chains, _SEARCH + seed),
         step_sizes,
         n_steps=n,
         ess_method="cutoff",
-        **options,
+        burn_in=n // 5,
+        seed=_SEARCH + seed,
+        **_options(name, scores, method),
     )
     found: dict[str, Any] = {"rates": search.rates, "best": None, "close": None}
     for index in sorted(range(len(step_sizes)), key=search.rates.__getitem__, reverse=True):
         if search.rates[index] == 0:
             break
         h = step_sizes[index]
-        quality = _quality(name, _run(name, scores, method, h, seed, chains, n, steps), seed)
-        quality = {"step_size": h, **quality}
+        case = (name, scores, method, h, seed, chains, n, steps)
+        bias = _bias(*case)
+        close = bias.get("kolmogorov", math.inf) <= TOLERANCE
+        if found["best"] is not None and not close:
+            continue
+        quality = {"step_size": h, **_quality(name, _run(*case)), **bias}
         if found["best"] is None:
             found["best"] = quality
-        if quality.get("kolmogorov", math.inf) <= TOLERANCE:
+        if close and not quality["diverged"]:
             found["close"] = quality
             break
     return found
@@ -211,13 +255,15 @@ def trace(
     steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The first chain, the smallest ESS of a chain by iterations, and the quality of all."""
-    found = _run(name, scores, method, step_size, seed, chains, n, steps)
+    case = (name, scores, method, step_size, seed, chains, n, steps)
+    found = _run(*case)
     parts = [max(4, n * k // 8) for k in range(1, 9)]
     return {
         "path": [[round(v, 3) for v in point] for point in found.draws[0].tolist()],
         "iterations": parts,
         "ess": [min_ess(found.draws[:, :k], method="cutoff") / len(found.draws) for k in parts],
-        **_quality(name, found, seed),
+        **_quality(name, found),
+        **_bias(*case),
     }
 
 
@@ -226,7 +272,7 @@ def trace(
 
 def _sizes(quick: bool) -> dict[str, Any]:
     if quick:
-        return {"chains": 4, "n": 16, "steps": 10}
+        return {"chains": 4, "n": 8, "steps": 5}
     return {"chains": 100, "n": 1000, "steps": _LEARNING}
 
 
@@ -273,8 +319,11 @@ def table3(record: Record) -> None:
         "h (the paper's eps is 2 h) is searched with another seed for the largest ESS by the "
         "cut-off rule. "
         "`best`: that step, whatever its bias. `close`: the fastest step at which every marginal "
-        f"is within a Kolmogorov distance of {TOLERANCE} of exact draws. Over L: over Langevin in "
-        "the same block. The paper printed "
+        f"of {_CHAINS:,} chains is within a Kolmogorov distance of {TOLERANCE:.3f} of exact draws "
+        f"after {_STEPS} steps (without bias it is further off once in a thousand times). Over L: "
+        "over Langevin in the same block. raw: positive curvature as it is, abs: its modulus, "
+        "else clamped to 0. Adjusted methods have log p with exact scores, and its estimate from "
+        "the scores with learned ones. The paper printed "
         + "; ".join(f"{a} -> {b} ({b / a:.2f}x) for set {i}" for i, (a, b)
                     in enumerate(PAPER.values(), 1))
         + ", Langevin to Ozaki, chain length and sets unknown."

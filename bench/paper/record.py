@@ -36,7 +36,6 @@ texts below: ratios and orderings can be compared, absolute values cannot. Every
 is in the tables. For each item ITEM.csv holds the table in full precision, ITEM.jsonl every cell
 with its settings, seed, machine, commit and time, and ITEM.json their sum.
 """
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#c2478d", "#2aa1a8", "#5b5b5b")
 
 
 class Unfinished(RuntimeError):
