@@ -176,16 +176,19 @@ def centred_vr_loss(
         diagonal: fit diag s2 alone.
     """
     errors = (torch.stack([noise, -noise]) + sigma * score[:2]).flatten(0, 1)
-    nothing, both = torch.zeros_like(errors), diag[:2].flatten(0, 1)
-    control = (diag[2] * (1 - noise.square())).sum(1)
+    nothing = torch.zeros_like(errors)
+    # Split, not sliced: the backward of each slice would fill a tensor of the whole size.
+    both, clean = diag.split([2, 1])
+    control = (clean[0] * (1 - noise.square())).sum(1)
     if diagonal:
-        loss = d2sm_diag_loss(nothing, both, errors, sigma)
+        loss = d2sm_diag_loss(nothing, both.flatten(0, 1), errors, sigma)
+    elif factor is None:
+        loss = d2sm_loss(nothing, both.flatten(0, 1), None, errors, sigma)
     else:
-        columns = None if factor is None else factor[:2].flatten(0, 1)
-        loss = d2sm_loss(nothing, both, columns, errors, sigma)
-        if factor is not None:
-            along = (noise.unsqueeze(1) @ factor[2]).square().sum((1, 2))
-            control = control + factor[2].square().sum((1, 2)) - along
+        columns, last = factor.split([2, 1])
+        loss = d2sm_loss(nothing, both.flatten(0, 1), columns.flatten(0, 1), errors, sigma)
+        along = (noise.unsqueeze(1) @ last[0]).square().sum((1, 2))
+        control = control + last[0].square().sum((1, 2)) - along
     return loss - 2 * control.mean() / sigma**2
 
 
