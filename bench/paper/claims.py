@@ -220,7 +220,7 @@ def training_steps(dim: int, batch: int, seconds: float) -> dict[str, float]:
     ):
         net = networks.Net(dim, rank, seed=0)
 
-        def step(net=net, rank=rank, first=first, second=second):  # type: ignore[no-untyped-def]
+        def step(net=net, rank=rank, first=first, second=second):
             loss = networks.objective(
                 net, x, noise, 0.1, first_order=first, second_order=second, diagonal=rank == 0
             )
