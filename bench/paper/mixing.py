@@ -32,7 +32,7 @@ from hos_ext.samplers import ADJUSTED, UNADJUSTED, Chains
 
 from . import networks, sets
 from .figures import energy_distance
-from .record import BLUE, GREEN, GREY, ORANGE, Record, mean_std, panels, plus_minus
+from .record import BLUE, GREEN, GREY, ORANGE, Record, legend, mean_std, panels, plus_minus
 
 SIGMA = 0.1
 SEEDS = (0, 1, 2)
@@ -360,7 +360,7 @@ def table3(record: Record) -> None:
         axis.invert_yaxis()
         axis.set_title(name, fontsize=8)
         axis.set_xlabel(f"ESS of {size['n']:,} steps", fontsize=8)
-    axes.flat[0].legend(fontsize=6)
+    legend(figure, axes)
     record.figure(
         figure,
         "Smallest ESS by the cut-off rule. Full: at the fastest step within the tolerance; "

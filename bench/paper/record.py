@@ -178,6 +178,17 @@ def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figu
     return figure, axes
 
 
+def legend(figure: Figure, axes: Any) -> None:
+    """One legend above all axes, with one entry for each label on any of them."""
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()), list(found), loc="outside upper center", ncols=4, fontsize=6
+    )
+
+
 def mean_std(values: Sequence[float | None]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1) over the seeds; NaN where a value is missing."""
     numbers = [float("nan") if v is None else float(v) for v in values]

@@ -8,7 +8,7 @@ with the s2 of the clean law, which no method can reach, so both truths are here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from hos_ext import MLP, UnscaledScores, assemble_hessian, normal, score_matchin
 from hos_ext.schedules import draw_sigma
 
 from . import networks, sets
-from .record import BLUE, GREEN, GREY, ORANGE, PURPLE, Record, mean_std, panels, plus_minus
+from .record import BLUE, GREEN, GREY, ORANGE, PURPLE, Record, legend, mean_std, panels, plus_minus
 
 SEEDS = (0, 1, 2)
 # Keys of the test points, away from those of training.
@@ -316,7 +316,7 @@ def _write(
         axis.set_title(name, fontsize=8)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.legend(*_legend(axes.flat), loc="outside upper center", ncols=4, fontsize=6)
+    legend(figure, axes)
     for axis in axes[:, 0]:
         axis.set_ylabel("error / zero estimate", fontsize=8)
     record.figure(
@@ -357,15 +357,6 @@ def _lines(
             axis.loglog(sigmas, relative, style, marker=".", color=colour, linewidth=1, label=start)
     axis.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
     axis.set_xticks([], minor=True)
-
-
-def _legend(axes: Iterable[Any]) -> tuple[list[Any], list[str]]:
-    """One handle for each label on any of the axes."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
 
 
 def _ratios(
