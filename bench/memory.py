@@ -1,8 +1,11 @@
-"""Peak extra memory of one step of a loss, forward and backward, in a process of its own.
+"""Peak extra memory of one call, in a process of its own.
 
-Resident memory counts what the kernels allocate as well as torch. Gradients count, inputs do not.
+Resident memory counts what the kernels allocate as well as torch. Results count, inputs do not.
 
-    python -m bench.memory hos_ext d2sm_vr_loss 32 784 20
+    python -m bench.memory loss d2sm_vr_loss hos_ext 32 784 20
+    python -m bench.memory second_order MLP "row loop" 0
+    python -m bench.memory training UNet dense 20
+    python -m bench.memory sampling UNet cayley 20
 """
 
 from __future__ import annotations
@@ -17,17 +20,16 @@ from typing import Any
 
 import torch
 
-from . import peers, timer
+from . import networks, peers, rows
 
 LOSSES = {"d2sm_loss": (1, peers.d2sm_losses), "d2sm_vr_loss": (3, peers.d2sm_vr_losses)}
 
 
-def peak_mib(variant: str, op: str, shape: tuple[int, int, int]) -> float:
-    """MiB by which one step's peak lies above what was resident before, in a fresh process."""
-    arguments = [variant, op, *map(str, shape)]
+def peak_mib(kind: str, *arguments: object) -> float:
+    """MiB by which one call's peak lies above what was resident before, in a fresh process."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", *arguments],
-        cwd=timer.ROOT,
+        [sys.executable, "-m", "bench.memory", kind, *map(str, arguments)],
+        cwd=rows.ROOT,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -35,19 +37,46 @@ def peak_mib(variant: str, op: str, shape: tuple[int, int, int]) -> float:
     return float(done.stdout)
 
 
-def _status(key: str) -> float:
-    """A line of /proc/self/status, MiB. Unlike getrusage's peak it is not the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":"))
-
-
-def _measure(variant: str, op: str, shape: tuple[int, int, int]) -> float:
+def _loss(op: str, variant: str, *sizes: str) -> Callable[[], Any]:
+    batch, size, rank = map(int, sizes)
     points, losses = LOSSES[op]
     loss = losses()[variant]
     # A small step first: libraries loaded, threads started, autograd ready.
     peers.forward_backward(loss, peers.second_order_inputs(4, 32, 2, points=points))()
-    step = peers.forward_backward(loss, peers.second_order_inputs(*shape, points=points))
-    return extra_mib(step)
+    inputs = peers.second_order_inputs(batch, size, rank, points=points)
+    return peers.forward_backward(loss, inputs)
+
+
+def _second_order(network: str, variant: str, rank: str) -> Callable[[], Any]:
+    call = networks.second_order(network, [int(rank)] if int(rank) else [])[variant].call
+    networks.score_network(network)(torch.zeros(1, *networks.DIMS[network]))
+    return call
+
+
+def _training(network: str, loss: str, rank: str) -> Callable[[], Any]:
+    step = networks.training_steps(network, int(rank), dims=networks.IMAGE[network])[loss]
+    step()  # the optimiser's state, which stays
+    return step
+
+
+def _sampling(network: str, method: str, rank: str) -> Callable[[], Any]:
+    steps = networks.sampling_steps(network, int(rank), dims=networks.IMAGE[network])
+    steps["network"]()
+    return steps[method]
+
+
+KINDS: dict[str, Callable[..., Callable[[], Any]]] = {
+    "loss": _loss,
+    "second_order": _second_order,
+    "training": _training,
+    "sampling": _sampling,
+}
+
+
+def _status(key: str) -> float:
+    """A line of /proc/self/status, MiB. Unlike getrusage's peak it is not the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":"))
 
 
 def extra_mib(step: Callable[[], Any]) -> float:
@@ -63,10 +92,9 @@ def extra_mib(step: Callable[[], Any]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    variant, op, *sizes = arguments
-    torch.set_num_threads(timer.THREADS)
-    batch, size, rank = map(int, sizes)
-    print(_measure(variant, op, (batch, size, rank)))
+    kind, *rest = arguments
+    torch.set_num_threads(rows.THREADS)
+    print(extra_mib(KINDS[kind](*rest)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What hos_ext is measured against, and the inputs on which.
+"""What the operators are measured against, and the inputs on which.
 
 Variants, one name each everywhere: "hos_ext"; "eager", the closed form in plain torch, which is
 `hos_ext.reference`; "compiled", the same under torch.compile; "lean" and "lean compiled", the
 closed form written for speed alone (no sign; no differences first, so its float32 value loses
-digits as sigma goes to 0); "dense", D x D matrices as one writes the formulas down.
+digits as sigma goes to 0); "dense", D x D matrices as one writes the formulas down. "hos_ext out="
+writes into a given tensor.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,16 @@ Function = Callable[..., Any]
 def compiled(function: Function) -> Function:
     """torch.compile without graph breaks; for the shapes of the first call."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def forward(function: Function, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call without gradients."""
+
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    return step
 
 
 def forward_backward(loss: Function, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
@@ -81,7 +93,7 @@ def d2sm_vr_losses() -> dict[str, Function]:
         "compiled": compiled(_eager_d2sm_vr),
         "lean": _lean_d2sm_vr,
         "lean compiled": compiled(_lean_d2sm_vr),
-        "dense": _dense_d2sm_vr,
+        "dense": dense_d2sm_vr,
     }
 
 
@@ -151,7 +163,7 @@ def _dense_d2sm(
     return ((psi * psi).sum((-1, -2)) + 2 * (target * psi).sum((-1, -2))).mean()
 
 
-def _dense_d2sm_vr(
+def dense_d2sm_vr(
     score: Tensor, diag: Tensor, factor: Tensor, noise: Tensor, sigma: Tensor
 ) -> Tensor:
     points = zip(score.unbind(), diag.unbind(), factor.unbind(), strict=True)
@@ -194,6 +206,19 @@ def _eager_ozaki(x: Tensor, score: Tensor, diag: Tensor, step_size: float) -> Te
     return reference.ozaki_step(x, score, diag, step_size, torch.randn_like(x))
 
 
+def ozaki_gradients(inputs: Sequence[Tensor], step_size: float) -> dict[str, Function]:
+    """A step with given noise, forward and backward through x, score and diag; the mean of x'."""
+    noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def own(x: Tensor, score: Tensor, diag: Tensor) -> Tensor:
+        return hos_ext.ozaki_step(x, score, diag, step_size, noise=noise).mean()
+
+    def eager(x: Tensor, score: Tensor, diag: Tensor) -> Tensor:
+        return reference.ozaki_step(x, score, diag, step_size, noise).mean()
+
+    return {"hos_ext": own, "eager": eager}
+
+
 def check_ozaki_steps(
     steps: dict[str, Callable[[], Tensor]], inputs: Sequence[Tensor], step_size: float
 ) -> None:
@@ -214,3 +239,49 @@ def check_ozaki_steps(
                 f"check_ozaki_steps: noise of {name} must have mean 0 and variance 1, got "
                 f"{average:.3g} and {variance:.3g} over {n} entries"
             )
+
+
+# ----------------------------------------------------------------------------------------- Hessian
+
+
+def hessian_inputs(batch: int, size: int, rank: int, *, seed: int = 0) -> list[Tensor]:
+    """diag `(B, D)` and factor `(B, D, r)`."""
+    _, diag, factor, _, _ = second_order_inputs(batch, size, rank, points=1, seed=seed)
+    return [diag, factor]
+
+
+def assemblies(inputs: Sequence[Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """diag(d) + U U^T into a fresh tensor, and into a given one where that is possible."""
+    diag, factor = inputs
+    fused_bmm, fused_baddbmm = compiled(_bmm), compiled(_baddbmm)
+    size = diag.shape[-1]
+    own, out = (diag.new_empty(*diag.shape, size) for _ in range(2))
+
+    def into() -> Tensor:
+        torch.bmm(factor, factor.mT, out=out)
+        out.diagonal(0, -2, -1).add_(diag)
+        return out
+
+    steps: dict[str, Callable[[], Tensor]] = {
+        "hos_ext": lambda: hos_ext.assemble_hessian(diag, factor),
+        "eager": lambda: reference.assemble_hessian(diag, factor),
+        "bmm": lambda: _bmm(diag, factor),
+        "baddbmm": lambda: _baddbmm(diag, factor),
+        "bmm compiled": lambda: fused_bmm(diag, factor),
+        "baddbmm compiled": lambda: fused_baddbmm(diag, factor),
+        "bmm out=": into,
+    }
+    if "out" in inspect.signature(hos_ext.assemble_hessian).parameters:
+        assemble: Function = hos_ext.assemble_hessian
+        steps["hos_ext out="] = lambda: assemble(diag, factor, out=own)
+    return steps
+
+
+def _bmm(diag: Tensor, factor: Tensor) -> Tensor:
+    out = torch.bmm(factor, factor.mT)
+    out.diagonal(0, -2, -1).add_(diag)
+    return out
+
+
+def _baddbmm(diag: Tensor, factor: Tensor) -> Tensor:
+    return torch.baddbmm(torch.diag_embed(diag), factor, factor.mT)

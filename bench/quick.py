@@ -1,128 +1,73 @@
-"""The bars of speed and memory in under two minutes: `python -m bench.quick`, or make bench-quick.
+"""The gate of speed and memory in two minutes: `python -m bench.quick`, or make bench-quick.
 
-Best of three interleaved medians, float32, two threads; a bar may be missed by 15 %. Prints what
-was required and measured, and fails where a bar is missed. On a loaded machine the small calls miss
-theirs: the load average is printed.
+Best of three interleaved medians, float32, two threads, against the goals in `goals`; a goal may be
+missed by 15 %. With --all every goal, in about a quarter of an hour. Prints what was required and
+measured, and fails where a goal is missed. On a loaded machine the small calls miss theirs: the
+load average is printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from . import memory, peers, timer
+from . import cases, goals, memory, rows
 
 SHAPE = (32, 784, 20)
 HALVED = [(16, 784, 20), (32, 392, 20), (32, 784, 10)]
-SLACK = 0.15
+LINEAR = 2.2  # half of B, D or r: half of the memory, and some room
 
 
-class Bar(NamedTuple):
-    """A measured figure and its bound: at least, or at most, or None (for information)."""
-
-    what: str
-    measured: float
-    unit: str
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def holds(self) -> bool:
-        if self.at_least is not None and not self.measured >= self.at_least * (1 - SLACK):
-            return False
-        return self.at_most is None or self.measured <= self.at_most * (1 + SLACK)
-
-    def required(self) -> str:
-        if self.at_least is not None:
-            return f">= {self.at_least:g}"
-        return "" if self.at_most is None else f"<= {self.at_most:g}"
+def wanted(chosen: Iterable[goals.Goal]) -> dict[tuple[str, str, rows.Shape], set[str]]:
+    """The contestants that the goals need, case by case."""
+    names: dict[tuple[str, str, rows.Shape], set[str]] = {}
+    for goal in chosen:
+        names.setdefault(goal[:3], {"hos_ext"}).update({goal.own, *goal.against})
+    return names
 
 
-def loss_bars() -> list[Bar]:
-    inputs = peers.second_order_inputs(*SHAPE, points=3)
-    steps = {
-        name: peers.forward_backward(loss, inputs) for name, loss in peers.d2sm_vr_losses().items()
-    }
-    timer.agree({name: step() for name, step in steps.items()}, against="eager", rtol=1e-4)
-    dense = steps.pop("dense")
-    fast = timer.measure(steps)
-    slow = timer.measure({"hos_ext": steps["hos_ext"], "dense": dense}, sample=0.05, least=1)
-    what = f"d2sm_vr_loss forward+backward {SHAPE}"
-    own = fast["hos_ext"].median
-    return [
-        Bar(f"{what}, hos_ext", own / 1e3, "ms"),
-        Bar("  eager / hos_ext", fast["eager"].median / own, "x"),
-        Bar("  compiled / hos_ext", fast["compiled"].median / own, "x", at_least=2.5),
-        Bar("  lean / hos_ext", fast["lean"].median / own, "x"),
-        Bar("  lean compiled / hos_ext", fast["lean compiled"].median / own, "x"),
-        Bar("  dense / hos_ext", slow["dense"].median / slow["hos_ext"].median, "x", at_least=300),
-    ]
+def speed(chosen: Sequence[goals.Goal], seconds: float) -> Iterator[goals.Verdict]:
+    """Measures case after case; only the chosen goals are judged."""
+    for case, names in wanted(chosen).items():
+        torch.manual_seed(0)
+        measured = cases.measure(cases.build(*case, only=names), seconds=seconds, least=1)
+        yield from (verdict for verdict in measured.verdicts if verdict.goal in chosen)
 
 
-@torch.no_grad()
-def step_bars() -> list[Bar]:
-    inputs = peers.step_inputs(1000, 784)
-    steps = peers.ozaki_steps(inputs, 0.1)
-    peers.check_ozaki_steps(steps, inputs, 0.1)
-    large = timer.measure(steps)
-    tiny_inputs = peers.step_inputs(10, 2)
-    tiny_steps = {
-        name: step
-        for name, step in peers.ozaki_steps(tiny_inputs, 0.1).items()
-        if name != "compiled"
-    }
-    peers.check_ozaki_steps(tiny_steps, tiny_inputs, 0.1)
-    tiny = timer.measure(tiny_steps)
-    own = large["hos_ext"].median
-    return [
-        Bar("ozaki_step with noise (1000, 784), hos_ext", own / 1e3, "ms"),
-        Bar("  eager / hos_ext", large["eager"].median / own, "x", at_least=10),
-        Bar("  compiled / hos_ext", large["compiled"].median / own, "x", at_least=8),
-        Bar("ozaki_step (10, 2), hos_ext", tiny["hos_ext"].median, "us", at_most=10),
-        *(
-            Bar(f"  {name}", tiny[name].median, "us")
-            for name in ("hos_ext out=", "hos_ext unseeded", "eager")
-        ),
-    ]
-
-
-def memory_bars() -> list[Bar]:
-    """Linear in B, D and r: half of one of them, half of the memory, and some room."""
+def growth_of_memory() -> Iterator[tuple[str, float]]:
+    """The peak of a loss over that at half of B, D or r, and the figure."""
     op = "d2sm_vr_loss"
-    own = memory.peak_mib("hos_ext", op, SHAPE)
-    bars = [
-        Bar(f"{op} peak extra memory {SHAPE}, hos_ext", own, "MiB"),
-        *(
-            Bar(f"  {name}", memory.peak_mib(name, op, SHAPE), "MiB")
-            for name in ("eager", "lean", "dense")
-        ),
-    ]
-    return bars + [
-        Bar(f"  hos_ext, over that at {shape}", own / memory.peak_mib("hos_ext", op, shape), "x",
-            at_most=2.2)
-        for shape in HALVED
-    ]  # fmt: skip
+    own = memory.peak_mib("loss", op, "hos_ext", *SHAPE)
+    for shape in HALVED:
+        ratio = own / memory.peak_mib("loss", op, "hos_ext", *shape)
+        yield f"{op} peak memory {SHAPE}, {own:.1f} MiB, over that at {shape}", ratio
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments:
-        print(f"bench.quick: takes no arguments, got {' '.join(arguments)}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(timer.THREADS)
-    torch.manual_seed(0)
-    here = timer.environment()
+    parser = argparse.ArgumentParser(prog="bench.quick", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every goal, the slow ones too")
+    everything = parser.parse_args(arguments).all
+    torch.set_num_threads(rows.THREADS)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.compile's of itself
+    here, began = rows.environment(), time.monotonic()
     print(f"{here['machine']}; torch {here['torch']}; load {os.getloadavg()[0]:.1f} at the start")
+    chosen = [goal for goal in goals.GOALS if everything or goal.quick]
     missed = 0
-    for group in (loss_bars, step_bars, memory_bars):
-        for bar in group():
-            mark = "" if bar.at_least is None and bar.at_most is None else "ok"
-            if not bar.holds():
-                mark, missed = "MISSED", missed + 1
-            print(f"{bar.what:58} {bar.measured:9.4g} {bar.unit:4} {bar.required():8} {mark}")
-    print(f"{missed} bars missed" if missed else "all bars hold", f"(slack {SLACK:.0%})")
+    for verdict in speed(chosen, 3.0 if everything else 1.0):
+        missed += verdict.missed
+        print(verdict.line(), flush=True)
+    for what, ratio in growth_of_memory():
+        bad = not ratio <= LINEAR
+        missed += bad
+        print(f"{what:90} {ratio:12.4g} {f'<= {LINEAR}x':>9} {'MISSED' if bad else 'ok'}")
+    print(f"{missed} goals missed" if missed else "all goals hold", end="")
+    print(f" (slack {goals.SLACK:.0%}), {time.monotonic() - began:.0f} s")
     return 1 if missed else 0
 
 

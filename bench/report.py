@@ -1,54 +1,100 @@
-"""The recorded rows as markdown tables: `python -m bench.report [bench/results/cpu.csv]`.
+"""The recorded rows as tables and plots: `python -m bench.report`, or make bench-report.
 
-A line for each operator and size, a column for each variant: microseconds (or MiB) and, for the
-others, the ratio to hos_ext. Of rows that differ in date and commit alone, the last one counts.
+Writes report.md and the figures of `plots` beside the rows. For each operator a line for each size
+and a column for each variant: microseconds (or MiB) and, for the others, the ratio to hos_ext. Of
+rows that differ in date and commit alone, the last one counts.
 """
 
 from __future__ import annotations
 
-import csv
-import sys
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-PLACE = ("machine", "device", "torch")
-CASE = ("op", "mode", "dtype", "B", "D", "r")
-UNITS = {"us_median": "Time, microseconds (median)", "peak_mib": "Peak extra memory, MiB"}
+from . import goals, growth, networks, plots
+from .rows import RESULTS, Row, read
+
+PLACE = ("machine", "device", "torch", "threads")
+CASE = ("mode", "dtype", "B", "D", "r")
+UNITS = {"us_p50": "microseconds (median)", "peak_mib": "peak extra memory, MiB"}
+# With tables of their own.
+WHOLE = ("second_order_score", "training_step", "sampling_step")
 
 
-def render(rows: Sequence[Mapping[str, str]]) -> str:
-    """Markdown: for each machine a table of times and a table of memory."""
+def render(rows: Sequence[Row]) -> str:
+    """Markdown: for each machine and number of threads the tables that its rows allow."""
     blocks = []
     for place in dict.fromkeys(tuple(row[key] for key in PLACE) for row in rows):
         here = [row for row in rows if tuple(row[key] for key in PLACE) == place]
-        machine, device, version = place
+        machine, device, version, threads = place
         commits = dict.fromkeys(
             f"{row['date']} {row['commit']}{' (dirty)' * (row['dirty'] == 'True')}" for row in here
         )
-        blocks.append(f"## {machine} ({device}), torch {version}\n\n{', '.join(commits)}")
-        blocks += [
-            f"{title}; in brackets over that of hos_ext.\n\n{_table(here, key)}"
-            for key, title in UNITS.items()
-            if any(row[key] for row in here)
-        ]
-    return "\n\n".join(blocks) + "\n"
+        title = f"## {machine} ({device}), {threads} threads, torch {version}"
+        blocks.append(f"{title}\n\n{', '.join(commits)}")
+        blocks += [_goals(here), *_operators(here), _growth(here), _floors(here)]
+        blocks += [_second_order(here), _steps(here)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _table(rows: Sequence[Mapping[str, str]], key: str) -> str:
-    rows = [row for row in rows if row[key]]
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    cases: dict[tuple[str, ...], dict[str, float]] = {}
+def medians(rows: Iterable[Row], key: str = "us_p50") -> dict[tuple[str, ...], dict[str, float]]:
+    """For each (op, mode, dtype, B, D, r) the last value of each variant."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        case = tuple(row[name] for name in CASE)
-        cases.setdefault(case, {})[row["variant"]] = float(row[key])
-    lines = [
-        "| " + " | ".join([*CASE, *variants]) + " |",
-        "|" + " --- |" * len(CASE) + " ---: |" * len(variants),
-    ]
-    for case, values in cases.items():
-        cells = [_cell(name, values) for name in variants]
-        lines.append("| " + " | ".join([*case, *cells]) + " |")
-    return "\n".join(lines)
+        if row[key]:
+            case = (row["op"], *(row[name] for name in CASE))
+            found.setdefault(case, {})[row["variant"]] = float(row[key])
+    return found
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Markdown, the first `left` columns aligned to the left."""
+    marks = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, marks, *lines))
+
+
+def verdicts(rows: Sequence[Row]) -> list[goals.Verdict]:
+    """Every goal with what the recorded medians say of it."""
+    found = medians(rows)
+    judged = {}
+    for (op, mode, dtype, *sizes), values in found.items():
+        if dtype == "float32":
+            batch, size, rank = map(int, sizes)
+            for verdict in goals.judge(op, mode, (batch, size, rank), values):
+                judged[verdict.goal] = verdict
+    return [judged.get(goal, goals.Verdict(goal, None)) for goal in goals.GOALS]
+
+
+def _goals(rows: Sequence[Row]) -> str:
+    judged = verdicts(rows)
+    if all(verdict.figure is None for verdict in judged):
+        return ""
+    lines = []
+    for goal, figure in judged:
+        shown = "not measured" if figure is None else f"{figure:.3g}"
+        reached = figure is not None and (
+            figure >= goal.at_least if goal.at_least is not None else figure <= (goal.at_most or 0)
+        )
+        mark = "" if figure is None else "yes" if reached else "no"
+        lines.append([goal.describe(), shown, goal.bound(), mark])
+    return "Goals.\n\n" + table(["case", "measured", "goal", "reached"], lines)
+
+
+def _operators(rows: Sequence[Row]) -> list[str]:
+    blocks = []
+    for op in dict.fromkeys(row["op"] for row in rows if row["op"] not in WHOLE):
+        for key, unit in UNITS.items():
+            cases = {c: v for c, v in medians(rows, key).items() if c[0] == op}
+            if not cases:
+                continue
+            variants = list(dict.fromkeys(name for values in cases.values() for name in values))
+            lines = [
+                [*case[1:], *(_cell(name, values) for name in variants)]
+                for case, values in cases.items()
+            ]
+            heading = f"{op}: {unit}; in brackets over that of hos_ext."
+            blocks.append(f"{heading}\n\n{table([*CASE, *variants], lines, left=len(CASE))}")
+    return blocks
 
 
 def _cell(variant: str, values: Mapping[str, float]) -> str:
@@ -60,16 +106,124 @@ def _cell(variant: str, values: Mapping[str, float]) -> str:
     return f"{value} ({values[variant] / values['hos_ext']:.3g}x)"
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _floors(rows: Sequence[Row]) -> str:
+    """GB/s, and the share of the floor: 1 where nothing is left to gain."""
+    lines = {
+        tuple(row[k] for k in ("op", *CASE)): [f"{float(row['gbps']):.3g}",
+                                               f"{float(row['share_of_floor']):.0%}"]
+        for row in rows
+        if row["variant"] == "hos_ext" and row["share_of_floor"]
+    }  # fmt: skip
+    if not lines:
+        return ""
+    cells = [[*case, *values] for case, values in lines.items()]
+    header = ["op", *CASE, "GB/s", "share of the floor"]
+    return "hos_ext beside its floor.\n\n" + table(header, cells, left=len(CASE) + 1)
 
 
-def main(arguments: Sequence[str]) -> None:
-    path = Path(arguments[0]) if arguments else Path(__file__).parent / "results" / "cpu.csv"
-    print(render(read(path)), end="")
+def _growth(rows: Sequence[Row]) -> str:
+    fits = growth.exponents(rows)
+    if not fits:
+        return ""
+    lines = [
+        [f.variant, "time" if f.key == "us_p50" else "memory", f.axis, str(f.low), str(f.high),
+         f"{f.value:.2f}"]
+        for f in fits
+    ]  # fmt: skip
+    header = ["variant", "of", "in", "from", "to", "exponent"]
+    limit = growth.cases.MEMORY_LIMIT / 2**30
+    return (
+        f"Growth of d2sm_vr_loss, forward and backward: value ~ size^exponent. The dense line ends "
+        f"at {limit:g} GiB: D = {growth.dense_end('D'):,.0f} for one sample.\n\n"
+    ) + table(header, lines, left=3)
+
+
+def _last(rows: Iterable[Row], op: str) -> dict[tuple[str, str, str], Row]:
+    """The last values of (mode, r, variant): times and memory from one row or from two."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        if row["op"] == op:
+            key = (row["mode"], row["r"], row["variant"])
+            found[key] = found.get(key, {}) | {k: v for k, v in row.items() if v}
+    return found
+
+
+def _second_order(rows: Sequence[Row]) -> str:
+    """The paper's Table 2, extended: over the strongest rival, and over the row loop."""
+    found = _last(rows, "second_order_score")
+    if not found:
+        return ""
+    lines = []
+    for (mode, rank, variant), row in found.items():
+        if mode.endswith("score"):
+            continue
+        rivals = {
+            name: float(r["us_p50"])
+            for (m, _, name), r in found.items()
+            if m == mode and not name.startswith("hos_ext") and not name.endswith("whole run")
+        }
+        own, cells = float(row["us_p50"]), ["", ""]
+        if variant.startswith("hos_ext") and rivals:
+            best = min(rivals, key=rivals.__getitem__)
+            cells[0] = f"{rivals[best] / own:,.4g}x ({best})"
+            cells[1] = f"{rivals['row loop'] / own:,.4g}x" if "row loop" in rivals else ""
+        mean, peak = f"{float(row['us_mean']) / 1e3:,.4g}", row.get("peak_mib", "")
+        peak = f"{float(peak):,.1f}" if peak else ""
+        name = variant.split(",")[0] if variant.startswith("hos_ext") else variant
+        shown_rank = rank if variant.startswith("hos_ext") else ""
+        lines.append([mode, name, shown_rank, mean, f"{own / 1e3:,.4g}", peak, *cells])
+    header = ["question", "variant", "r", "mean, ms", "median, ms", "peak MiB",
+              "over the strongest", "over the row loop"]  # fmt: skip
+    return (
+        f"Second-order score at {networks.BATCH} points (the paper's Table 2, extended); seven "
+        "runs.\n\n"
+    ) + table(header, lines, left=2)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    """Training and sampling steps: dense over ours, and what of a step is the loss."""
+    blocks = []
+    training, sampling = _last(rows, "training_step"), _last(rows, "sampling_step")
+    for title, found, base in (
+        ("Training steps", training, "hos_ext"),
+        ("Sampling steps", sampling, "network"),
+    ):
+        if not found:
+            continue
+        lines = []
+        for (network, rank, variant), row in found.items():
+            own = float(row["us_p50"])
+            whole = (network, rank, variant.removesuffix(" loss"))
+            share = ""
+            if variant.endswith(" loss") and whole in found:
+                share = f"{own / float(found[whole]['us_p50']):.1%}"
+            over = ""
+            if (network, rank, base) in found and not variant.endswith(" loss"):
+                over = f"{own / float(found[network, rank, base]['us_p50']):,.3g}x"
+            peak = f"{float(row['peak_mib']):,.1f}" if "peak_mib" in row else ""
+            lines.append([network, rank, variant, f"{own / 1e3:,.4g}", over, share, peak])
+        header = ["network", "r", "variant", "ms", f"over {base}", "share of the step", "peak MiB"]
+        blocks.append(f"{title}, D = 784, batch 40.\n\n{table(header, lines, left=3)}")
+    return "\n\n".join(blocks)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "cpu.csv")
+    parser.add_argument("--out", type=Path, help="folder of report.md and the figures")
+    options = parser.parse_args(arguments)
+    if not options.rows.exists():
+        parser.error(f"no rows in {options.rows}: run make bench first")
+    rows = read(options.rows)
+    out = options.out or options.rows.parent
+    out.mkdir(parents=True, exist_ok=True)
+    figures = plots.write(rows, out)
+    images = "\n\n".join(f"![{title}]({name})" for name, title in figures.items())
+    text = f"# Measurements\n\n{render(rows)}" + (f"\n{images}\n" if images else "")
+    (out / "report.md").write_text(text)
+    print(render(rows), end="")
+    print(f"{out / 'report.md'}, {', '.join(figures) or 'no figures'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

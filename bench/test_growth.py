@@ -1,47 +1,90 @@
-"""How time and memory grow: linear in B, D and r, where D x D matrices grow as D^2."""
+"""How time and memory grow: linear in B and D, quadratic in r only once r is large.
+
+The dense formulation beside it ends where `cases.MEMORY_LIMIT` does: by its size, not by running
+out of memory. The exponents are fitted by `report` from the rows.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from . import memory, peers, timer
+from . import cases, goals, growth, memory, peers, rows, timer
+from .conftest import alone
 
-BASE = (32, 784, 20)
-HALVED = [(16, 784, 20), (32, 392, 20), (32, 784, 10)]
 OP = "d2sm_vr_loss"
-MODE = "forward+backward"
 
 
-@pytest.mark.parametrize(
-    ("variant", "sizes"),
-    [("hos_ext", (256, 512, 1024, 2048, 4096)), ("dense", (128, 256, 512))],
-)
-def test_time_over_size(
-    benchmark: Any, rows: list[dict[str, str]], variant: str, sizes: tuple[int, ...]
+@pytest.mark.parametrize("variant", ["hos_ext", "eager", "dense"])
+@pytest.mark.parametrize("axis", growth.LINES)
+def test_time(
+    benchmark: Any, record: Callable[..., None], tiny: bool, axis: str, variant: str
 ) -> None:
-    """B = 16, r = 20; the exponent of D is left in extra_info."""
     loss = peers.d2sm_vr_losses()[variant]
-    steps = {
-        str(size): peers.forward_backward(loss, peers.second_order_inputs(16, size, 20, points=3))
-        for size in sizes
-    }
-    times = timer.measure(steps, sample=0.02)
-    rows.extend(
-        timer.row(OP, variant, MODE, (16, size, 20), timing=times[str(size)]) for size in sizes
+    shapes = growth.shapes(axis, dense=variant == "dense")[: 2 if tiny else None]
+    times = {}
+    for shape in shapes:  # one after the other: all inputs at once would not fit
+        step = peers.forward_backward(loss, peers.second_order_inputs(*shape, points=3))
+        step()
+        sizes = {variant: step}
+        times[shape] = timer.measure(sizes, seconds=0.01 if tiny else 1.5, least=3)[variant]
+        work = cases.floors.d2sm_loss(shape, points=3, backward=True)
+        record(
+            [
+                rows.row(
+                    *(OP, variant, goals.BOTH, shape),
+                    timing=times[shape],
+                    moved=work.moved,
+                    floor_us=cases.floors.floor_us(work),
+                )
+            ]
+        )
+    benchmark.group = f"growth of time with {axis}"
+    alone(benchmark, (variant, step), {variant: times[shapes[-1]]}, tiny=True)
+
+
+@pytest.mark.parametrize("variant", ["hos_ext", "eager", "dense"])
+@pytest.mark.parametrize("axis", growth.LINES)
+def test_memory(record: Callable[..., None], tiny: bool, axis: str, variant: str) -> None:
+    """Peak extra memory, from sizes on at which pages do not blur it."""
+    for shape in growth.memory_shapes(axis, dense=variant == "dense")[: 1 if tiny else None]:
+        peak = memory.peak_mib("loss", OP, variant, *shape)
+        record([rows.row(OP, variant, goals.BOTH, shape, peak_mib=peak)])
+
+
+@pytest.mark.parametrize("shape", [(32, 784, 20), (64, 784, 50)])
+def test_two_threads_against_one(race: Callable[..., Any], tiny: bool, shape: Any) -> None:
+    race(cases.build("threads", goals.BOTH, (3, 5, 2) if tiny else shape))
+
+
+@pytest.mark.parametrize("kind", ["coarse", "fine"])
+def test_alternating_with_torch(race: Callable[..., Any], kind: str) -> None:
+    race(cases.build(f"alternating, {kind}", goals.FORWARD, goals.TINY))
+
+
+_TEAM = """
+import os, torch, hos_ext
+from bench import peers
+def team(batch, size, rank):
+    torch.set_num_threads(1)  # torch's own operators on the inputs start none
+    steps = peers.step_inputs(batch, size)
+    inputs = peers.second_order_inputs(batch, size, rank, points=3)
+    torch.set_num_threads(2)
+    hos_ext.ozaki_step(*steps, 0.1)
+    hos_ext.d2sm_vr_loss(*inputs)
+    return len(os.listdir("/proc/self/task"))
+print(team(2, 2, 1), team(10, 2, 2), team(64, 784, 20))
+"""
+
+
+def test_small_inputs_wake_no_threads() -> None:
+    """In a process that has none yet, small calls start no thread; a large one does."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TEAM], cwd=rows.ROOT, check=True, capture_output=True, text=True
     )
-    medians = [times[str(size)].median for size in sizes]
-    benchmark.group = "growth of time with D"
-    benchmark.extra_info["exponent"] = timer.fitted_exponent(sizes, medians)
-    benchmark.pedantic(steps[str(sizes[-1])], rounds=5, iterations=1)
-
-
-@pytest.mark.parametrize("variant", ["hos_ext", "eager", "lean", "dense"])
-def test_peak_memory(rows: list[dict[str, str]], variant: str) -> None:
-    """Peak extra memory at the base size and with each of B, D and r halved."""
-    peaks = {shape: memory.peak_mib(variant, OP, shape) for shape in (BASE, *HALVED)}
-    rows.extend(timer.row(OP, variant, MODE, shape, peak_mib=peak) for shape, peak in peaks.items())
-    if variant == "hos_ext":
-        for shape in HALVED:
-            assert peaks[BASE] / peaks[shape] < 2.5, "more than linear in B, D or r"
+    first, small, large = map(int, done.stdout.split())
+    assert first == small < large

@@ -1,4 +1,4 @@
-"""The Ozaki step with its noise, against eager and compiled torch."""
+"""The Ozaki step with its noise, its gradient, and the Hessian as a matrix, against their peers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from . import peers
-
-# torch.compile itself calls what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-SIZES = [(10, 2), (1000, 2), (1000, 784), (4096, 3072)]
-STEP_SIZE = 0.1
+from . import cases, goals
 
 
-@pytest.mark.parametrize(("batch", "size"), SIZES)
-def test_ozaki_step(race: Callable[..., Any], batch: int, size: int) -> None:
-    inputs = peers.step_inputs(batch, size)
-    steps = peers.ozaki_steps(inputs, STEP_SIZE)
-    with torch.no_grad():
-        peers.check_ozaki_steps(steps, inputs, STEP_SIZE)
-        race("ozaki_step", "forward", (batch, size, 0), steps)
+@pytest.mark.parametrize("shape", goals.STEPS)
+def test_ozaki_step(race: Callable[..., Any], tiny: bool, shape: Any) -> None:
+    race(cases.build("ozaki_step", goals.FORWARD, (50, 3, 0) if tiny else shape))
+
+
+def test_gradient_of_a_tiny_step(race: Callable[..., Any]) -> None:
+    race(cases.build("ozaki_step", goals.BOTH, goals.TINY))
+
+
+@pytest.mark.parametrize("shape", goals.MATRICES)
+def test_assemble_hessian(race: Callable[..., Any], tiny: bool, shape: Any) -> None:
+    race(cases.build("assemble_hessian", goals.FORWARD, (3, 5, 2) if tiny else shape))

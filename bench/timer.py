@@ -1,46 +1,31 @@
 """The one timer of the benches: checks that contestants agree, then times them interleaved.
 
 A round calls every contestant once, in a random order, so that what the machine does besides falls
-on all alike; ratios are taken within one process and one call of `measure`. A row is a dictionary
-with the keys `COLUMNS`; results/README.md says what they mean.
+on all alike; ratios are taken within one process and one call of `measure`.
 """
 
 from __future__ import annotations
 
-import csv
-import datetime
 import gc
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-COLUMNS = (
-    *("date", "commit", "dirty", "machine", "device", "torch"),
-    *("op", "variant", "mode", "dtype", "B", "D", "r"),
-    *("us_q1", "us_median", "us_q3", "peak_mib"),
-)
-THREADS = 2
-ROOT = Path(__file__).resolve().parent.parent
 
 Contestants = Mapping[str, Callable[[], Any]]
 
 
 class Timing(NamedTuple):
-    """Lower quartile, median and upper quartile of one call, microseconds."""
+    """Percentiles and mean of the time of one call, microseconds."""
 
-    q1: float
+    p20: float
     median: float
-    q3: float
+    p80: float
+    mean: float
 
 
 def agree(results: Mapping[str, Sequence[Tensor]], *, against: str, rtol: float) -> None:
@@ -117,7 +102,7 @@ def measure(
     blocks: int = 3,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
-    """The best of `blocks` medians of each contestant, with the quartiles of that block.
+    """The best of `blocks` medians of each contestant, with the percentiles of that block.
 
     Args:
         contestants: what to time, by name; at least one call of each should lie behind.
@@ -144,7 +129,7 @@ def measure(
         for block in range(blocks):
             samples = interleave(contestants, rounds=rounds, calls=calls, clock=clock, seed=block)
             for name, values in samples.items():
-                timing = quartiles(values)
+                timing = summarise(values)
                 if name not in best or timing.median < best[name].median:
                     best[name] = timing
         return best
@@ -159,78 +144,15 @@ def _duration(call: Callable[[], Any], clock: Callable[[], int]) -> int:
     return clock() - start
 
 
-def quartiles(values: Sequence[float]) -> Timing:
-    """Quartiles by linear interpolation; of one value, that value."""
+def summarise(values: Sequence[float]) -> Timing:
+    """Percentiles by linear interpolation; of one value, that value."""
     if len(values) == 1:
-        return Timing(values[0], values[0], values[0])
-    return Timing(*statistics.quantiles(values, n=4, method="inclusive"))
+        return Timing(values[0], values[0], values[0], values[0])
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(tenths[1], tenths[4], tenths[7], statistics.fmean(values))
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """k of the least-squares fit values ~ sizes^k."""
     x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
     return statistics.linear_regression(x, y).slope
-
-
-# -------------------------------------------------------------------------------------------- rows
-
-
-def environment() -> dict[str, str]:
-    """Where and when: the first columns of a row."""
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short=10", "HEAD"),
-        "dirty": str(bool(status)),
-        "machine": f"{_cpu_model()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "device": "cpu",
-        "torch": torch.__version__,
-    }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def row(
-    op: str,
-    variant: str,
-    mode: str,
-    shape: tuple[int, int, int],
-    *,
-    dtype: str = "float32",
-    timing: Timing | None = None,
-    peak_mib: float | None = None,
-) -> dict[str, str]:
-    """One line of results without its environment. shape: (B, D, r)."""
-    times = ["", "", ""] if timing is None else [f"{value:.2f}" for value in timing]
-    return {
-        "op": op,
-        "variant": variant,
-        "mode": mode,
-        "dtype": dtype,
-        **dict(zip(("B", "D", "r"), map(str, shape), strict=True)),
-        **dict(zip(("us_q1", "us_median", "us_q3"), times, strict=True)),
-        "peak_mib": "" if peak_mib is None else f"{peak_mib:.2f}",
-    }
-
-
-def append_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Appends rows with their environment; old rows are never edited."""
-    where = environment()
-    text = path.read_text() if path.exists() else ""
-    if text and text.splitlines()[0] != ",".join(COLUMNS):
-        raise ValueError(f"append_rows: {path} must have the columns {','.join(COLUMNS)}")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not text:
-            writer.writeheader()
-        writer.writerows({**where, **line} for line in rows)

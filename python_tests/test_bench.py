@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import memory, peers, quick, report, timer
+from bench import (
+    cases,
+    floors,
+    goals,
+    growth,
+    libraries,
+    memory,
+    networks,
+    peers,
+    plots,
+    quick,
+    report,
+    rows,
+    timer,
+)
 
 SMALL = (3, 7, 2)
 
@@ -110,8 +124,8 @@ def test_a_disturbance_over_whole_rounds_leaves_the_ratio():
     samples = timer.interleave(
         contestants, rounds=50, calls={"fast": 1, "slow": 1}, clock=machine.clock
     )
-    fast, slow = (timer.quartiles(samples[name]) for name in ("fast", "slow"))
-    assert [s / f for s, f in zip(slow, fast, strict=True)] == [3.0, 3.0, 3.0]
+    fast, slow = (timer.summarise(samples[name]) for name in ("fast", "slow"))
+    assert [s / f for s, f in zip(slow, fast, strict=True)] == pytest.approx([3.0] * 4)
 
 
 def test_measure_repeats_fast_calls_and_keeps_the_best_of_three_medians():
@@ -123,46 +137,348 @@ def test_measure_repeats_fast_calls_and_keeps_the_best_of_three_medians():
         "slow": machine.contestant("slow", lambda n: slow[n]),
     }
     times = timer.measure(contestants, seconds=0, sample=1e-3, clock=machine.clock)
-    assert times == {"fast": (10.0, 10.0, 10.0), "slow": (3000.0, 3000.0, 3000.0)}
+    assert times == {"fast": (10.0,) * 4, "slow": (3000.0,) * 4}
     assert machine.log.count("slow") == 2 + 3 * 5
     assert machine.log.count("fast") == 2 + 3 * 5 * 100
 
 
-def test_quartiles_and_exponent_match_closed_forms():
-    assert timer.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
-    assert timer.quartiles([7.0]) == (7.0, 7.0, 7.0)
+def test_percentiles_and_exponent_match_closed_forms():
+    values = [float(n) for n in range(11)]
+    assert timer.summarise(values[::-1]) == (2.0, 5.0, 8.0, 5.0)
+    assert timer.summarise([7.0]) == (7.0, 7.0, 7.0, 7.0)
     assert timer.fitted_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+
+
+def test_forward_calls_build_no_graph():
+    inputs = [t.requires_grad_() for t in peers.second_order_inputs(*SMALL, points=3)[:3]]
+    inputs += peers.second_order_inputs(*SMALL, points=3)[3:]
+    (value,) = peers.forward(peers.d2sm_vr_losses()["hos_ext"], inputs)()
+    assert not value.requires_grad
+
+
+# ----------------------------------------------------------------------------------- goals and gate
+
+
+GOAL = goals.Goal("op", "forward", (1, 2, 3), ("eager", "lean"), at_least=2.5)
+
+
+def test_a_goal_takes_the_fastest_rival_and_allows_the_slack():
+    medians = {"hos_ext": 2.0, "eager": 8.0, "lean": 6.0, "dense": 1.0}
+    assert GOAL.figure(medians) == 3.0
+    assert GOAL.figure({"hos_ext": 2.0, "eager": 8.0}) is None
+    assert GOAL.holds(2.13)
+    assert not GOAL.holds(2.12)
+    assert not GOAL.holds(float("nan"))
+    assert goals.Verdict(GOAL, 2.12).missed
+    assert not goals.Verdict(GOAL, None).missed
+    assert goals.Verdict(GOAL, 2.12).line().endswith("2.12   >= 2.5x MISSED")
+    assert goals.Verdict(GOAL, None).line().endswith("not measured   >= 2.5x")
+
+
+def test_goals_of_time_and_of_sums():
+    time = goals.Goal("op", "forward", (1, 2, 3), (), at_most=6)
+    assert time.figure({"hos_ext": 6.5}) == 6.5
+    assert time.holds(6.89)
+    assert not time.holds(6.91)
+    assert not time.holds(float("nan"))
+    both = goals.Goal("op", "forward", (1, 2, 3), ("a", "b"), at_most=1.1, own="both")
+    assert both.figure({"a": 1.0, "b": 3.0, "both": 5.0}) == 1.25
+
+
+def test_the_goals_are_those_of_each_case_once():
+    keys = [(*goal[:4], goal.own) for goal in goals.GOALS]
+    assert len(set(keys)) == len(keys)
+    for goal in goals.GOALS:
+        assert (goal.at_least is None) != (goal.at_most is None)
+    ratios = {g.against: g.at_least for g in goals.GOALS if g[:3] == cases_of(32, 784, 20)}
+    assert ratios == {("eager",): 9, ("compiled",): 3.5, ("dense",): 500}
+
+
+def cases_of(*shape):
+    return ("d2sm_vr_loss", goals.BOTH, shape)
+
+
+def test_contestants_timed_apart_are_judged_together():
+    """ "eager" from the first group, "dense" from the second, each with the hos_ext beside it."""
+    together = {"hos_ext": 1.0, "eager": 9.5, "compiled": 4.0}
+    apart = {"hos_ext": 2.0, "dense": 600.0}
+    found = goals.judge(*cases_of(32, 784, 20), together, apart)
+    assert {v.goal.against: v.figure for v in found} == {
+        ("eager",): 9.5,
+        ("compiled",): 4.0,
+        ("dense",): 300.0,
+    }
+    assert [v.missed for v in found] == [False, False, True]
+
+
+def fake_measurement(ratio):
+    """In place of `cases.measure`: every rival takes `ratio` times as long, every time is 1 us."""
+
+    def measure(case, **_):
+        medians = dict.fromkeys(case.fast, ratio) | {"hos_ext": 1.0, "hos_ext out=": 1.0}
+        return cases.Measured(case, {}, {}, goals.judge(*case[:3], medians))
+
+    return measure
+
+
+def fake_build(op, mode, shape, only=None):
+    return cases.Case(op, mode, shape, dict.fromkeys(only), {}, None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "memory_ratio", "code"), [(1e3, 2.0, 0), (2.0, 2.0, 1), (1e3, 2.3, 1)]
+)
+def test_the_gate_fails_on_a_missed_goal_alone(monkeypatch, capsys, ratio, memory_ratio, code):
+    def peak_mib(kind, op, variant, *shape):
+        return 10.0 if shape == quick.SHAPE else 10.0 / memory_ratio
+
+    monkeypatch.setattr(cases, "measure", fake_measurement(ratio))
+    monkeypatch.setattr(cases, "build", fake_build)
+    monkeypatch.setattr(memory, "peak_mib", peak_mib)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert quick.main([]) == code
+    text = capsys.readouterr().out
+    assert ("all goals hold (slack 15%)" in text) == (code == 0)
+    assert ("MISSED" in text) == (code == 1)
+    quickly = [goal for goal in goals.GOALS if goal.quick]
+    assert sum(" ok" in line or "MISSED" in line for line in text.splitlines()) == len(quickly) + 3
+    assert "d2sm_vr_loss forward (8, 784, 200): eager over hos_ext" in text
+    assert "d2sm_vr_loss forward (8, 784, 200): compiled" not in text
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize(
+    ("op", "mode"),
+    [("d2sm_vr_loss", goals.BOTH), ("d2sm_vr_loss", goals.FORWARD), ("d2sm_loss", goals.BOTH)],
+)
+def test_losses_are_checked_before_they_are_timed(monkeypatch, op, mode):
+    only = {"hos_ext", "lean", "dense"}
+    case = cases.build(op, mode, SMALL, only=only)
+    assert set(case.fast) == {"hos_ext", "lean"}
+    assert set(case.slow) == ({"dense"} if mode == goals.BOTH else set())
+    wrong = {name: lambda *inputs: inputs[0].sum() for name in ("hos_ext", "eager", "dense")}
+    wrong["eager"] = lambda *inputs: 1.01 * inputs[0].sum()
+    monkeypatch.setattr(peers, f"{op}es", lambda: dict(wrong))
+    monkeypatch.setattr(peers, "forward_backward", peers.forward)
+    with pytest.raises(ValueError, match=r"^agree: hos_ext must give tensor 0 within 0\.0001"):
+        cases.build(op, mode, SMALL, only={"hos_ext"})
+
+
+def test_the_dense_formulation_is_left_out_by_its_size():
+    assert cases.dense_bytes((16, 3072, 20)) > cases.MEMORY_LIMIT > cases.dense_bytes((64, 784, 50))
+    for axis in growth.LINES:
+        kept = growth.shapes(axis, dense=True)
+        assert kept == growth.shapes(axis)[: len(kept)]
+    largest = growth.shapes("D", dense=True)[-1][1]
+    assert largest < growth.dense_end("D") < growth.shapes("D")[-1][1] == 3 * 256 * 256
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "names"),
+    [
+        ("ozaki_step", goals.FORWARD, ["hos_ext", "hos_ext out=", "hos_ext unseeded", "eager"]),
+        ("ozaki_step", goals.BOTH, ["hos_ext", "eager"]),
+        ("assemble_hessian", goals.FORWARD, ["hos_ext", "bmm", "baddbmm", "bmm out="]),
+        ("alternating, fine", goals.FORWARD, ["torch", "hos_ext", "both"]),
+    ],
+)
+def test_cases_are_measured_and_become_rows(monkeypatch, op, mode, names):
+    monkeypatch.setattr(cases.floors, "floor_us", lambda work: 2.0)
+    timing = timer.Timing(3.0, 4.0, 5.0, 4.0)
+    monkeypatch.setattr(timer, "measure", lambda steps, **_: dict.fromkeys(steps, timing))
+    case = cases.build(op, mode, goals.TINY if "step" in op else SMALL, only=set(names))
+    measured = cases.measure(case)
+    assert list(measured.times) == names
+    assert set(measured.ratios.values()) == {1.0}
+    lines = measured.rows()
+    assert [line["variant"] for line in lines] == names
+    assert {line["us_p50"] for line in lines} == {"4"}
+    assert {line["share_of_floor"] for line in lines} == ({"0.5"} if case.work else {""})
+
+
+def test_floors_count_what_cannot_be_left_out():
+    both = floors.d2sm_loss((32, 784, 20), points=3, backward=True)
+    # One reading and one writing of three factors, and little else.
+    assert both.moved == pytest.approx(24 * 32 * 784 * 20, rel=0.15)
+    # Two Gram matrices by half and two products V G: the rest is a tenth of it.
+    gram = 32 * 784 * (2 * 21 * 22 + 4 * 21 * 21)
+    assert both.flops == pytest.approx(gram, rel=0.3)
+    half = floors.d2sm_loss((32, 784, 20), points=3, backward=False)
+    assert half.moved < 0.6 * both.moved
+    assert half.flops < both.flops
+    assert floors.step((10, 2, 0)).moved == 16 * 20
+    assert floors.assembly((2, 10, 3)).moved == 4 * 2 * (100 + 30 + 10)
+
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch itself
+@pytest.mark.parametrize(("network", "dims", "rows_"), [("MLP", (6,), 6), ("UNet", (1, 4, 4), 2)])
+def test_derivatives_of_a_score_network_agree(monkeypatch, network, dims, rows_):
+    monkeypatch.setitem(networks.DIMS, network, dims)
+    monkeypatch.setattr(networks, "BATCH", 2)
+    x, score = networks.points(network), networks.score_network(network)
+    wanted = networks.row_loop(score, x, rows_)
+    assert wanted.shape == (2, rows_, x[0].numel())
+    assert wanted.abs().max() > 1e-3
+    results = {"loop": [wanted], "reverse": [networks.reverse(score, x, rows_, 4)]}
+    timer.agree(results, against="loop", rtol=1e-4)
+    columns = networks.forward(score, x, rows_, 4)
+    block = {"loop": [wanted[:, :, :rows_]], "forward": [columns[:, :, :rows_].mT]}
+    timer.agree(block, against="loop", rtol=1e-4)
+
+
+def test_hutchinson_estimates_the_diagonal():
+    x, score = networks.points("MLP"), networks.score_network("MLP")
+    whole = networks.row_loop(score, x, 100)
+    exact = whole.diagonal(0, 1, 2)
+    torch.manual_seed(0)
+    estimate = networks.hutchinson(score, x, 500, 100)
+    error = ((whole.square().sum(2) - exact.square()) / 500).sqrt()
+    assert ((estimate - exact).abs() < 6 * error).all()
+
+
+def test_the_head_as_factor_matrices_and_diagonal():
+    x = torch.randn(3, 5)
+    own = networks.model("MLP", (5,), 2)
+    found = networks.head(own, x)
+    dense = torch.diag_embed(found.diag) + found.factor @ found.factor.mT
+    results = {"dense": [dense], "assembled": [networks.assembled(own, x)]}
+    timer.agree(results, against="dense", rtol=1e-5)
+    diagonals = {"dense": [dense.diagonal(0, 1, 2)], "head": [networks.head_diagonal(own, x)]}
+    timer.agree(diagonals, against="dense", rtol=1e-5)
+
+
+def test_the_time_of_a_share_of_the_work_becomes_that_of_the_whole():
+    timing = timer.Timing(3.0, 4.0, 5.0, 4.0)
+    shared = networks.Scaled(None, "Hessian", times=10, forward=True)
+    assert shared.whole(timing, 1.0) == (21.0, 31.0, 41.0, 31.0)
+    apart = networks.Scaled(None, "Hessian", times=10)
+    assert apart.whole(timing, 1.0) == (30.0, 40.0, 50.0, 40.0)
+
+
+def test_training_steps_descend_alike():
+    steps = networks.training_steps("MLP", 2, dims=(6,), batch=4)
+    for _ in range(3):
+        results = {name: [steps[name]()] for name in ("hos_ext", "dense")}
+        timer.agree(results, against="dense", rtol=1e-4)
+    first = networks.training_steps("MLP", 2, dims=(6,), batch=4)
+    alone = {"step": [first["hos_ext"]()], "loss": [first["hos_ext loss"]()]}
+    timer.agree(alone | {"dense": [first["dense loss"]()]}, against="step", rtol=1e-4)
+
+
+def test_sampling_steps_run():
+    steps = networks.sampling_steps("MLP", 2, dims=(6,), batch=4)
+    assert list(steps) == ["network", "langevin", "ozaki", "cayley", "dense"]
+    for name in list(steps)[1:]:
+        assert steps[name]().draws.shape == (4, 1, 6)
+
+
+def test_a_peer_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(libraries.NotMeasured, match=r"^no_such_peer: not measured, not "):
+        libraries.load("no_such_peer")
+    for peer in (libraries.fused_langevin, libraries.second_order_loss):
+        with pytest.raises(libraries.NotMeasured, match=": not measured, "):
+            peer()
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def made(op, variant, mode, shape, median=None, **more):
+    timing = None if median is None else timer.Timing(median - 1, median, median + 1, median)
+    return rows.row(op, variant, mode, shape, timing=timing, threads=2, **more)
+
+
+def everything():
+    """Rows of every kind, with made-up times."""
+    op, both, found = "d2sm_vr_loss", goals.BOTH, []
+    for variant, median in (("hos_ext", 100.0), ("eager", 950.0), ("compiled", 300.0)):
+        found.append(made(op, variant, both, (32, 784, 20), median, moved=4000, floor_us=50.0))
+    for size in (64, 1024, 4096, 32768, 196608):
+        found.append(made(op, "hos_ext", both, (1, size, 16), 50.0 + size, moved=8, floor_us=9.0))
+        found.append(made(op, "hos_ext", both, (1, size, 16), peak_mib=size / 1024))
+    for size in (64, 1024, 4096):
+        found.append(made(op, "dense", both, (1, size, 16), size**2 / 100))
+    where = "second_order_score"
+    found.append(made(where, "row loop", "MLP Hessian", (10, 100, 0), 84000.0))
+    found.append(made(where, "jacrev, 10 at once", "MLP Hessian", (10, 100, 0), 5000.0))
+    for rank, median in ((20, 1000.0), (50, 2000.0)):
+        name = f"hos_ext structured, r {rank}"
+        found.append(made(where, name, "MLP Hessian", (10, 100, rank), median, peak_mib=3.0))
+    for variant, median in (("hos_ext", 1000.0), ("dense", 9000.0), ("hos_ext loss", 40.0)):
+        found.append(made("training_step", variant, "UNet", (40, 784, 20), median))
+    for variant, median in (("network", 1000.0), ("ozaki", 1100.0)):
+        found.append(made("sampling_step", variant, "UNet", (40, 784, 20), median))
+    return found
 
 
 def test_rows_are_appended_under_one_header_and_rendered(tmp_path):
     path = tmp_path / "cpu.csv"
     for median in (4.0, 2.0):  # the last row of a case counts
-        timing = timer.Timing(1.0, median, 5.0)
-        timer.append_rows(path, [timer.row("op", "hos_ext", "forward", (10, 2, 0), timing=timing)])
-    other = timer.row(
-        "op", "eager", "forward", (10, 2, 0), timing=timer.Timing(6.0, 7.0, 8.0), peak_mib=1.5
-    )
-    timer.append_rows(path, [other])
+        rows.append(path, [made("op", "hos_ext", "forward", (10, 2, 0), median)])
+    other = made("op", "eager", "forward", (10, 2, 0), 7.0, peak_mib=1.5, moved=14000, floor_us=3.5)
+    rows.append(path, [other])
     lines = path.read_text().splitlines()
-    assert lines[0] == ",".join(timer.COLUMNS)
+    assert lines[0] == ",".join(rows.COLUMNS)
     assert len(lines) == 4
-    assert lines[3].endswith("op,eager,forward,float32,10,2,0,6.00,7.00,8.00,1.50")
-    table = report.render(report.read(path))
-    assert "| op | forward | float32 | 10 | 2 | 0 | 2.0 | 7.0 (3.5x) |" in table
-    assert "| op | forward | float32 | 10 | 2 | 0 | 1.5 |" in table
+    assert lines[3].endswith("2,op,eager,forward,float32,10,2,0,6,7,8,7,1.5,2,0.5")
+    text = report.render(rows.read(path))
+    assert "| forward | float32 | 10 | 2 | 0 | 2.0 | 7.0 (3.5x) |" in text
+    assert "| forward | float32 | 10 | 2 | 0 | 1.5 |" in text
 
 
 def test_rows_do_not_join_a_file_with_other_columns(tmp_path):
     path = tmp_path / "cpu.csv"
     path.write_text("date,op\n")
-    with pytest.raises(ValueError, match=r"append_rows: .*cpu.csv must have the columns date,comm"):
-        timer.append_rows(path, [])
+    with pytest.raises(ValueError, match=r"append: .*cpu.csv must have the columns date,comm"):
+        rows.append(path, [])
 
 
-def test_bars_are_missed_beyond_the_slack():
-    assert quick.Bar("ratio", 2.13, "x", at_least=2.5).holds()
-    assert not quick.Bar("ratio", 2.12, "x", at_least=2.5).holds()
-    assert quick.Bar("time", 11.4, "us", at_most=10).holds()
-    assert not quick.Bar("time", 11.6, "us", at_most=10).holds()
-    assert not quick.Bar("time", float("nan"), "us", at_most=10).holds()
-    assert quick.Bar("time", 1e9, "us").holds()
+def test_exponents_are_fitted_along_lines_and_beyond_the_overhead():
+    fits = {(f.variant, f.key, f.low, f.high): f.value for f in growth.exponents(everything())}
+    assert fits["hos_ext", "us_p50", 4096, 196608] == pytest.approx(1, abs=0.01)
+    assert fits["hos_ext", "us_p50", 64, 196608] < 0.95
+    assert fits["hos_ext", "peak_mib", 64, 196608] == pytest.approx(1, abs=0.01)
+    assert fits["dense", "us_p50", 64, 4096] == pytest.approx(2)
+    by_rank = [made("d2sm_vr_loss", "hos_ext", goals.BOTH, (8, 784, r), r * max(r, 32))
+               for r in growth.LINES["r"].sizes]  # fmt: skip
+    fits = {(f.low, f.high): f.value for f in growth.exponents(by_rank)}
+    assert fits[2, 32] == pytest.approx(1)
+    assert fits[32, 256] == pytest.approx(2)
+
+
+def test_the_report_shows_every_kind_of_row(tmp_path):
+    path = tmp_path / "cpu.csv"
+    rows.append(path, everything())
+    report.main([str(path), "--out", str(tmp_path / "shown")])
+    text = (tmp_path / "shown" / "report.md").read_text()
+    for line in (
+        "| d2sm_vr_loss forward+backward (32, 784, 20): eager over hos_ext | 9.5 | >= 9x | yes |",
+        "| d2sm_vr_loss forward+backward (32, 784, 20): compiled over hos_ext | 3 | >= 3.5x | no |",
+        "| ozaki_step forward (10, 2, 0): hos_ext | not measured | <= 6 us |  |",
+        "| dense | time | D | 64 | 4096 | 2.00 |",
+        "| d2sm_vr_loss | forward+backward | float32 | 32 | 784 | 20 | 0.04 | 50% |",
+        "| MLP Hessian | hos_ext structured | 20 | 1 | 1 | 3.0 | 5x (jacrev, 10 at once) | 84x |",
+        "| UNet | 20 | dense | 9 | 9x |  |  |",
+        "| UNet | 20 | hos_ext loss | 0.04 |  | 4.0% |  |",
+        "| UNet | 20 | ozaki | 1.1 | 1.1x |  |  |",
+    ):
+        assert line in text
+    for name in ("ratios.png", "growth.png", "second_order.png"):
+        assert (tmp_path / "shown" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+
+
+def test_figures_that_the_rows_do_not_allow_are_left_out(tmp_path):
+    assert plots.write([made("op", "hos_ext", "forward", (10, 2, 0), 1.0)], tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_without_rows_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "none.csv")])
+    assert "run make bench first" in capsys.readouterr().err
