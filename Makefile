@@ -9,15 +9,16 @@ READY := .venv/ready
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test full bench bench-quick lint wheel asan clean
+.PHONY: help demo test full bench bench-quick bench-report lint wheel asan clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train on real digits, denoise, sample; report in demo/  (about 3 minutes)"
 	@echo "make test         the tests"
 	@echo "make full         the tests with the long ones"
-	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv"
-	@echo "make bench-quick  the bars of speed and memory, in two minutes"
+	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv  (about an hour)"
+	@echo "make bench-quick  the goals of speed and memory, in two minutes"
+	@echo "make bench-report the recorded rows as tables and plots in bench/results"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make asan         the operator tests under AddressSanitizer and UBSan"
 	@echo "make wheel        dist/*.whl, with CUDA for all major GPUs where nvcc is found"
@@ -50,6 +51,9 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	$(BIN)/python -m bench.quick
+
+bench-report: $(READY)
+	$(BIN)/python -m bench.report
 
 lint: $(READY)
 	$(BIN)/ruff check
