@@ -65,7 +65,7 @@ def points(rows: Iterable[Row], axis: str, variant: str, key: str) -> dict[int, 
     found: dict[int, float] = {}
     for row in rows:
         shape = (int(row["B"]), int(row["D"]), int(row["r"]))
-        on_line = shape == line.at(shape[line.axis])
+        on_line = shape[line.axis] in line.sizes and shape == line.at(shape[line.axis])
         same = row["op"] == "d2sm_vr_loss" and row["mode"] == "forward+backward"
         if same and on_line and row["variant"] == variant and row[key]:
             found[shape[line.axis]] = float(row[key])

@@ -1,8 +1,8 @@
 """The recorded rows as tables and plots: `python -m bench.report`, or make bench-report.
 
-Writes report.md and the figures of `plots` beside the rows. For each operator a line for each size
-and a column for each variant: microseconds (or MiB) and, for the others, the ratio to hos_ext. Of
-rows that differ in date and commit alone, the last one counts.
+Writes report.md beside the rows, and the figures of `plots` for the machine of the last row. For
+each operator a table, a line for each size and a column for each variant: microseconds (or MiB),
+and for the others the ratio to hos_ext. Of rows alike but for date and commit the last one counts.
 """
 
 from __future__ import annotations
@@ -212,12 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "cpu.csv")
     parser.add_argument("--out", type=Path, help="folder of report.md and the figures")
     options = parser.parse_args(arguments)
-    if not options.rows.exists():
+    rows = read(options.rows) if options.rows.exists() else []
+    if not rows:
         parser.error(f"no rows in {options.rows}: run make bench first")
-    rows = read(options.rows)
     out = options.out or options.rows.parent
     out.mkdir(parents=True, exist_ok=True)
-    figures = plots.write(rows, out)
+    place = [rows[-1][key] for key in PLACE]
+    figures = plots.write([row for row in rows if [row[key] for key in PLACE] == place], out)
     images = "\n\n".join(f"![{title}]({name})" for name, title in figures.items())
     text = f"# Measurements\n\n{render(rows)}" + (f"\n{images}\n" if images else "")
     (out / "report.md").write_text(text)

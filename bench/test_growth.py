@@ -24,12 +24,14 @@ OP = "d2sm_vr_loss"
 def test_time(
     benchmark: Any, record: Callable[..., None], tiny: bool, axis: str, variant: str
 ) -> None:
-    loss = peers.d2sm_vr_losses()[variant]
+    losses = peers.d2sm_vr_losses()
     shapes = growth.shapes(axis, dense=variant == "dense")[: 2 if tiny else None]
     times = {}
     for shape in shapes:  # one after the other: all inputs at once would not fit
-        step = peers.forward_backward(loss, peers.second_order_inputs(*shape, points=3))
-        step()
+        inputs = peers.second_order_inputs(*shape, points=3)
+        step = peers.forward_backward(losses[variant], inputs)
+        values = {"eager": peers.forward(losses["eager"], inputs)(), variant: step()[:1]}
+        timer.agree(values, against="eager", rtol=1e-4)
         sizes = {variant: step}
         times[shape] = timer.measure(sizes, seconds=0.01 if tiny else 1.5, least=3)[variant]
         work = cases.floors.d2sm_loss(shape, points=3, backward=True)
