@@ -1,11 +1,11 @@
 // Score matching losses on the CPU. A sample of the second-order losses is read once in forward, in
-// tiles that stay in the inner caches: U of all points is packed, the Gram matrices and the column
-// dot products accumulate in registers. Backward reads U once more and writes its gradient once,
-// from the saved Gram matrices. Sums run in a fixed order that the number of threads does not
+// panels that stay in the second cache: V of all points is packed by columns, Gram matrices and
+// column dot products accumulate in registers. Backward reads U once more and writes its gradient
+// once, from the saved Gram matrices. Sums run in a fixed order that the number of threads does not
 // change: chunks of a sample are added one after another.
 
+#include "columns.h"
 #include "kernels.h"
-#include "panel.h"
 #include "parallel.h"
 #include "second_order_loss.h"
 
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;          // rows of a sample summed in one go
 constexpr int64_t kEntryChunk = 8192;     // the same for the entry-wise losses
+constexpr int64_t kPanelBytes = 1 << 20;  // of V at all points, packed
 constexpr int64_t kGrainFlops = 1 << 17;  // work below which no second thread wakes
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,134 +29,164 @@ inline const T* at(const View& view, int64_t point, int64_t sample, int64_t row)
          row * view.row;
 }
 
+template <class T>
+void clear(T* data, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) data[k] = T(0);
+}
+
 inline double sigma_of(const LossArgs& a, int64_t sample) {
   return a.sigmas != nullptr ? a.sigmas[sample] : a.sigma;
 }
 
-// Sizes of a second-order problem and the signature w = [sign, 1, 0 ...] of its columns.
+// Sizes of a second-order problem and the signature w = [sign, 1] of its columns.
 template <class T>
 struct Problem {
   explicit Problem(const LossArgs& args)
       : a(args),
         points(points_of(args.kind)),
         columns(args.rank + 1),
-        stride(padded(columns)),
         gram_points(points == 3 ? 2 : 1),
-        tile(stride <= 64 ? 64 : 32),
-        weight(stride) {
-    for (int64_t k = 0; k < stride; ++k) {
-      T w = k < columns ? T(1) : T(0);
-      if (a.sign != nullptr && k < a.rank) w = static_cast<const T*>(a.sign)[k];
-      weight.get()[k] = w;
+        rows(panel_rows(points * columns)),
+        stride((rows / 16 | 1) * 16),  // an odd number of lines: columns fall on different sets
+        tile(columns <= 32   ? 128
+             : columns <= 80 ? 64
+                             : 32),
+        weight(columns) {
+    for (int64_t k = 0; k < columns; ++k) {
+      const bool given = a.sign != nullptr && k < a.rank;
+      weight.get()[k] = given ? static_cast<const T*>(a.sign)[k] : T(1);
     }
+  }
+  static int64_t panel_rows(int64_t columns) {
+    const int64_t most = kPanelBytes / (columns * int64_t(sizeof(T))) / 64 * 64;
+    return most < 64 ? 64 : most < kChunk ? most : kChunk;
   }
   // V of `n` rows from `row` on, as a panel.
-  void pack_tile(int64_t point, int64_t sample, int64_t row, int64_t n, T* panel) const {
-    const T* u = a.rank > 0 ? at<T>(a.factor, point, sample, row) : nullptr;
-    pack(u, a.rank > 0 ? a.factor.row : 0, a.factor.column, n, a.size - row, a.rank, panel, stride);
+  void pack(int64_t point, int64_t sample, int64_t row, int64_t n, T* panel, int64_t stride) const {
+    if (a.rank > 0) {
+      pack_columns(at<T>(a.factor, point, sample, row), a.factor.row, a.factor.column, n, a.rank,
+                   panel, stride);
+    }
+    T* last = panel + a.rank * stride;
     if (point < a.score_points) {
-      const T* s = at<T>(a.score, point, sample, row);
-      for (int64_t i = 0; i < n; ++i) panel[i * stride + a.rank] = s[i];
+      pack_run(at<T>(a.score, point, sample, row), n, last);
+    } else {
+      clear(last, whole_vectors<T>(n));
     }
   }
+  // Up to `n` rows of the factor from `row` on, to be fetched before they are packed; past the last
+  // row of a sample those of the next one.
+  Fetch<T, false> ahead(int64_t point, int64_t sample, int64_t row, int64_t n,
+                        int64_t parts) const {
+    if (row >= a.size) {
+      row = 0;
+      ++sample;
+    }
+    if (sample >= a.batch || a.rank == 0) return {};
+    const int64_t rows = a.size - row < n ? a.size - row : n;
+    const T* u = at<T>(a.factor, point, sample, row);
+    return {u, a.factor.row, a.factor.column, rows, a.rank, parts};
+  }
   const LossArgs& a;
-  int64_t points, columns, stride, gram_points, tile;
+  int64_t points, columns, gram_points;
+  int64_t rows, stride;  // of a panel in forward, at most
+  int64_t tile;          // rows of a panel in backward, which stays in the first cache
   Scratch<T> weight;
 };
 
-// Sums over rows of one sample, in memory order: Gram matrices, then one row each of the inner
-// products, the projections g = V^T z (difference to the clean point for + and -), and sum d V^2.
+// Sums over rows of one sample, in memory order: Gram matrices (on and above the diagonal), then
+// one row each of the inner products, the projections g = V^T z (difference to the clean point for
+// + and -) and sum d V^2, then the sums of d^2 and of the diagonal's inner part.
 template <class T>
 struct Sums {
-  Sums(const Problem<T>& p, T* data) : gram_size(p.stride * p.stride) {
+  Sums(const Problem<T>& p, T* data) : gram_size(p.columns * p.columns) {
     gram = data;
     inner = gram + p.gram_points * gram_size;
-    for (int point = 0; point < 3; ++point) project[point] = inner + (1 + point) * p.stride;
-    norm = inner + 4 * p.stride;
-    scalar = inner + 5 * p.stride;
+    for (int point = 0; point < 3; ++point) project[point] = inner + (1 + point) * p.columns;
+    norm = inner + 4 * p.columns;
+    scalar = inner + 5 * p.columns;
   }
   static int64_t size(const Problem<T>& p) {
-    return p.gram_points * p.stride * p.stride + 6 * p.stride;
+    return p.gram_points * p.columns * p.columns + 5 * p.columns + 2;
   }
   int64_t gram_size;
-  T *gram, *inner, *project[3], *norm,
-      *scalar;  // scalar: sum of A d^2, of the diagonal's inner part
+  T *gram, *inner, *project[3], *norm, *scalar;
 };
 
-// Inner products, projections and weighted norms of a tile, for the plain loss (one panel).
+// Projections and weighted norms of a panel, for the plain loss.
 template <class T>
-inline void add_dots(const T* v, const T* d, const T* z, int64_t n, const Problem<T>& p,
-                     Sums<T>& sums) {
+void add_dots(const T* panel, int64_t stride, const T* d, const T* z, int64_t n, int64_t columns,
+              Sums<T>& sums) {
   using V = Vector<T>;
-  for (int64_t k = 0; k < p.columns; k += Simd<T>::width) {
-    V project = load(sums.project[0] + k), norm = load(sums.norm + k);
-    for (int64_t i = 0; i < n; ++i) {
-      const V x = load(v + i * p.stride + k);
-      project += x * z[i];
-      norm += x * x * d[i];
+  for (int64_t k = 0; k < columns; ++k, panel += stride) {
+    V acc[2] = {};
+    for (int64_t i = 0; i < n; i += Simd<T>::width) {
+      const V x = load(panel + i);
+      acc[0] += x * load(z + i);
+      acc[1] += x * x * load(d + i);
     }
-    store(sums.project[0] + k, project);
-    store(sums.norm + k, norm);
+    T sum[2];
+    store_sums<T, 2>(acc, sum);
+    sums.project[0][k] += sum[0];
+    sums.norm[k] += sum[1];
   }
 }
 
 // The same for the variance-reduced loss: differences D+- = V+- - V0 first, then
 // <D+, D+> + <D-, D-> + 2 <V0, D+ + D-> column by column.
 template <class T>
-inline void add_dots(const T* plus, const T* minus, const T* clean, const T* dp, const T* dm,
-                     const T* z, int64_t n, const Problem<T>& p, Sums<T>& sums) {
+void add_dots(const T* plus, const T* minus, const T* clean, int64_t stride, const T* dp,
+              const T* dm, const T* z, int64_t n, int64_t columns, Sums<T>& sums) {
   using V = Vector<T>;
-  for (int64_t k = 0; k < p.columns; k += Simd<T>::width) {
-    V inner = load(sums.inner + k), norm = load(sums.norm + k);
-    V up = load(sums.project[0] + k), down = load(sums.project[1] + k);
-    V base = load(sums.project[2] + k);
-    for (int64_t i = 0; i < n; ++i) {
-      const V a = load(plus + i * p.stride + k), b = load(minus + i * p.stride + k);
-      const V c = load(clean + i * p.stride + k);
-      const V da = a - c, db = b - c;
-      inner += difference_entry(a, b, c);
-      norm += a * a * dp[i] + b * b * dm[i];
-      up += da * z[i];
-      down += db * z[i];
-      base += c * z[i];
+  for (int64_t k = 0; k < columns; ++k) {
+    V acc[5] = {};
+    for (int64_t i = 0; i < n; i += Simd<T>::width) {
+      const V a = load(plus + k * stride + i), b = load(minus + k * stride + i);
+      const V c = load(clean + k * stride + i), noise = load(z + i);
+      acc[0] += difference_entry(a, b, c);
+      acc[1] += (a - c) * noise;
+      acc[2] += (b - c) * noise;
+      acc[3] += c * noise;
+      acc[4] += a * a * load(dp + i) + b * b * load(dm + i);
     }
-    store(sums.inner + k, inner);
-    store(sums.norm + k, norm);
-    store(sums.project[0] + k, up);
-    store(sums.project[1] + k, down);
-    store(sums.project[2] + k, base);
+    T sum[5];
+    store_sums<T, 5>(acc, sum);
+    sums.inner[k] += sum[0];
+    for (int point = 0; point < 3; ++point) sums.project[point][k] += sum[1 + point];
+    sums.norm[k] += sum[4];
   }
 }
 
-// Adds rows [begin, end) of a sample to `sums`; `panels` holds one panel of a tile for each point.
+// Adds rows [begin, end) of a sample to `sums`; `scratch` holds a panel for each point, and three
+// runs of its rows.
 template <class T>
-void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T* panels,
+void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T* scratch,
               Sums<T>& sums) {
   const LossArgs& a = p.a;
-  const int64_t panel_size = p.tile * p.stride;
-  for (int64_t row = begin; row < end; row += p.tile) {
-    const int64_t n = end - row < p.tile ? end - row : p.tile;
-    const T* z = at<T>(a.noise, 0, sample, row);
+  const int64_t panel_size = p.columns * p.stride;
+  T *z = scratch + p.points * panel_size, *d = z + p.stride, *dm = d + p.stride;
+  const int64_t pieces = end > begin ? ceil_div(end - begin, p.rows) : 1;
+  const int64_t step = ceil_div(ceil_div(end - begin, pieces), 16) * 16;  // as equal as can be
+  for (int64_t row = begin; row < end; row += step) {
+    const int64_t n = end - row < step ? end - row : step, whole = whole_vectors<T>(n);
     for (int64_t point = 0; point < p.points; ++point) {
-      T* panel = panels + point * panel_size;
-      p.pack_tile(point, sample, row, n, panel);
-      if (point < p.gram_points) {
-        add_gram(panel, p.stride, n, p.columns, sums.gram + point * sums.gram_size);
-      }
+      p.pack(point, sample, row, n, scratch + point * panel_size, p.stride);
     }
-    const T* d = at<T>(a.diag, 0, sample, row);
+    pack_run(at<T>(a.noise, 0, sample, row), n, z);
+    pack_run(at<T>(a.diag, 0, sample, row), n, d);
     T square = T(0), inner = T(0);
     if (p.points == 1) {
-      add_dots(panels, d, z, n, p, sums);
+      add_dots(scratch, p.stride, d, z, whole, p.columns, sums);
 #pragma omp simd reduction(+ : square, inner)
       for (int64_t i = 0; i < n; ++i) {
         square += d[i] * d[i];
         inner += d[i] * (T(1) - z[i] * z[i]);
       }
     } else {
-      const T* dm = at<T>(a.diag, 1, sample, row);
       const T* d0 = at<T>(a.diag, 2, sample, row);
-      add_dots(panels, panels + panel_size, panels + 2 * panel_size, d, dm, z, n, p, sums);
+      pack_run(at<T>(a.diag, 1, sample, row), n, dm);
+      add_dots(scratch, scratch + panel_size, scratch + 2 * panel_size, p.stride, d, dm, z, whole,
+               p.columns, sums);
 #pragma omp simd reduction(+ : square, inner)
       for (int64_t i = 0; i < n; ++i) {
         square += d[i] * d[i] + dm[i] * dm[i];
@@ -164,6 +195,22 @@ void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T
     }
     sums.scalar[0] += square;
     sums.scalar[1] += inner;
+    for (int64_t point = 0; point < p.gram_points; ++point) {
+      add_gram(scratch + point * panel_size, p.stride, whole, p.columns,
+               sums.gram + point * sums.gram_size, p.columns);
+    }
+  }
+}
+
+// Copies what is above the diagonal below it, in blocks that stay in the first cache.
+template <class T>
+void mirror(T* matrix, int64_t n) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    for (int64_t l = first + 1; l < n; ++l) {
+      const int64_t end = l < first + kBlock ? l : first + kBlock;
+      for (int64_t k = first; k < end; ++k) matrix[l * n + k] = matrix[k * n + l];
+    }
   }
 }
 
@@ -179,22 +226,21 @@ void finish(const Problem<T>& p, int64_t sample, const Sums<T>& sums) {
   for (int64_t point = 0; point < p.gram_points; ++point) {
     const T* gram = sums.gram + point * sums.gram_size;
     for (int64_t k = 0; k < p.columns; ++k) {
-      const T* row = gram + k * p.stride;
+      const T* row = gram + k * p.columns;
       T off = T(0);
 #pragma omp simd reduction(+ : off)
       for (int64_t l = k + 1; l < p.columns; ++l) off += w[l] * row[l] * row[l];
       norm += double(w[k]) * (double(w[k]) * row[k] * row[k] + 2.0 * off);
-      for (int64_t l = k; l < p.columns; ++l) {
-        saved[k * p.columns + l] = saved[l * p.columns + k] = row[l];
-      }
+      memcpy(saved + k * p.columns + k, row + k, size_t(p.columns - k) * sizeof(T));
     }
+    mirror(saved, p.columns);
     saved += p.columns * p.columns;
   }
   for (int64_t k = 0; k < p.columns; ++k) {
     norm += 2.0 * w[k] * double(sums.norm[k]);
     const double up = sums.project[0][k];
     if (!reduced) {
-      inner += column_inner(w[k], sums.gram[k * p.stride + k], up, 0.0, 0.0);
+      inner += column_inner(w[k], sums.gram[k * p.columns + k], up, 0.0, 0.0);
       saved[k] = T(up);
       continue;
     }
@@ -212,11 +258,6 @@ void add_to(T* total, const T* part, int64_t n) {
   for (int64_t k = 0; k < n; ++k) total[k] += part[k];
 }
 
-template <class T>
-void clear(T* data, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) data[k] = T(0);
-}
-
 inline int64_t grain_of(const LossArgs& a, int64_t rows) {
   const int64_t flops = points_of(a.kind) * rows * (a.rank + 4) * (a.rank + 4) + 1;
   return ceil_div(kGrainFlops, flops);
@@ -225,7 +266,7 @@ inline int64_t grain_of(const LossArgs& a, int64_t rows) {
 template <class T>
 void low_rank_loss(const LossArgs& a, int threads) {
   const Problem<T> p(a);
-  const int64_t size = Sums<T>::size(p);
+  const int64_t size = Sums<T>::size(p), panels_size = (p.points * p.columns + 3) * p.stride;
   const int64_t chunks = a.size > kChunk ? ceil_div(a.size, kChunk) : 1;
   const auto chunk_sums = [&](int64_t sample, int64_t chunk, T* panels, T* data) {
     clear(data, size);
@@ -235,7 +276,7 @@ void low_rank_loss(const LossArgs& a, int threads) {
   };
   if (a.batch >= threads || chunks == 1) {  // a sample to a thread
     parallel_for(a.batch, 1, grain_of(a, a.size), threads, [&](int64_t begin, int64_t end) {
-      Scratch<T> panels(p.points * p.tile * p.stride), total(size), part(size);
+      Scratch<T> panels(panels_size), total(size), part(size);
       for (int64_t sample = begin; sample < end; ++sample) {
         chunk_sums(sample, 0, panels.get(), total.get());
         for (int64_t chunk = 1; chunk < chunks; ++chunk) {
@@ -249,7 +290,7 @@ void low_rank_loss(const LossArgs& a, int threads) {
   }
   Scratch<T> parts(a.batch * chunks * size);  // few large samples: a chunk to a thread
   parallel_for(a.batch * chunks, 1, grain_of(a, kChunk), threads, [&](int64_t begin, int64_t end) {
-    Scratch<T> panels(p.points * p.tile * p.stride);
+    Scratch<T> panels(panels_size);
     for (int64_t item = begin; item < end; ++item) {
       chunk_sums(item / chunks, item % chunks, panels.get(), parts.get() + item * size);
     }
@@ -261,69 +302,76 @@ void low_rank_loss(const LossArgs& a, int threads) {
   }
 }
 
-// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for stride + 2
-// rows of `stride`, `panels` for two panels of a tile.
+// Gradients of rows [begin, end) of one sample at one point. `matrix` is scratch for columns + 2
+// rows of `columns`, `scratch` for two panels of a tile and three runs of its rows.
 template <class T>
 void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t begin, int64_t end,
-                   T* matrix, T* panels) {
+                   T* matrix, T* scratch) {
   using V = Vector<T>;
   const LossArgs& a = p.a;
-  const int64_t stride = p.stride;
+  const int64_t columns = p.columns, stride = p.tile;
   const T* w = p.weight.get();
   const T g = static_cast<const T*>(a.grad)[sample * a.grad_stride];
   const T precision = T(1.0 / (sigma_of(a, sample) * sigma_of(a, sample)));
   const Coefficients<T> c = coefficients<T>(a.kind, point);
   const T* saved = static_cast<const T*>(a.saved) + sample * saved_size(a.kind, a.rank);
-  const T* gram = saved + point * p.columns * p.columns;
-  const T* project = saved + p.gram_points * p.columns * p.columns + point * p.columns;
-  const bool full = point < p.gram_points;
-  T *by_noise = matrix + stride * stride, *by_diag = by_noise + stride;
-  clear(by_noise, 2 * stride);
-  for (int64_t k = 0; k < p.columns; ++k) {
+  const T* gram = saved + point * columns * columns;
+  const T* project = saved + p.gram_points * columns * columns + point * columns;
+  const bool full = point < p.gram_points;  // the clean point has none: V itself enters
+  T *by_noise = matrix + columns * columns, *by_diag = by_noise + columns;
+  for (int64_t k = 0; k < columns; ++k) {
     by_noise[k] = noise_weight(c, project[k], w[k], precision, g);
     by_diag[k] =
         full ? diag_weight(c, w[k], g) : gram_weight(c, T(0), w[k], w[k], true, precision, g);
   }
-  if (full) {
-    clear(matrix, p.columns * stride);
-    for (int64_t l = 0; l < p.columns; ++l) {
-      for (int64_t k = 0; k < p.columns; ++k) {
-        matrix[l * stride + k] =
-            gram_weight(c, gram[l * p.columns + k], w[l], w[k], l == k, precision, g);
-      }
+  for (int64_t l = 0; full && l < columns; ++l) {
+    T* row = matrix + l * columns;
+    const T* from = gram + l * columns;
+    for (int64_t k = 0; k < columns; ++k) {
+      row[k] = gram_weight(c, from[k], w[l], w[k], false, precision, g);
     }
+    row[l] = gram_weight(c, from[l], w[l], w[l], true, precision, g);
   }
-  T* panel = panels;
-  T* out = panels + p.tile * stride;
-  for (int64_t row = begin; row < end; row += p.tile) {
-    const int64_t n = end - row < p.tile ? end - row : p.tile;
-    p.pack_tile(point, sample, row, n, panel);
-    const int64_t whole = ceil_div(n, kTileRows) * kTileRows;
-    clear(panel + n * stride, (whole - n) * stride);
-    const T* d = at<T>(a.diag, point, sample, row);
-    const T* z = at<T>(a.noise, 0, sample, row);
+  T *panel = scratch, *out = panel + columns * stride;
+  T *z = out + columns * stride, *d = z + stride, *norm = d + stride;
+  const Product<T> product{
+      panel, stride, full ? columns : 0, columns, matrix, z, d, by_noise, by_diag, columns, out};
+  for (int64_t row = begin; row < end; row += stride) {
+    const int64_t n = end - row < stride ? end - row : stride, whole = whole_vectors<T>(n);
+    p.pack(point, sample, row, n, panel, stride);
+    pack_run(at<T>(a.noise, 0, sample, row), n, z);
+    pack_run(at<T>(a.diag, point, sample, row), n, d);
+    for (int64_t i = 0; i < whole; i += Simd<T>::width) {
+      V sum = {};
+      for (int64_t k = 0; full && k < columns; ++k) {
+        const V v = load(panel + k * stride + i);
+        sum += w[k] * v * v;
+      }
+      store(norm + i, sum);
+    }
     const int64_t flat = (point * a.batch + sample) * a.size + row;
     T* grad_diag = static_cast<T*>(a.grad_diag) + flat;
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const T scale = full ? d[i] : T(1);  // the clean point has no Gram matrix: V itself enters
-      V row_norm = {};
-      for (int64_t k = 0; k < p.columns; k += Simd<T>::width) {
-        const V v = load(panel + i * stride + k);
-        const V weighted = load(by_diag + k) * v;
-        store(out + i * stride + k, z[i] * load(by_noise + k) + scale * weighted);
-        if (full) row_norm += load(w + k) * v * v;
-      }
-      grad_diag[i] = diag_grad(c, d[i], full ? sum_lanes<T>(row_norm) : T(0), z[i], precision, g);
+      grad_diag[i] = diag_grad(c, d[i], norm[i], z[i], precision, g);
     }
-    if (full) add_product(panel, stride, n, p.columns, matrix, stride, p.columns, out, stride);
+    for (int64_t i = 0; !full && i < whole; ++i) d[i] = T(1);
+    T* to = a.rank == 0 ? nullptr : const_cast<T*>(at<T>(a.grad_factor, point, sample, row));
+    // The product hides the memory that the next tile is read from and this one written to.
+    const int64_t parts = product_tiles<T>(whole, columns);
+    const bool last = row + n == end && point + 1 < p.points;
+    Fetch<T, false> next =
+        p.ahead(last ? point + 1 : point, sample, last ? begin : row + n, stride, parts);
+    Fetch<T, true> result(to, a.grad_factor.row, a.grad_factor.column, n, a.rank, parts);
+    product_of_columns(product, whole, [&] {
+      next.next_part();
+      result.next_part();
+    });
     if (a.rank > 0) {
-      T* to = static_cast<T*>(const_cast<void*>(a.grad_factor.data)) + point * a.grad_factor.point +
-              sample * a.grad_factor.batch + row * a.grad_factor.row;
-      unpack(out, stride, n, end - row, a.rank, to, a.grad_factor.row, a.grad_factor.column);
+      unpack_columns(out, stride, n, a.rank, to, a.grad_factor.row, a.grad_factor.column);
     }
     if (point < a.score_points) {
-      T* grad_score = static_cast<T*>(a.grad_score) + flat;
-      for (int64_t i = 0; i < n; ++i) grad_score[i] = out[i * stride + a.rank];
+      memcpy(static_cast<T*>(a.grad_score) + flat, out + a.rank * stride, size_t(n) * sizeof(T));
     }
   }
 }
@@ -338,7 +386,7 @@ void low_rank_backward(const LossArgs& a, int threads) {
   }
   parallel_for(
       a.batch * chunks, 1, grain_of(a, a.size / chunks), threads, [&](int64_t begin, int64_t end) {
-        Scratch<T> matrix((p.stride + 2) * p.stride), panels(2 * (p.tile + kTileRows) * p.stride);
+        Scratch<T> matrix((p.columns + 2) * p.columns), panels((2 * p.columns + 3) * p.tile);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t first = item % chunks * kChunk;
           const int64_t last = chunks == 1 || first + kChunk > a.size ? a.size : first + kChunk;
