@@ -485,6 +485,9 @@ def _accelerator(
                 raise ValueError(
                     f"train: {what} must stay the same within a process, {old!r}, got {new!r}"
                 )
+    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo that connects all at once has been seen to wait for ever after an elastic restart.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     engine = accelerate.Accelerator(
         # Told so, it makes a group of CPU processes; not told, each would train alone.
         cpu=cpu,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 # One thread where a test does not ask for more: batches of small factorisations run several times
 # faster, and a parallel LU inside torch's own parallel loop has been seen to wait for ever.
 torch.set_num_threads(1)
+
+# A shell that runs the tests in the background has them ignore what Ctrl-C sends; some send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and build_info()["cuda_built"]:

@@ -62,7 +62,7 @@ def launched(folder, processes, options, *, kill=0, restarts=0):
             *(f"--nproc-per-node={processes}", f"--max-restarts={restarts}"),
             *(str(program), str(folder), json.dumps(options), str(kill)),
         ],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_GLOO_LAZY_INIT": "1"},
         capture_output=True,
         text=True,
         timeout=180,

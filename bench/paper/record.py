@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import timer
+from bench import rows
 from hos_ext.evaluation import plain_json
 from hos_ext.storage import write_whole
 
@@ -83,7 +83,7 @@ class Record:
             (key, settings) for key, settings in zip(keys, work, strict=True) if key not in known
         ]
         first, step = self.share
-        here = timer.environment() if missing else {}
+        here = rows.environment() if missing else {}
         for key, settings in missing[first::step]:
             began = time.perf_counter()
             result = plain_json(compute(**settings))
