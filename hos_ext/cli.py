@@ -8,6 +8,7 @@ SIGTERM (training leaves a checkpoint: `hos-ext resume`).
 """
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +151,8 @@ def _app() -> Any:
     Level = Annotated[
         float | None,
         typer.Option(
-            help="Noise level, data units (8-bit pixels: [-1, 1]). Default: 0.4.",
+            help="Noise level, data units (8-bit pixels: [-1, 1]). Default: 0.4, or the nearest "
+            "one trained; files need one.",
             rich_help_panel=NOISE,
         ),
     ]
@@ -200,7 +202,10 @@ def _app() -> Any:
             # torchrun starts a killed rank again with the same command line.
             again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             job = runs.prepare(given, folder, force=force and not again, resume=go_on or again)
-        _train(job)
+        if job.resume and runs.finished(folder, job.options["steps"]):
+            _nothing_to_do(folder)
+        else:
+            _train(job)
 
     @app.command()
     def resume(
@@ -233,8 +238,7 @@ def _app() -> Any:
                     f"{folder / 'run.json'} --steps {steps} --out NEW), got {steps}"
                 )
             if runs.finished(folder) and not more:
-                _console().print(f"{folder} is finished: {planned} steps. Nothing to do.")
-                return
+                return _nothing_to_do(folder)
             given = facts["options"] | ({"steps": steps} if more else {})
             job = runs.prepare(given, folder, resume=True)
         _train(job)
@@ -279,6 +283,10 @@ def _app() -> Any:
         with _options():
             model, facts = runs.load_run(folder, device=device)
             scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
+            if files and sigma is None and raw_sigma is None:
+                raise ValueError(
+                    "denoise: --sigma or --raw-sigma must be given for files, got none"
+                )
             level = _level("denoise", facts, sigma, raw_sigma, scaling.scale)
             place = out or folder
             results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
@@ -306,8 +314,8 @@ def _app() -> Any:
         if result.clean is not None:
             errors = evaluation.denoising_errors(result)
             what = (
-                f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4f} -> "
-                f"{errors['mse_denoised']:.4f}"
+                f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4g} -> "
+                f"{errors['mse_denoised']:.4g}"
             )
         _console().print(f"{what}; wrote {', '.join(made)} to {place}")
 
@@ -360,6 +368,11 @@ def _app() -> Any:
             one_of("sample", "--method", method, results.METHODS)
             if step_size is not None:
                 check_number("sample", "--step-size", step_size)
+            if steps < 4 * thin:
+                raise ValueError(
+                    f"sample: --steps must be at least 4 --thin, for 4 draws, got {steps} steps "
+                    f"and --thin {thin}"
+                )
             model, facts = runs.load_run(folder, device=device)
             level = _level("sample", facts, sigma, None, 1.0)
             place, main = out or folder, training.is_main()
@@ -442,7 +455,8 @@ def _app() -> Any:
         with _options():
             model, facts = runs.load_run(folder, device=device)
             low, high = facts["options"]["sigma"]
-            wanted = [round(low * (high / low) ** t, 3) for t in (0.25, 0.5, 0.75)]
+            wanted = [float(f"{low * (high / low) ** t:.3g}") for t in (0.25, 0.5, 0.75)]
+            wanted = [min(max(level, low), high) for level in wanted]  # rounding may leave them
             if sigma is not None:
                 try:
                     wanted = [float(word) for word in sigma.split(",")]
@@ -461,8 +475,8 @@ def _app() -> Any:
         report = evaluation.evaluate(
             model, source, wanted, recalibration=factor, seed=seed, limit=limit
         )
-        runs.write_json(place / "evaluate.json", report)
-        _write(place, results.evaluated(model, source, wanted, report, seed=seed))
+        pictures = results.evaluated(model, source, wanted, report, seed=seed)
+        _write(place, {"evaluate.json": runs.json_text(report).encode(), **pictures})
         console = _console()
         console.print(_evaluation_table(report))
         for row in report["accuracy"] or []:
@@ -545,8 +559,20 @@ def _default_out(given: Mapping[str, Any]) -> str:
     return "runs/" + "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
 
 
+def _nothing_to_do(folder: Path) -> None:
+    steps = runs.read_run(folder)["options"]["steps"]
+    _console().print(f"{folder} is finished: {steps} steps. Nothing to do.")
+
+
 def _train(job: runs.Run) -> None:
-    console = _console()
+    console, known = _console(), job.facts["data"]
+    if training.is_main():
+        console.print(
+            f"{known['spec']}: {known['n_train'] or 'a stream of'} samples of shape "
+            f"{tuple(known['shape'])} to train on, {known['n_validation']} to tune on, "
+            f"{known['n_test']} to report on\n{job.options['model']}, rank {job.options['rank']}, "
+            f"{job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
+        )
     figures = runs.fit(job, progress=True)
     if not figures:
         return
@@ -568,9 +594,14 @@ def _level(
         sigma = raw / scale
     low, high = facts["options"]["sigma"]
     level = min(max(0.4, low), high) if sigma is None else sigma
+    for end in (low, high):
+        if math.isclose(level, end):
+            return float(end)
     if not low <= level <= high:
+        name, unit = ("--sigma", 1.0) if raw is None else ("--raw-sigma", scale)
         raise ValueError(
-            f"{command}: --sigma must be in the range trained, {low:g} to {high:g}, got {level:g}"
+            f"{command}: {name} must be in the range trained, {unit * low:g} to {unit * high:g}, "
+            f"got {unit * level:g}"
         )
     return level
 

@@ -7,6 +7,7 @@ the model, and `complete` fills it in. Everything here is plain JSON.
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import sys
 from collections.abc import Mapping
@@ -45,7 +46,9 @@ OPTIONS: dict[str, Option] = {
     "column": Option(str, None, DATA, "Of parquet: or hf:, or array of an .npz.", "the only one"),
     "streaming": Option(bool, False, DATA, "Read files as a stream: more data than memory."),
     "validation": Option(int, None, DATA, "Rows held out to tune on.", "5 %, at most 1000"),
-    "test": Option(int, None, DATA, "Rows held out to report on.", "as --validation"),
+    "test": Option(
+        int, None, DATA, "Rows held out to report on.", "as --validation; all of --test-data"
+    ),
     "augment": Option(
         str,
         None,
@@ -82,7 +85,7 @@ OPTIONS: dict[str, Option] = {
         list,
         None,
         MODEL,
-        "unet: channels of each level, fine to coarse.",
+        "unet: channels of each level, fine to coarse, multiples of 8.",
         "16,32,64; unet 64,128,128,256",
     ),
     "c_min": Option(
@@ -222,7 +225,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = module.safe_load(text) if name == "yaml" else module.loads(text)
     except broken as error:
-        raise ValueError(f"read_config: {path} must be whole {name}, got: {error}") from error
+        kind = path.suffix[1:]
+        raise ValueError(f"read_config: {path} must be whole {kind}, got: {error}") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content["options"]
     if not isinstance(content, dict):
@@ -297,6 +301,9 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
         if options["rank"]:
             raise ValueError(f"train: rank must be 0 with diagonal, got {options['rank']}")
         options["rank"] = 0
+    _check_tracker(options["tracker"])
+    # Before the data, which may take minutes to open, what does not depend on them.
+    training.check_options({k: v for k, v in engine(options).items() if v is not None})
     source = open_source(options)
     by_data = BY_DATA[_data_kind(source)]
     if options["model"] not in (None, by_data["model"]):
@@ -330,6 +337,20 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     levels, row = source.scaling.levels, source.validation[:1]
     data.augment(row, options["augment"], levels=levels, seed=0, batch_size=1)  # its checks
     return options, source
+
+
+def _check_tracker(name: str) -> None:
+    """accelerate goes on without a word where the package of a tracker is missing."""
+    if name == "none":
+        return
+    known = require("train", "accelerate.tracking").LOGGER_TYPE_TO_CLASS
+    one_of("train", "tracker", name, ("none", *known))
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise RuntimeError(
+            f"train: {name} must be installed for tracker {name!r}, got: {error}"
+        ) from error
 
 
 def open_source(options: Mapping[str, Any]) -> data.Source:

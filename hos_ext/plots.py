@@ -243,7 +243,7 @@ def _denoising_lines(result: Denoised, rows: int, share: Tensor, vectors: Tensor
         )
         entries = np.arange(len(mean))
         ax, right = axes[i]
-        ax.plot(entries, noisy, ".", color=_GREY, ms=3, label="noisy")
+        ax.plot(entries, noisy, ".", color=_GREY, ms=6 if mark else 3, label="noisy")
         ax.fill_between(entries, mean - 2 * std, mean + 2 * std, color=_BLUE, alpha=0.25, lw=0)
         ax.plot(entries, mean, color=_BLUE, lw=1.2, marker=mark, ms=3, label="mean ± 2 std")
         if result.clean is not None:
@@ -286,7 +286,7 @@ def _name_entries(axes: Any) -> None:
     ticker = require("plots", "matplotlib.ticker")
     for ax in axes[-1]:
         ax.set_xlabel("entry", fontsize=7.5)
-        ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, min_n_ticks=1))
 
 
 def uncertainty_figure(results: Sequence[Denoised], *, rows: int = 3) -> Figure:
@@ -573,18 +573,19 @@ def training_figure(history: Sequence[History], *, size: int | None = None) -> F
     steps, entries = [row.step for row in history], size or 1
     training = [row.first / entries for row in history]
     held_out = [row.validation_first / entries for row in history]
-    ax.plot(steps, training, color=_GREY, lw=1.2, label="training")
-    ax.plot(steps, held_out, color=_BLUE, lw=1.6, label="validation, averaged weights")
+    dot = "o" if len(steps) == 1 else None  # a line of one point is not seen
+    ax.plot(steps, training, color=_GREY, lw=1.2, marker=dot, label="training")
+    ax.plot(steps, held_out, color=_BLUE, lw=1.6, marker=dot, label="validation, averaged weights")
     settled = training[len(history) // 5 :] + held_out[len(history) // 5 :]
     margin = 0.05 * (max(settled) - min(settled)) or 0.05
     ax.set_ylim(min(settled) - margin, max(settled) + margin)
     ax.set_ylabel("squared error / sigma²" + (", sum" if size is None else ""), fontsize=8)
     ax.legend(fontsize=8, frameon=False)
     for lower in more:
-        lower.plot(steps, norms, color=_GREY, lw=1.2, label="norm")
+        lower.plot(steps, norms, color=_GREY, lw=1.2, marker=dot, label="norm")
         noise = [math.sqrt(max(value, 0.0)) for value in variances if value is not None]
         if len(noise) == len(steps):
-            lower.plot(steps, noise, color=_ORANGE, lw=1.2, label="norm of its noise")
+            lower.plot(steps, noise, color=_ORANGE, lw=1.2, marker=dot, label="norm of its noise")
         lower.set_yscale("log")
         low, high = lower.get_ylim()
         ladder = [m * 10.0**k for k in range(-12, 13) for m in (1, 2, 5)]
@@ -598,6 +599,8 @@ def training_figure(history: Sequence[History], *, size: int | None = None) -> F
     for each in (ax, *more):
         each.tick_params(labelsize=8)
     each.set_xlabel("step", fontsize=8)
+    ticker = require("plots", "matplotlib.ticker")
+    each.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
     return figure
 
 

@@ -132,6 +132,10 @@ def _check_values(path: Path, rows: np.ndarray, levels: int) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"denoise: {path} must hold finite values, got {low:g} to {high:g}")
     if not levels:
+        if rows.dtype.kind == "u":
+            raise ValueError(
+                f"denoise: {path} must hold floating values like the data set, got uint8"
+            )
         return
     rule = f"denoise: {path} must hold raw units, 0 to {levels - 1} before noise was added"
     if rows.dtype.kind == "f" and low >= 0 and high <= 1:
@@ -217,6 +221,8 @@ One data unit is {scaling.scale:g} raw units. The covariance of the model was mu
 {recalibration:.3f}, its recalibration on validation rows.
 
 ![noisy, denoised, standard deviation, principal components](denoise.png)
+
+The picture is in data units.
 
 Root mean squares over the entries of a sample, in data units: the standard deviation that the
 posterior gives, and the error where the truth is known. Last, the share of the variance along the
@@ -306,7 +312,7 @@ def sampled(
     }
     rows = [
         ("starts: noisy held-out samples", starts.cpu()),
-        (f"{method}, the state after {draws.shape[1]} steps", draws[:, -1].cpu()),
+        (f"{method}, the last draw of each chain", draws[:, -1].cpu()),
         ("the same, denoised", ends.cpu()),
     ]
     files = {
@@ -321,7 +327,7 @@ def sampled(
     return files
 
 
-# -------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------- evaluating
 
 
 def evaluated(
@@ -342,6 +348,9 @@ def evaluated(
     ]
     figures = (plots.calibration_figure(report["levels"]), plots.uncertainty_figure(results))
     return dict(zip(EVALUATE_FILES[1:], map(plots.png, figures), strict=True))
+
+
+# -------------------------------------------------------------------------------------------- files
 
 
 def npz(arrays: Mapping[str, Tensor]) -> bytes:

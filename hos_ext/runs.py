@@ -52,6 +52,13 @@ def prepare(
         ValueError, TypeError, OSError: an option, the data or the folder will not do.
         RuntimeError: an extra is missing.
     """
+    # Under torchrun the main process alone judges the folder: the others would see its files.
+    there = holds_run(out) if training.is_main() else None
+    if there and not (resume or force):
+        raise ValueError(
+            f"train: out must hold no run (resume it by `hos-ext resume {out}` or --continue, "
+            f"replace it by --force), got {out} with {there}"
+        )
     # For convolutions it is on unless it is switched off.
     torch.backends.cudnn.allow_tf32 = bool(given.get("tf32"))
     torch.backends.cuda.matmul.allow_tf32 = bool(given.get("tf32"))
@@ -64,19 +71,12 @@ def prepare(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": versions(),
     }
-    # Under torchrun the main process alone judges the folder: the others would see its files.
-    there = holds_run(out) if training.is_main() else None
     if there and resume:
         stored = read_run(out)
         longer = options["decay"] == "constant" and options["steps"] > stored["options"]["steps"]
         same = {"steps": stored["options"]["steps"]} if longer else {}
         _refuse_changes("options", stored["options"], options | same)
         _refuse_changes("data", stored["data"], facts["data"])
-    elif there and not force:
-        raise ValueError(
-            f"train: out must hold no run (resume it by `hos-ext resume {out}` or --continue, "
-            f"replace it by --force), got {out} with {there}"
-        )
     storage.check_writable(out)
     return Run(out, options, source, model, facts, resume)
 
@@ -271,6 +271,12 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
     place = folder / "model" if (folder / "model").is_dir() else folder
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):  # torch without CUDA asserts
+        raise ValueError(
+            f"load_run: device must be auto, cpu, or one that is there, got {device!r}"
+        ) from None
     model, config = pretrained.load_model(place, device=device)
     facts = config.get("run")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
@@ -280,13 +286,18 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
     return model, facts
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run of a folder has come to its last step and has written all of its parts."""
+def finished(folder: Path, steps: int | None = None) -> bool:
+    """Whether the run of a folder has come to its last step and has written all of its parts.
+
+    Args:
+        folder: of the run.
+        steps: the last step; None is that of run.json.
+    """
     path = folder / "metrics.json"
     if not path.exists():
         return False
     done = json.loads(path.read_text(encoding="utf-8"))["train"]["steps"]
-    return bool(done == read_run(folder)["options"]["steps"])
+    return bool(done == (steps or read_run(folder)["options"]["steps"]))
 
 
 def scaling_of(facts: Mapping[str, Any]) -> data.Scaling:

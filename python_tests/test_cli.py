@@ -167,6 +167,25 @@ def test_a_stopped_run_is_resumed_to_the_same_model(
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
+def test_continue_of_a_finished_run_does_nothing_and_says_so(run_folder, capsys):
+    before = (run_folder / "metrics.json").read_bytes()
+    assert cli.run(["train", "--out", str(run_folder), *SMALL, "--continue"]) == 0
+    assert capsys.readouterr().out == f"{run_folder} is finished: 5 steps. Nothing to do.\n"
+    assert (run_folder / "metrics.json").read_bytes() == before
+
+
+def test_train_says_what_it_read_before_it_starts(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(3.0, 2.0, (60, 2, 5)))
+    run = tmp_path / "run"
+    arguments = ["train", "--data", f"npy:{tmp_path / 'x.npy'}", "--out", str(run), *SMALL]
+    assert cli.run(arguments) == 0
+    parameters = runs.read_run(run)["parameters"]
+    assert capsys.readouterr().out.startswith(
+        f"npy:{tmp_path / 'x.npy'}: 54 samples of shape (2, 5) to train on, 3 to tune on, 3 to "
+        f"report on\nmlp, rank 2, {parameters:,} parameters; 5 steps; to {run}\n"
+    )
+
+
 def test_resume_of_a_finished_run_does_nothing_and_says_so(run_folder, capsys):
     before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*")}
     assert cli.run(["resume", str(run_folder)]) == 0
@@ -307,7 +326,7 @@ def test_files_that_cannot_be_denoised_are_named(images, tmp_path, capsys, name,
         path.write_bytes(content)
     elif content is not None:
         np.save(path, content)
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out"), "--sigma=0.4"]
     assert cli.run(["denoise", str(images / "run"), str(path), *out]) == 2
     error = _one_line(capsys)
     assert str(path) in error
@@ -319,6 +338,22 @@ def test_levels_above_those_of_the_data_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.full((8, 8), 17, np.uint8))
     with pytest.raises(ValueError, match="raw units, 0 to 16 before noise was added, got 17"):
         results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling(levels=17))
+
+
+def test_levels_are_refused_where_the_data_float(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((8, 8), 17, np.uint8))
+    with pytest.raises(
+        ValueError, match=r"a\.npy must hold floating values like the data set, got"
+    ):
+        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling())
+
+
+def test_files_need_a_noise_level(run_folder, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((8, 8), 7, np.uint8))
+    assert cli.run(["denoise", str(run_folder), str(tmp_path / "a.npy")]) == 2
+    assert _one_line(capsys) == (
+        "hos-ext: denoise: --sigma or --raw-sigma must be given for files, got none"
+    )
 
 
 # --------------------------------------------------------------------- sample, evaluate and info
@@ -374,6 +409,34 @@ def test_evaluate_writes_the_report_and_prints_it(run_folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "20 held-out samples" in shown
     assert f"{report['levels'][1]['predictive']:.4g}" in shown
+
+
+@pytest.mark.parametrize("levels", ["0.0001,0.0004", "0.1234567"])
+def test_evaluate_chooses_levels_that_were_trained(tmp_path, levels):
+    run = str(tmp_path / "run")
+    arguments = ["train", "--data", "density:gaussian2d", "--sigma", levels, "--out", run]
+    assert cli.run([*arguments, *[word for word in SMALL if "rank" not in word], "--rank=1"]) == 0
+    assert cli.run(["evaluate", run, "--limit", "20"]) == 0
+    chosen = [
+        row["sigma"] for row in json.loads((tmp_path / "run/evaluate.json").read_text())["levels"]
+    ]
+    assert chosen == ([0.1234567] if "," not in levels else [0.000141, 0.0002, 0.000283])
+
+
+def test_an_evaluation_that_fails_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(results, "evaluated", fail)
+    out = str(tmp_path / "out")
+    assert cli.run(["evaluate", str(run_folder), "--limit", "4", "--out", out]) == 1
+    assert _files(tmp_path / "out") == []
+
+
+def test_both_ends_of_the_range_are_levels_in_raw_units():
+    facts = {"options": {"sigma": [0.1, 1.2]}}
+    assert cli._level("denoise", facts, None, 0.85, 8.5) == 0.1
+    assert cli._level("denoise", facts, None, 10.2, 8.5) == 1.2
 
 
 def test_evaluate_knows_the_truth_of_a_density(tmp_path, capsys):
@@ -443,6 +506,21 @@ def test_no_command_shows_help(capsys):
             ["denoise", "FOLDER", "--sigma", "1", "--raw-sigma", "1"],
             2,
             "denoise: --raw-sigma must come without --sigma, got both",
+        ),
+        (
+            ["denoise", "FOLDER", "--raw-sigma", "20"],
+            2,
+            "denoise: --raw-sigma must be in the range trained, 0.85 to 10.2, got 20",
+        ),
+        (
+            ["denoise", "FOLDER", "--device", "tpu"],
+            2,
+            "load_run: device must be auto, cpu, or one that is there, got 'tpu'",
+        ),
+        (
+            ["sample", "FOLDER", "--steps", "8", "--thin", "3"],
+            2,
+            "sample: --steps must be at least 4 --thin, for 4 draws, got 8 steps and --thin 3",
         ),
         (
             ["denoise", "FOLDER", "--count", "361"],

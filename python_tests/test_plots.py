@@ -265,6 +265,15 @@ def test_training_curves_are_errors_of_an_entry_where_the_size_is_given():
     assert len(axes[1].lines) == 1
 
 
+def test_training_curves_have_whole_steps_and_show_a_single_one():
+    figure = plots.training_figure([_History(step, 3.0, 4.0) for step in (1, 2, 3)])
+    single = plots.training_figure([_History(1, 3.0, 4.0)])
+    for each in (figure, single):
+        assert all(tick == int(tick) for tick in each.axes[-1].get_xticks())
+    assert {line.get_marker() for line in single.axes[0].lines} == {"o"}
+    assert {line.get_marker() for line in figure.axes[0].lines} == {"None"}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_a_run_is_a_config_of_itself(whole):
     [
         ("a.ini", "", "read_config: path must end in .json, .toml, .yaml, .yml, got PATH"),
         ("a.yaml", "steps: [", "read_config: PATH must be whole yaml, got: "),
-        ("a.toml", "steps = ", "read_config: PATH must be whole toml"),
+        ("a.toml", "steps = ", "read_config: PATH must be whole toml, got: "),
         ("a.json", "{", "read_config: PATH must be whole json, got: "),
         ("a.yaml", "- 1", "read_config: PATH must hold options by name, got [1]"),
         ("a.yaml", "stepz: 1", "options: name must be known (the nearest is steps), got stepz"),
@@ -347,6 +348,27 @@ def test_a_run_is_not_overwritten_and_names_what_differs(whole, monkeypatch):
         runs.prepare(SMALL, whole, resume=True)
     with pytest.raises(ValueError, match="run: data must be those"):
         runs.open_data(runs.read_run(whole))
+
+
+def test_what_data_do_not_decide_is_refused_before_they_are_opened(whole, tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise AssertionError("the data were opened")
+
+    monkeypatch.setattr(options, "open_source", opened)
+    with pytest.raises(ValueError, match="train: out must hold no run"):
+        runs.prepare(SMALL, whole)
+    with pytest.raises(ValueError, match="train: steps must be at least 1, got 0"):
+        runs.prepare(SMALL | {"steps": 0}, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"train: tracker must be one of 'none', .* got 'tape'"):
+        runs.prepare(SMALL | {"tracker": "tape"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_without_its_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RuntimeError, match="train: wandb must be installed for tracker 'wandb', "):
+        runs.prepare(SMALL | {"tracker": "wandb"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_may_differ_by_rounding():
