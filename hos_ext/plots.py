@@ -36,6 +36,17 @@ _COMPONENTS = 4
 # What the recalibrated predictive figure is asked to lie in.
 BAND = (0.8, 1.25)
 
+# A legend beside its axes: on a signal there is no free corner to count on.
+_BESIDE: dict[str, Any] = {
+    "fontsize": 6.5,
+    "frameon": False,
+    "loc": "center left",
+    "bbox_to_anchor": (1.0, 0.5),
+    "handlelength": 1.0,
+    "handletextpad": 0.4,
+    "borderaxespad": 0.2,
+}
+
 
 def _figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     module = require("plots", "matplotlib.figure")
@@ -254,16 +265,7 @@ def _denoising_lines(result: Denoised, rows: int, share: Tensor, vectors: Tensor
             text = _percent(share[i, j])
             right.plot(entries, vector, color=color, lw=0.9, marker=mark, ms=2.5, label=text)
         right.axhline(0.0, color=_GREY, lw=0.4)
-        # Beside the axes: on a signal there is no free corner to count on.
-        right.legend(
-            fontsize=6.5,
-            frameon=False,
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            handlelength=1.0,
-            handletextpad=0.4,
-            borderaxespad=0.2,
-        )
+        right.legend(**_BESIDE)
         for each in (ax, right):
             each.tick_params(labelsize=7)
     axes[0, 0].legend(
@@ -393,15 +395,7 @@ def _uncertainty_lines(
         ax.set_ylim(bottom=0.0)
         for each in (ax, right):
             each.tick_params(labelsize=7)
-            each.legend(
-                fontsize=6.5,
-                frameon=False,
-                loc="center left",
-                bbox_to_anchor=(1.0, 0.5),
-                handlelength=1.0,
-                handletextpad=0.4,
-                borderaxespad=0.2,
-            )
+            each.legend(**_BESIDE)
     axes[0, 0].set_title("std", fontsize=7.5, pad=4)
     axes[0, 1].set_title(f"eigenvectors at sigma {middle.sigma:g}", fontsize=7.5, pad=4)
     _name_entries(axes)

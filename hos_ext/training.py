@@ -837,7 +837,8 @@ def _load(
     deciding: dict[str, Any],
 ) -> _State:
     """Restores the newest whole checkpoint into model, ema and optimizer."""
-    for path, wrong in reversed(checkpoints(folder.parent)):
+    for path in reversed(_found(folder)):
+        wrong = storage.damage(path)
         if wrong is not None:
             warnings.warn(
                 f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=3
