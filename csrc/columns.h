@@ -176,25 +176,25 @@ inline void pack_columns(const T* source, int64_t row, int64_t column, int64_t n
     for (int64_t k = 0; k < rank; ++k) pack_run(source + k * column, n, panel + k * stride);
     return;
   }
-  const int64_t whole = n < W || column != 1 ? 0 : rank / G * G;
-  for (int64_t begin = 0; begin < n && whole > 0; begin += W) {
-    const int64_t i = begin + W <= n ? begin : n - W;  // the last rows overlap those before
+  const bool grouped = n >= W && rank >= G && column == 1;
+  if (grouped && n % W != 0) {
+    for (int64_t k = 0; k < rank; ++k) store(panel + k * stride + n / W * W, Vector<T>{});
+  }
+  for (int64_t begin = 0; begin < n && grouped; begin += W) {
+    const int64_t i = begin + W <= n ? begin : n - W;  // the last rows overlap those before,
     for (int64_t e = 0; e < W * row; e += kLine<T>) {  // two blocks ahead, in memory order
       __builtin_prefetch(source + (i + 2 * W) * row + e);
     }
-    for (int64_t k = 0; k < whole; k += G) {
+    for (int64_t first = 0; first < rank; first += G) {
+      const int64_t k = first + G <= rank ? first : rank - G;  // and so do the last columns
       Vector<T> q[G];
-      for (int j = 0; j < G; ++j) {
-        q[j] = load_groups(source + (i + j) * row + k, G * row);
-      }
+      for (int j = 0; j < G; ++j) q[j] = load_groups(source + (i + j) * row + k, G * row);
       transpose<T>(q);
       for (int j = 0; j < G; ++j) store(panel + (k + j) * stride + i, q[j]);
     }
   }
-  for (int64_t k = whole; k < rank; ++k) {
+  for (int64_t k = 0; k < rank && !grouped; ++k) {
     for (int64_t i = 0; i < n; ++i) panel[k * stride + i] = source[i * row + k * column];
-  }
-  for (int64_t k = 0; k < rank; ++k) {
     for (int64_t i = n; i < whole_vectors<T>(n); ++i) panel[k * stride + i] = T(0);
   }
 }
@@ -228,8 +228,9 @@ inline void unpack_columns(const T* panel, int64_t stride, int64_t n, int64_t ra
   }
 }
 
-// The cache lines of rows [0, n) of a matrix, fetched in `parts` parts while something else runs.
-template <class T, bool Write>
+// The cache lines of rows [0, n) of a matrix that is to be written, fetched in `parts` parts while
+// something else runs.
+template <class T>
 class Fetch {
  public:
   Fetch() = default;
@@ -245,7 +246,7 @@ class Fetch {
   }
   void next_part() {
     for (int64_t count = part_; count > 0 && runs_ > 0; --count) {
-      __builtin_prefetch(data_ + at_, Write, 2);
+      __builtin_prefetch(data_ + at_, 1, 2);
       at_ += kLine<T>;
       if (at_ < length_ + kLine<T>) continue;  // one line more: a run need not begin with one
       at_ = 0;

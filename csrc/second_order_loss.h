@@ -69,7 +69,7 @@ HOS_HD Coefficients<T> coefficients(int kind, int64_t point) {
 template <class T>
 HOS_HD T difference_entry(T plus, T minus, T clean) {
   const T dp = plus - clean, dm = minus - clean;
-  return dp * (dp + (clean + clean)) + dm * (dm + (clean + clean));
+  return dp * (plus + clean) + dm * (minus + clean);
 }
 
 // sigma^2 <C, .> of a column: its summed entries less the squared projections on z (of D+, D- and

@@ -74,19 +74,6 @@ struct Problem {
       clear(last, whole_vectors<T>(n));
     }
   }
-  // Up to `n` rows of the factor from `row` on, to be fetched before they are packed; past the last
-  // row of a sample those of the next one.
-  Fetch<T, false> ahead(int64_t point, int64_t sample, int64_t row, int64_t n,
-                        int64_t parts) const {
-    if (row >= a.size) {
-      row = 0;
-      ++sample;
-    }
-    if (sample >= a.batch || a.rank == 0) return {};
-    const int64_t rows = a.size - row < n ? a.size - row : n;
-    const T* u = at<T>(a.factor, point, sample, row);
-    return {u, a.factor.row, a.factor.column, rows, a.rank, parts};
-  }
   const LossArgs& a;
   int64_t points, columns, gram_points;
   int64_t rows, stride;  // of a panel in forward, at most
@@ -94,12 +81,14 @@ struct Problem {
   Scratch<T> weight;
 };
 
-// Sums over rows of one sample, in memory order: Gram matrices (on and above the diagonal), then
-// one row each of the inner products, the projections g = V^T z (difference to the clean point for
-// + and -) and sum d V^2, then the sums of d^2 and of the diagonal's inner part.
+// Sums over rows of one sample, in memory order: Gram matrices (on and above the diagonal, rows of
+// whole vectors), then one row each of the inner products, the projections g = V^T z (difference to
+// the clean point for + and -) and sum d V^2, then the sums of d^2 and of the diagonal's inner
+// part.
 template <class T>
 struct Sums {
-  Sums(const Problem<T>& p, T* data) : gram_size(p.columns * p.columns) {
+  Sums(const Problem<T>& p, T* data)
+      : gram_stride(whole_vectors<T>(p.columns)), gram_size(p.columns * gram_stride) {
     gram = data;
     inner = gram + p.gram_points * gram_size;
     for (int point = 0; point < 3; ++point) project[point] = inner + (1 + point) * p.columns;
@@ -107,9 +96,9 @@ struct Sums {
     scalar = inner + 5 * p.columns;
   }
   static int64_t size(const Problem<T>& p) {
-    return p.gram_points * p.columns * p.columns + 5 * p.columns + 2;
+    return p.gram_points * p.columns * whole_vectors<T>(p.columns) + 5 * p.columns + 2;
   }
-  int64_t gram_size;
+  int64_t gram_stride, gram_size;
   T *gram, *inner, *project[3], *norm, *scalar;
 };
 
@@ -197,19 +186,56 @@ void add_rows(const Problem<T>& p, int64_t sample, int64_t begin, int64_t end, T
     sums.scalar[1] += inner;
     for (int64_t point = 0; point < p.gram_points; ++point) {
       add_gram(scratch + point * panel_size, p.stride, whole, p.columns,
-               sums.gram + point * sums.gram_size, p.columns);
+               sums.gram + point * sums.gram_size, sums.gram_stride);
     }
   }
 }
 
-// Copies what is above the diagonal below it, in blocks that stay in the first cache.
+// Copies what is above the diagonal of a matrix below it.
 template <class T>
-void mirror(T* matrix, int64_t n) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t first = 0; first < n; first += kBlock) {
-    for (int64_t l = first + 1; l < n; ++l) {
-      const int64_t end = l < first + kBlock ? l : first + kBlock;
-      for (int64_t k = first; k < end; ++k) matrix[l * n + k] = matrix[k * n + l];
+void mirror(T* matrix, int64_t stride, int64_t n) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t first = 0; first < n; first += W) {
+    const int64_t next = first + W;
+    for (int64_t l = first + 1; l < (next < n ? next : n); ++l) {
+      for (int64_t k = first; k < l; ++k) matrix[l * stride + k] = matrix[k * stride + l];
+    }
+    if (next >= n) return;
+    pack_columns(matrix + first * stride + next, stride, 1, W, n - next,
+                 matrix + next * stride + first, stride);
+  }
+}
+
+// The sum of w_k w_l G_kl^2, the padding of whose rows is zero.
+template <class T>
+double weighted_square(const T* gram, int64_t stride, int64_t n, const T* w) {
+  constexpr int W = Simd<T>::width;
+  double total = 0.0;
+  for (int64_t first = 0; first < n; first += W, gram += W) {
+    Vector<T> even = {}, odd = {};
+    for (int64_t k = 0; k < n; ++k) {
+      const Vector<T> g = load(gram + k * stride);
+      (k % 2 == 0 ? even : odd) += w[k] * g * g;
+    }
+    T sum[W];
+    store(sum, even + odd);
+    for (int64_t l = first; l < (first + W < n ? first + W : n); ++l) {
+      total += double(w[l]) * double(sum[l - first]);
+    }
+  }
+  return total;
+}
+
+// Copies the rows of a padded matrix to a dense one; what is written too far is overwritten by the
+// rows that follow.
+template <class T>
+void copy_rows(const T* from, int64_t stride, int64_t n, T* to) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t k = n - 1; k >= 0; --k, from += stride, to += n) {
+    if (k * n < W - 1) {
+      memcpy(to, from, size_t(n) * sizeof(T));
+    } else {
+      for (int64_t l = 0; l < n; l += W) store(to + l, load(from + l));
     }
   }
 }
@@ -224,23 +250,17 @@ void finish(const Problem<T>& p, int64_t sample, const Sums<T>& sums) {
   T* saved = static_cast<T*>(a.saved) + sample * saved_size(a.kind, a.rank);
   double norm = sums.scalar[0], inner = sums.scalar[1];
   for (int64_t point = 0; point < p.gram_points; ++point) {
-    const T* gram = sums.gram + point * sums.gram_size;
-    for (int64_t k = 0; k < p.columns; ++k) {
-      const T* row = gram + k * p.columns;
-      T off = T(0);
-#pragma omp simd reduction(+ : off)
-      for (int64_t l = k + 1; l < p.columns; ++l) off += w[l] * row[l] * row[l];
-      norm += double(w[k]) * (double(w[k]) * row[k] * row[k] + 2.0 * off);
-      memcpy(saved + k * p.columns + k, row + k, size_t(p.columns - k) * sizeof(T));
-    }
-    mirror(saved, p.columns);
+    T* gram = sums.gram + point * sums.gram_size;
+    mirror(gram, sums.gram_stride, p.columns);
+    norm += weighted_square(gram, sums.gram_stride, p.columns, w);
+    copy_rows(gram, sums.gram_stride, p.columns, saved);
     saved += p.columns * p.columns;
   }
   for (int64_t k = 0; k < p.columns; ++k) {
     norm += 2.0 * w[k] * double(sums.norm[k]);
     const double up = sums.project[0][k];
     if (!reduced) {
-      inner += column_inner(w[k], sums.gram[k * p.columns + k], up, 0.0, 0.0);
+      inner += column_inner(w[k], sums.gram[k * sums.gram_stride + k], up, 0.0, 0.0);
       saved[k] = T(up);
       continue;
     }
@@ -553,19 +573,10 @@ void rows_backward(const Problem<T>& p, int64_t point, int64_t sample, int64_t b
     }
     for (int64_t i = 0; !full && i < whole; ++i) d[i] = T(1);
     T* to = a.rank == 0 ? nullptr : const_cast<T*>(at<T>(a.grad_factor, point, sample, row));
-    // The product hides the memory that the next tile is read from and this one written to.
-    const int64_t parts = product_tiles<T>(whole, columns);
-    const bool last = row + n == end && point + 1 < p.points;
-    Fetch<T, false> next =
-        p.ahead(last ? point + 1 : point, sample, last ? begin : row + n, stride, parts);
-    Fetch<T, true> result(to, a.grad_factor.row, a.grad_factor.column, n, a.rank, parts);
-    product_of_columns(product, whole, [&] {
-      next.next_part();
-      result.next_part();
-    });
-    if (a.rank > 0) {
-      unpack_columns(out, stride, n, a.rank, to, a.grad_factor.row, a.grad_factor.column);
-    }
+    const View& f = a.grad_factor;
+    Fetch<T> result(to, f.row, f.column, n, a.rank, product_tiles<T>(whole, columns));
+    product_of_columns(product, whole, [&] { result.next_part(); });  // hides that memory
+    if (a.rank > 0) unpack_columns(out, stride, n, a.rank, to, f.row, f.column);
     if (point < a.score_points) {
       memcpy(static_cast<T*>(a.grad_score) + flat, out + a.rank * stride, size_t(n) * sizeof(T));
     }
