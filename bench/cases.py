@@ -54,7 +54,7 @@ def build(op: str, mode: str, shape: Shape, only: Container[str] | None = None) 
     Raises:
         ValueError: contestants disagree.
     """
-    torch.compiler.reset()  # or the sizes before this one count against its limit of recompilations
+    torch.compiler.reset()  # sizes before this one would count as recompilations
     if op in ("d2sm_loss", "d2sm_vr_loss"):
         return _loss(op, mode, shape, only)
     if op == "ozaki_step":

@@ -52,13 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _prepare(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same threads and seed for all; graphs compiled by other benches are forgotten."""
+    """The same threads and seed for all, no compiled graphs of other benches; then the rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.config.getoption("threads"))
     torch.manual_seed(0)
     torch.compiler.reset()
+    begin = len(MEASURED)
     yield
     torch.set_num_threads(before)
+    path = request.config.getoption("record")
+    if path is not None and MEASURED[begin:]:
+        rows.append(path, MEASURED[begin:])
 
 
 @pytest.fixture
@@ -109,7 +113,6 @@ def pytest_terminal_summary(
         return
     path = config.getoption("record")
     if path is not None:
-        rows.append(path, MEASURED)
         terminalreporter.write_line(f"{len(MEASURED)} rows appended to {path}")
     here = rows.environment()
     terminalreporter.write_line(report.render([{**here, **line} for line in MEASURED]))
