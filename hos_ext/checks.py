@@ -95,9 +95,9 @@ def check_level(
     return value
 
 
-def refuse_row(where: str, name: str, row: int, values: Tensor | None) -> None:
+def refuse_row(where: str, name: str, row: int, values: Tensor | float) -> None:
     """Raises for what the kernel reported: row - 1 is the sample with a bad value."""
-    if row and values is not None:
+    if row and isinstance(values, Tensor):
         raise ValueError(
             f"{where}: {name} must be positive and finite, got {values[row - 1].item()} for sample"
             f" {row - 1}"

@@ -53,11 +53,33 @@ def needs_library(tensors: Sequence[Tensor]) -> bool:
     return not all(map(is_plain, tensors))
 
 
+def tracking(args: Sequence[Any]) -> bool | None:
+    """Whether autograd records what happens to the tensors of a plain eager call.
+
+    None where the call is not plain: compiled, traced, transformed, dispatched, with tangents.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    tracked = False
+    for t in args:
+        if isinstance(t, Tensor):
+            if not is_plain(t):
+                return None
+            tracked = tracked or t.requires_grad
+    return tracked and torch.is_grad_enabled()
+
+
 def dense_like(t: Tensor) -> Tensor:
     """Dense memory for a gradient: a factor `(..., D, r)` keeps its memory order."""
     if t.dim() >= 3 and t.stride(-2) == 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
-        return t.new_empty(t.mT.shape).mT
-    return t.new_empty(t.shape)
+        return t.new_empty(*t.mT.shape).mT
+    return t.new_empty(*t.shape)
 
 
 def _gradient_like(name: str, t: Tensor) -> Tensor:
@@ -99,29 +121,31 @@ class Operator:
         self.label = label or (lambda args: name)
         self.arguments = [declared.split()[-1] for declared in schema.split(", ")]
         self.function = _make_function(self)
+        # Without transforms: Function.apply would bind the signature first, in 20 us.
+        self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         self.backward_function = _make_backward_function(self)
         _register(self, schema, returns, fake)
         self.library = getattr(torch.ops.hos_ext, name)
         self.library_backward = getattr(torch.ops.hos_ext, name + "_backward")
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if needs_library(tensors):
+        tracked = tracking(args)
+        if tracked is not None:
+            return self.apply(*args) if tracked else self.forward(*args)
+        if needs_library([a for a in args if isinstance(a, Tensor)]):
             outputs = self.library(*self.as_tensors(args))
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        if functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
-            return self.function.apply(*args)  # type: ignore[no-any-return]
-        return self.forward(*args)
+        return self.function.apply(*args)  # type: ignore[no-any-return]
 
     def call_backward(self, needs: Sequence[bool], grad: Tensor, *args: Any) -> tuple[Any, ...]:
         """The gradients of the differentiable arguments, None where not needed."""
-        tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
-        if needs_library(tensors) or torch._C._dispatch_keys(grad).has(_LEGACY_VMAP):
-            grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
-        elif functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
-            grads = self.backward_function.apply(tuple(needs), grad, *args)
-        else:
+        batched = torch._C._dispatch_keys(grad).has(_LEGACY_VMAP)
+        if not batched and tracking((grad, *args)) is False:
             grads = self.backward(needs, grad, *args)
+        elif batched or needs_library([grad, *(a for a in args if isinstance(a, Tensor))]):
+            grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
+        else:
+            grads = self.backward_function.apply(tuple(needs), grad, *args)
         return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
 
     def as_tensors(self, args: Sequence[Any]) -> list[Any]:
@@ -220,11 +244,6 @@ class Operator:
         return tuple(grad.new_empty(0) if g is None else g for g in grads), tuple(axes)
 
 
-def _tracked(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd records what happens to the tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _split(args: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:
     """Tensors to save, and the other arguments in their places."""
     tensors = [a if isinstance(a, Tensor) else None for a in args]
@@ -255,7 +274,8 @@ def _make_function(op: Operator) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * ctx.count
-        needs = [ctx.needs_input_grad[p] for p in op.differentiable]
+        wanted = ctx.needs_input_grad
+        needs = [wanted[p] for p in op.differentiable]
         return tuple(op.scatter(op.call_backward(needs, grad, *saved(ctx)), ctx.count))
 
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:

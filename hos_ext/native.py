@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C
-from .checks import refuse_row
-from .doors import LIBRARY, Operator, dense_like, functorch_active
+from .checks import WIDE, refuse_row
+from .doors import LIBRARY, Operator, dense_like
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 DSM, DSM_VR, D2SM, D2SM_VR, D2SM_DIAG, D2SM_DIAG_VR = range(6)
@@ -35,6 +35,8 @@ LOSS_NAMES = (
 
 # ----------------------------------------------------------------------------- devices and layouts
 
+
+_CPU, _SEEDS = torch.device("cpu"), 2**63 - 1
 
 _warned: set[str] = set()
 
@@ -80,10 +82,44 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
 
 
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
+def fresh_seed() -> int:
+    """A seed from torch's default generator, outside graphs and transforms."""
+    return torch.randint(_SEEDS, (), device=_CPU).item()  # type: ignore[return-value]
+
+
+def connect(exchange: Any) -> None:
+    """Gives the native module what it asks of torch, which it is not linked to.
+
+    `exchange` is DLPack's C interface to tensors, new in torch 2.10; None: by attributes.
+    """
+    _C.connect(
+        exchange,
+        Tensor,
+        tuple(DTYPES),
+        (
+            torch._C._are_functorch_transforms_active,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._get_tracing_state,
+        ),
+        torch.is_grad_enabled,
+        torch.empty_like,
+        torch.autograd.graph.increment_version,
+        fresh_seed,
+        _threads,
+    )
+
+
+connect(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
+
 def _queue(t: Tensor) -> tuple[int, int]:
     """Device index (-1: CPU) and thread count or stream, as the native functions take them."""
     if t.is_cpu:
-        return -1, 1 if _forked else torch.get_num_threads()
+        return -1, _threads()
     stream = torch.cuda.current_stream(t.device)
     return stream.device.index, stream.cuda_stream
 
@@ -120,18 +156,18 @@ def flat_factor(factor: Tensor) -> Tensor:
     return factor.contiguous()
 
 
-def _values(
-    where: str, name: str, value: Tensor | float, rows: int, like: Tensor
-) -> tuple[float, Tensor | None]:
-    """sigma or step_size for the kernel: a number, or one float64 a row on the device."""
+def _values(where: str, name: str, value: Tensor | float, rows: int) -> Tensor | float:
+    """sigma or step_size for the kernel: a number, or one a row, in float64 off the CPU."""
     if value.__class__ is float:
-        return value, None
-    if isinstance(value, Tensor) and (value.dim() > 0 or value.device.type != "cpu"):
-        return 0.0, value.detach().to(torch.float64).resolve_neg().expand(rows).contiguous()
+        return value
+    if isinstance(value, Tensor) and (value.dim() > 0 or not value.is_cpu):
+        if value.is_cpu and value.dtype in WIDE and not value.is_neg():
+            return value
+        return value.detach().to(torch.float64).resolve_neg().expand(rows).contiguous()
     number = float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{where}: {name} must be positive and finite, got {number}")
-    return number, None
+    return number
 
 
 # ------------------------------------------------------------------------------------------- noise
@@ -210,47 +246,46 @@ def _noise_fake(
 # ------------------------------------------------------------------------------------------- steps
 
 
-def is_direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a step may call the kernel as things are: plain, contiguous CPU tensors that agree.
+def direct_step(
+    x: Tensor,
+    score: Tensor,
+    diag: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor | None,
+    step_size: Tensor | float,
+    seed: Tensor | int | None,
+    offset: Tensor | int,
+    first: int,
+    curvature: int | None,
+) -> Tensor | None:
+    """A step of plain, contiguous CPU tensors that agree, without gradient: all of it native.
 
-    None wants a gradient, no transform is at work, and out is one of the inputs or apart from them.
-    This accepts the common case in a few microseconds; what it refuses is checked and explained.
+    None for everything else, wrong arguments included: that is for the caller to check and explain.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or functorch_active()
-        or forward_ad._current_level >= 0
-        or x.__class__ is not Tensor
-        or x.dtype not in DTYPES
-        or x.dim() < 2
-    ):
-        return False
-    wants_grad = torch.is_grad_enabled()
-    shape, dtype = x.shape, x.dtype
-    for t in (x, *others):
-        if t is not None and not (
-            t.__class__ is Tensor
-            and t.is_cpu
-            and t.dtype is dtype
-            and t.shape == shape
-            and t.is_contiguous()
-            and not t.is_neg()
-            and not (wants_grad and t.requires_grad)
-        ):
-            return False
-    out = others[-1]
-    if out is None:
-        return True
-    start, size = out.data_ptr(), out.nbytes
-    return all(
-        t is None or t is out or not 0 < abs(t.data_ptr() - start) < size for t in (x, *others)
-    )
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    return _C.direct_step(x, score, diag, noise, out, step_size, seed, offset, first, curvature)
 
 
-def step_into(
-    out: Tensor,
+def _step_call(
+    where: str,
+    x: Tensor,
+    step_size: Tensor | float,
+    seed: Tensor | int,
+    offset: Tensor | int,
+    first: int,
+    curvature: int,
+) -> tuple[Any, ...]:
+    """The native arguments that forward and backward share; the third is the step size."""
+    seed_value, seed_address = _counter(seed)
+    offset_value, offset_address = _offset(offset)
+    return (
+        *_queue(x), _values(where, "step_size", step_size, x.shape[0]), seed_value, offset_value,
+        seed_address, offset_address, first, curvature,
+    )  # fmt: skip
+
+
+def _step_forward(
     x: Tensor,
     score: Tensor,
     diag: Tensor | None,
@@ -260,29 +295,17 @@ def step_into(
     offset: Tensor | int,
     first: int,
     curvature: int,
-) -> Tensor:
-    """A step written to `out`, whose rows are contiguous as those of the inputs are."""
-    rows = x.shape[0]
-    size = x.numel() // rows if rows else 0
-    where = "langevin_step" if diag is None else "ozaki_step"
-    h, steps = _values(where, "step_size", step_size, rows, x)
-    seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _offset(offset)
-    bad = _C.step(
-        *_queue(x), DTYPES[x.dtype], rows, size, h, _address(steps), curvature,
-        seed_value % 2**64, offset_value, first * size, seed_address, offset_address,
-        x.data_ptr(), x.stride()[0], score.data_ptr(), score.stride()[0],
-        0 if diag is None else diag.data_ptr(), 0 if diag is None else diag.stride()[0],
-        0 if noise is None else noise.data_ptr(), 0 if noise is None else noise.stride()[0],
-        out.data_ptr(), out.stride()[0],
-    )  # fmt: skip
-    if bad:
-        refuse_row(where, "step_size", bad, steps)
-    return out
-
-
-def _step_forward(x: Tensor, *args: Any) -> tuple[Tensor]:
-    return (step_into(x.new_empty(x.shape), x, *args),)
+) -> tuple[Tensor]:
+    rest = (offset, first, curvature)
+    key = None if noise is not None else seed if isinstance(seed, Tensor) else seed % 2**64
+    out = _C.direct_step(x, score, diag, noise, None, step_size, key, *rest)
+    if out is None:
+        where = "langevin_step" if diag is None else "ozaki_step"
+        out = x.new_empty(*x.shape)
+        call = _step_call(where, x, step_size, seed, *rest)
+        row = _C.step(*call, x, score, diag, noise, out)
+        refuse_row(where, "step_size", row, call[2])
+    return (out,)
 
 
 def _step_backward(
@@ -299,20 +322,11 @@ def _step_backward(
     curvature: int,
 ) -> tuple[Tensor | None, ...]:
     rows, size = x.shape
-    h, steps = _values("step", "step_size", step_size, rows, x)
     grad = grad if grad.stride(-1) == 1 or size <= 1 else grad.contiguous()
-    grads = [x.new_empty((rows, size)) if n else None for n in needs[1:]]
-    seed_value, seed_address = _counter(seed)
-    offset_value, offset_address = _offset(offset)
+    grads = [x.new_empty(rows, size) if n else None for n in needs[1:]]
     if any(needs[1:]):
-        _C.step_backward(
-            *_queue(x), DTYPES[x.dtype], rows, size, h, _address(steps), curvature,
-            seed_value % 2**64, offset_value, first * size, seed_address, offset_address,
-            grad.data_ptr(), grad.stride(0), score.data_ptr(), score.stride(0),
-            _address(diag), 0 if diag is None else diag.stride(0),
-            _address(noise), 0 if noise is None else noise.stride(0),
-            *(_address(g) for g in grads),
-        )  # fmt: skip
+        call = _step_call("step", x, step_size, seed, offset, first, curvature)
+        _C.step_backward(*call, grad, score, diag, noise, *grads)
     return (grad.clone() if needs[0] else None, *grads)
 
 
@@ -357,7 +371,7 @@ step = Operator(
 # ------------------------------------------------------------------------------------------ losses
 
 
-def _loss_call(
+def _loss_forward(
     kind: int,
     score: Tensor,
     diag: Tensor | None,
@@ -365,28 +379,13 @@ def _loss_call(
     noise: Tensor,
     sigma: Tensor | float,
     sign: Tensor | None,
-) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The native arguments that forward and backward share; and the tensor of sigmas in them."""
-    stacked = POINTS[kind] > 1
-    batch, size = noise.shape
-    number, sigmas = _values(LOSS_NAMES[kind], "sigma", sigma, batch, noise)
-    call = (
-        *_queue(noise), DTYPES[noise.dtype], kind, batch, size,
-        0 if factor is None else factor.shape[-1], score.shape[0] if stacked else 1,
-        _view(score, stacked), _view(diag, stacked), _view(factor, stacked), _view(noise, False),
-        number, _address(sigmas), _address(sign),
-    )  # fmt: skip
-    return call, sigmas
-
-
-def _loss_forward(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
-    noise, factor = args[3], args[2]
+) -> tuple[Tensor, Tensor]:
+    where, batch = LOSS_NAMES[kind], noise.shape[0]
     rank = 0 if factor is None else factor.shape[-1]
-    call, sigmas = _loss_call(kind, *args)
-    loss = noise.new_empty(noise.shape[0])
-    saved = noise.new_empty((noise.shape[0], _C.saved_size(kind, rank)))
-    row = _C.loss(*call, saved.data_ptr(), loss.data_ptr())
-    refuse_row(LOSS_NAMES[kind], "sigma", row, sigmas)
+    sigma = _values(where, "sigma", sigma, batch)
+    loss, saved = noise.new_empty(batch), noise.new_empty(batch, _C.saved_size(kind, rank))
+    args = (*_queue(noise), kind, score, diag, factor, noise, sigma, sign, saved)
+    refuse_row(where, "sigma", _C.loss(*args, loss), sigma)
     return loss, saved
 
 
@@ -401,14 +400,10 @@ def _loss_fake(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
 def _loss_backward(
     needs: Sequence[bool], grad: Tensor, kind: int, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    args, saved = rest[:-1], rest[-1]
-    score, diag, factor = args[:3]
-    call, _sigmas = _loss_call(kind, *args)
-    grads = [None if t is None else dense_like(t) for t in (score, diag, factor)]
-    _C.loss_backward(
-        *call, saved.data_ptr(), grad.data_ptr(), grad.stride(0),
-        _address(grads[0]), _address(grads[1]), _view(grads[2], POINTS[kind] > 1),
-    )  # fmt: skip
+    *tensors, noise, sigma, sign, saved = rest
+    sigma = _values(LOSS_NAMES[kind], "sigma", sigma, noise.shape[0])
+    grads = [None if t is None else dense_like(t) for t in tensors]
+    _C.loss_backward(*_queue(noise), kind, *tensors, noise, sigma, sign, saved, grad, *grads)
     return tuple(grads)
 
 

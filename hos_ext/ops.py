@@ -26,6 +26,7 @@ from .checks import (
     show,
 )
 from .doors import functorch_active, needs_library, vmap_active
+from .native import fresh_seed as fresh_seed
 
 # Who draws from which stream of the counter-based noise: no two draws with one key share words.
 # `data` and `training` have 16 to 18 and 32 to 34 of their own.
@@ -63,14 +64,9 @@ def _fresh_seed(where: str) -> Tensor | int:
             " same)"
         )
     if not functorch_active():
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item()  # type: ignore[return-value]
+        return fresh_seed()
     with torch._C._DisableFuncTorch():
         return fresh_seed()
-
-
-def fresh_seed() -> int:
-    """A seed from torch's default generator, outside graphs and transforms."""
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def _draw(
@@ -180,12 +176,14 @@ def _take_step(
     curvature: str,
     out: Tensor | None,
 ) -> Tensor:
-    direct = score is not None and native.is_direct(x, score, diag, noise, out)
-    if not direct:
-        _check_step_tensors(where, x, score, diag, noise)
+    kind = _CURVATURES.get(curvature) if isinstance(curvature, str) else None
+    result = native.direct_step(x, score, diag, noise, out, step_size, seed, offset, first, kind)
+    if result is not None:
+        return result
+    _check_step_tensors(where, x, score, diag, noise)
     shape = x.shape
     step_size = check_positive(where, "step_size", step_size, shape[0], x)
-    if not isinstance(curvature, str) or curvature not in _CURVATURES:
+    if kind is None:
         raise ValueError(f"{where}: curvature must be clamp, abs or raw, got {curvature!r}")
     check_first(where, first, shape)
     check_counter(where, "offset", offset, 2**56, x.device)
@@ -198,12 +196,7 @@ def _take_step(
     else:
         check_counter(where, "seed", seed, 2**64, x.device)
         seed = seed if isinstance(seed, Tensor) else native.signed(seed)
-    rest = (step_size, seed, offset, first, _CURVATURES[curvature])
-    if direct:
-        if out is None:
-            return native.step_into(torch.empty_like(x), x, score, diag, noise, *rest)
-        torch.autograd.graph.increment_version(out)  # autograd must see the change in place
-        return native.step_into(out, x, score, diag, noise, *rest)
+    rest = (step_size, seed, offset, first, kind)
     if out is not None:
         check_out(where, out, x, {"x": x, "score": score, "diag": diag, "noise": noise})
     if not native.has_kernels(x.device):
