@@ -150,8 +150,14 @@ Seen read_attributes(PyObject* t) {
   return seen;
 }
 
-// Throws what torch raises for a tensor without memory.
-Seen read(PyObject* t) { return torch.exchange != nullptr ? read_exchange(t) : read_attributes(t); }
+// Throws for a tensor without memory, such as torch's zeros that are nowhere.
+Seen read(PyObject* t) {
+  const Seen seen = torch.exchange != nullptr ? read_exchange(t) : read_attributes(t);
+  if (seen.data == nullptr && seen.count() > 0) {
+    throw std::runtime_error("hos_ext: tensors must have memory, got one without");
+  }
+  return seen;
+}
 
 // -------------------------------------------------------------------------------------- arguments
 
@@ -322,24 +328,26 @@ constexpr int kTensors = kOut + 1, kArguments = kCurvature + 1;
 // A torch.Tensor and no subclass, whose code might want to see the call.
 bool plain(PyObject* t) { return Py_TYPE(t) == reinterpret_cast<PyTypeObject*>(torch.tensor); }
 
-// On the CPU, and its memory holds its values: no lazy minus sign, no zeros that are nowhere.
+// On the CPU, without a lazy minus sign.
 bool in_memory(PyObject* t, const Seen& seen) {
-  return seen.cpu && seen.dtype >= 0 && seen.data != nullptr &&
-         !is_true(PyObject_CallMethodNoArgs(t, names->is_neg));
+  return seen.cpu && seen.dtype >= 0 && !is_true(PyObject_CallMethodNoArgs(t, names->is_neg));
 }
 
-// No transform, tracing or dispatch mode is at work, and no gradient is wanted.
-bool unobserved(PyObject* const* tensors) {
+// Whether the kernel may run at once, or only what autograd records.
+enum Verdict { kRefused, kDirect, kTracked };
+
+// kRefused: a transform, tracing or a dispatch mode is at work.
+Verdict observed(PyObject* const* tensors) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.watchers); ++i) {
-    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.watchers, i)))) return false;
+    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.watchers, i)))) return kRefused;
   }
-  if (!is_true(PyObject_CallNoArgs(torch.grad_enabled))) return true;
+  if (!is_true(PyObject_CallNoArgs(torch.grad_enabled))) return kDirect;
   for (int i = 0; i < kTensors; ++i) {
     if (tensors[i] != Py_None && is_true(PyObject_GetAttr(tensors[i], names->requires_grad))) {
-      return false;
+      return kTracked;
     }
   }
-  return true;
+  return kDirect;
 }
 
 // An int below 2^bits, and no bool.
@@ -380,25 +388,27 @@ bool same_or_apart(const char* a, const char* b, int64_t bytes) {
   return a == b || a + bytes <= b || b + bytes <= a;
 }
 
-// Whether the kernel may run with the arguments as they are.
-bool accept(PyObject* const* args, StepCall* call) {
+// What is plain, right and as the kernel takes it.
+Verdict judge(PyObject* const* args, StepCall* call) {
   for (int i = 0; i < kTensors; ++i) {
-    if (!plain(args[i]) && (i < kDiag || args[i] != Py_None)) return false;
+    if (!plain(args[i]) && (i < kDiag || args[i] != Py_None)) return kRefused;
   }
-  if (!unobserved(args)) return false;
+  const Verdict verdict = observed(args);
+  if (verdict == kRefused) return kRefused;
   Seen seen[kTensors] = {};
   const Seen& x = seen[kX];
   for (int i = 0; i < kTensors; ++i) {
     if (args[i] == Py_None) continue;
     seen[i] = read(args[i]);
-    if (!in_memory(args[i], seen[i]) || !seen[i].contiguous() || !seen[i].like(x)) return false;
+    if (!in_memory(args[i], seen[i]) || !seen[i].contiguous() || !seen[i].like(x)) return kRefused;
   }
   const int64_t count = x.count();
-  if (x.dims < 2 || count == 0) return false;
+  const bool flat = x.dims == 2 && args[kOut] == Py_None;
+  if (x.dims < 2 || count == 0 || (verdict == kTracked && !flat)) return kRefused;
   for (int i = 0; i < kOut && seen[kOut].data != nullptr; ++i) {
     const int64_t bytes = count * kWidths[x.dtype];
     if (seen[i].data != nullptr && !same_or_apart(seen[i].data, seen[kOut].data, bytes)) {
-      return false;
+      return kRefused;
     }
   }
   StepArgs& a = call->args;
@@ -415,31 +425,34 @@ bool accept(PyObject* const* args, StepCall* call) {
   if (!read_counter(args[kFirst], 63, &first) || !read_counter(args[kOffset], 56, &a.tag) ||
       !read_counter(args[kCurvature], 63, &curvature) || curvature > uint64_t(kRaw) ||
       __builtin_mul_overflow(first + uint64_t(a.rows), uint64_t(a.size), &end)) {
-    return false;
+    return kRefused;
   }
   a.start = first * uint64_t(a.size);
   a.curvature = int(curvature);
   const bool drawn = a.noise == nullptr;
-  return (args[kSeed] == Py_None || (drawn && read_counter(args[kSeed], 64, &a.seed))) &&
-         read_step_size(args[kStepSize], call);
+  const bool keyed = args[kSeed] != Py_None;
+  if (keyed && (!drawn || !read_counter(args[kSeed], 64, &a.seed))) return kRefused;
+  return read_step_size(args[kStepSize], call) ? verdict : kRefused;
 }
 
-bool accepted(PyObject* const* args, StepCall* call) {
+Verdict verdict_on(PyObject* const* args, StepCall* call) {
   try {
-    return accept(args, call);
+    return judge(args, call);
   } catch (const std::exception&) {  // torch has no address for it, or an int is out of range
-    return false;
+    return kRefused;
   }
 }
 
-// (x, score, diag, noise, out, step_size, seed, offset, first, curvature): the new state, or None
-// for what is not accepted.
+// (x, score, diag, noise, out, step_size, seed, offset, first, curvature): the new state; True
+// where a gradient is wanted and all else is right; None for what is refused.
 PyObject* direct_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&] {
     Arguments in(args, count, kArguments);
     StepCall call;
     StepArgs& a = call.args;
-    if (!accepted(args, &call)) return py::none().release().ptr();
+    const Verdict verdict = verdict_on(args, &call);
+    if (verdict == kRefused) return py::none().release().ptr();
+    if (verdict == kTracked) return py::bool_(true).release().ptr();
     if (a.noise == nullptr && args[kSeed] == Py_None) {
       a.seed = py::cast<uint64_t>(taken(PyObject_CallNoArgs(torch.fresh_seed)));
     }

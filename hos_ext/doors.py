@@ -77,6 +77,8 @@ def tracking(args: Sequence[Any]) -> bool | None:
 
 def dense_like(t: Tensor) -> Tensor:
     """Dense memory for a gradient: a factor `(..., D, r)` keeps its memory order."""
+    if t.is_contiguous():
+        return torch.empty_like(t)
     if t.dim() >= 3 and t.stride(-2) == 1 and t.shape[-1] > 1 and t.stride(-1) != 1:
         return t.new_empty(*t.mT.shape).mT
     return t.new_empty(*t.shape)
@@ -146,7 +148,7 @@ class Operator:
             grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
         else:
             grads = self.backward_function.apply(tuple(needs), grad, *args)
-        return tuple(g if n else None for g, n in zip(grads, needs, strict=True))
+        return tuple([g if n else None for g, n in zip(grads, needs, strict=True)])
 
     def as_tensors(self, args: Sequence[Any]) -> list[Any]:
         """Python scalars as 0-d tensors: as constants in a schema they would recompile.
@@ -265,7 +267,8 @@ def _make_function(op: Operator) -> Any:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors, *output[1:])
+        if functorch_active() or forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors, *output[1:])
 
     def saved(ctx: Any) -> list[Any]:
         tensors = ctx.saved_tensors
@@ -340,9 +343,9 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Derivatives in the precision of their arguments: autocast would round matrix products."""
 
     def call(*args: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not torch._C._is_any_autocast_enabled():
             return function(*args)
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
         with torch.autocast(device, enabled=False):
             return function(*args)
 

@@ -257,10 +257,11 @@ def direct_step(
     offset: Tensor | int,
     first: int,
     curvature: int | None,
-) -> Tensor | None:
-    """A step of plain, contiguous CPU tensors that agree, without gradient: all of it native.
+) -> Tensor | bool | None:
+    """A step of plain, contiguous CPU tensors that agree: checked and taken in one native call.
 
-    None for everything else, wrong arguments included: that is for the caller to check and explain.
+    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
+    arguments included: that is for the caller to check and explain.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
@@ -299,7 +300,7 @@ def _step_forward(
     rest = (offset, first, curvature)
     key = None if noise is not None else seed if isinstance(seed, Tensor) else seed % 2**64
     out = _C.direct_step(x, score, diag, noise, None, step_size, key, *rest)
-    if out is None:
+    if not isinstance(out, Tensor):
         where = "langevin_step" if diag is None else "ozaki_step"
         out = x.new_empty(*x.shape)
         call = _step_call(where, x, step_size, seed, *rest)

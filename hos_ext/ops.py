@@ -178,9 +178,10 @@ def _take_step(
 ) -> Tensor:
     kind = _CURVATURES.get(curvature) if isinstance(curvature, str) else None
     result = native.direct_step(x, score, diag, noise, out, step_size, seed, offset, first, kind)
-    if result is not None:
+    if isinstance(result, Tensor):
         return result
-    _check_step_tensors(where, x, score, diag, noise)
+    if not result:
+        _check_step_tensors(where, x, score, diag, noise)
     shape = x.shape
     step_size = check_positive(where, "step_size", step_size, shape[0], x)
     if kind is None:
@@ -197,6 +198,8 @@ def _take_step(
         check_counter(where, "seed", seed, 2**64, x.device)
         seed = seed if isinstance(seed, Tensor) else native.signed(seed)
     rest = (step_size, seed, offset, first, kind)
+    if result:
+        return native.step.apply(x, score, diag, noise, *rest)[0]  # type: ignore[no-any-return]
     if out is not None:
         check_out(where, out, x, {"x": x, "score": score, "diag": diag, "noise": noise})
     if not native.has_kernels(x.device):
