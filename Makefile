@@ -80,7 +80,7 @@ asan: build/asan/ready
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH="$(CURDIR)/build/asan/package:$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)" \
 	$(BIN)/python -S $(BIN)/pytest -m "not slow" \
-	  $(patsubst %,python_tests/test_%.py,losses_ops steps noise low_rank)
+	  $(patsubst %,python_tests/test_%.py,call losses_ops steps noise low_rank)
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -53,28 +53,6 @@ def needs_library(tensors: Sequence[Tensor]) -> bool:
     return not all(map(is_plain, tensors))
 
 
-def tracking(args: Sequence[Any]) -> bool | None:
-    """Whether autograd records what happens to the tensors of a plain eager call.
-
-    None where the call is not plain: compiled, traced, transformed, dispatched, with tangents.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return None
-    tracked = False
-    for t in args:
-        if isinstance(t, Tensor):
-            if not is_plain(t):
-                return None
-            tracked = tracked or t.requires_grad
-    return tracked and torch.is_grad_enabled()
-
-
 def dense_like(t: Tensor) -> Tensor:
     """Dense memory for a gradient: a factor `(..., D, r)` keeps its memory order."""
     if t.is_contiguous():
@@ -131,23 +109,23 @@ class Operator:
         self.library_backward = getattr(torch.ops.hos_ext, name + "_backward")
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        tracked = tracking(args)
-        if tracked is not None:
-            return self.apply(*args) if tracked else self.forward(*args)
-        if needs_library([a for a in args if isinstance(a, Tensor)]):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if needs_library(tensors):
             outputs = self.library(*self.as_tensors(args))
             return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return self.function.apply(*args)  # type: ignore[no-any-return]
+        if functorch_active() or forward_ad._current_level >= 0:
+            return self.function.apply(*args)  # type: ignore[no-any-return]
+        return self.apply(*args) if _tracked(tensors) else self.forward(*args)
 
     def call_backward(self, needs: Sequence[bool], grad: Tensor, *args: Any) -> tuple[Any, ...]:
         """The gradients of the differentiable arguments, None where not needed."""
-        batched = torch._C._dispatch_keys(grad).has(_LEGACY_VMAP)
-        if not batched and tracking((grad, *args)) is False:
-            grads = self.backward(needs, grad, *args)
-        elif batched or needs_library([grad, *(a for a in args if isinstance(a, Tensor))]):
+        tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
+        if needs_library(tensors) or torch._C._dispatch_keys(grad).has(_LEGACY_VMAP):
             grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
-        else:
+        elif functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
             grads = self.backward_function.apply(tuple(needs), grad, *args)
+        else:
+            grads = self.backward(needs, grad, *args)
         return tuple([g if n else None for g, n in zip(grads, needs, strict=True)])
 
     def as_tensors(self, args: Sequence[Any]) -> list[Any]:
@@ -244,6 +222,11 @@ class Operator:
                 for g, axis in zip(call(needs, lead.flatten(0, 1), *folded), axes, strict=True)
             ]
         return tuple(grad.new_empty(0) if g is None else g for g in grads), tuple(axes)
+
+
+def _tracked(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records what happens to the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _split(args: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]]:

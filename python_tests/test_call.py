@@ -176,9 +176,9 @@ class Sub(torch.Tensor):
     pass
 
 
-def overlapping():
-    buffer = draw((15,))
-    return buffer[:12].view(3, 4), buffer[2:14].view(3, 4)
+def overlapping(shift):
+    buffer = draw((24,))
+    return buffer[:12].view(3, 4), buffer[shift : shift + 12].view(3, 4)
 
 
 def without_memory():
@@ -267,8 +267,9 @@ def test_numbers_out_of_their_rules_are_refused(change):
     assert direct(**change) is None
 
 
-def test_memory_that_overlaps_partly_is_refused():
-    a, b = overlapping()
+@pytest.mark.parametrize("shift", [1, 11])
+def test_memory_that_overlaps_partly_is_refused(shift):
+    a, b = overlapping(shift)
     for name in ("x", "score", "diag"):
         assert direct(**{name: a, "out": b}) is None
         assert direct(**{name: b, "out": a}) is None
