@@ -114,11 +114,12 @@ def score_matching_loss(
         detach_score: in the second-order term s1 is given, as Theorem 2 assumes. False lets a
             restricted s2 pull s1 off: gradient 4 (psi_model - psi) s1 at the true s1.
         centred: the second-order term matches kappa = I + sigma^2 s2 to e e^T, e = z + sigma s1, in
-            place of kappa + sigma^2 s1 s1^T to z z^T (Eq. 13), averaged over the noisy points. For
-            the true s1 the minimiser is the same, E[e e^T | x~] = kappa; for a learned one it is
-            the second moment of the errors that the denoiser makes, which is what calibration
-            asks for, and the noise of the target along s1 is gone. For noise levels that are not
-            small: needs variance_reduction=False.
+            place of kappa + sigma^2 s1 s1^T to z z^T (Eq. 13, 17), averaged over the noisy points.
+            For the true s1 the minimiser is the same, E[e e^T | x~] = kappa; for a learned one it
+            is the second moment of the errors that the denoiser makes, which is what calibration
+            asks for, and the noise of the target along s1 is gone. With variance_reduction it has
+            the pairing and the control variate of Eq. 33 and the same minimiser, at any noise
+            level. Needs detach_score.
         noise: standard normal draw z, shape, dtype and device of x. None draws it.
         seed: key of the draw, an int or a 0-d int64 tensor. None takes one from torch's default
             generator.
@@ -156,11 +157,8 @@ def score_matching_loss(
         raise TypeError(f"{name}: gamma must be a float, got {type(gamma).__name__}")
     if not gamma >= 0:
         raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
-    if centred and (variance_reduction or not detach_score):
-        raise ValueError(
-            f"{name}: centred needs variance_reduction=False and detach_score=True, got "
-            f"{variance_reduction} and {detach_score}"
-        )
+    if centred and not detach_score:
+        raise ValueError(f"{name}: detach_score must be True with centred, got {detach_score}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
     if x.dim() < 2 or not x.is_floating_point():
@@ -227,8 +225,10 @@ def score_matching_loss(
             factor = factor.reshape(count, *z.shape, factor.shape[-1])
         given = score.detach() if detach_score else score
         if centred:
-            noisy = 2 if first_order == "antithetic" else 1
-            second = _centred_order(given, diag, factor, z, scores.sign, noisy, diagonal)
+            noisy = 2 if variance_reduction or first_order == "antithetic" else 1
+            second = _centred_order(
+                given, diag, factor, z, scores.sign, noisy, variance_reduction, diagonal
+            )
         else:
             second = _second_order(
                 given, diag, factor, z, scores.sign, variance_reduction, diagonal
@@ -280,21 +280,45 @@ def _centred_order(
     z: Tensor,
     sign: Tensor | None,
     noisy: int,
+    variance_reduction: bool,
     diagonal: bool,
 ) -> Tensor:
     """|kappa - e e^T|^2 - |I - e e^T|^2 per sample, averaged over the first `noisy` points.
 
-    Eq. 13 at sigma 1 reads |(c - 1) + F F^T + s s^T + I - z z^T|^2: with s = 0 and e as the noise.
+    With A = kappa - I = sigma^2 s2 this is |A|^2 + 2 <I - e e^T, A>: Eq. 13 at sigma 1, with s = 0
+    and e as the noise. Variance reduction subtracts 2 <I - z z^T, A0>, A0 at the clean point.
+    E[I - z z^T | x] = 0 and A0 does not depend on z, so that the expectation, and with it the
+    minimiser, is that of the plain loss. What is left is bounded as sigma -> 0: A and s = sigma s1
+    are O(sigma^2) and O(sigma), and over +-z, C = I - z z^T,
+        (<I - e+ e+^T, A+> + <I - e- e-^T, A->) - 2 <C, A0> = <C, A+ + A- - 2 A0>
+            - 2 (z^T A+ s+ - z^T A- s-) - (s+^T A+ s+ + s-^T A- s-),
+    a second difference of A, a first one of A s, and s^T A s: each O(sigma^4), the weight of a
+    level. (One <C, A> is O(sigma^2): its variance over sigma^8 is O(sigma^-4).)
     """
     error = (torch.stack([z, -z])[:noisy] + score[:noisy]).flatten(0, 1)
     nothing = torch.zeros_like(error)
-    flat = diag[:noisy].flatten(0, 1)
+    # Split, not sliced: the backward of each slice would fill a tensor of the whole size.
+    flat, *rest = _split(diag, noisy)
+    control = (rest[-1] * (1 - z.square())).sum(1) if variance_reduction else None
     if diagonal:
         loss = ops.d2sm_diag_loss(nothing, flat, error, 1.0, reduction="none")
     else:
-        columns = None if factor is None else factor[:noisy].flatten(0, 1)
+        columns = None
+        if factor is not None:
+            columns, *rest = _split(factor, noisy)
+            if control is not None:
+                along = (z.unsqueeze(1) @ rest[-1]).squeeze(1)
+                each = rest[-1].square().sum(1) - along.square()
+                control = control + (each if sign is None else each * sign).sum(1)
         loss = ops.d2sm_loss(nothing, flat, columns, error, 1.0, sign=sign, reduction="none")
-    return loss.reshape(noisy, z.shape[0]).mean(0)
+    loss = loss.reshape(noisy, z.shape[0]).mean(0)
+    return loss if control is None else loss - 2 * control
+
+
+def _split(value: Tensor, noisy: int) -> list[Tensor]:
+    """The first `noisy` points as rows of one batch, then each other point `(B, ...)`."""
+    first, *others = value.split([noisy] + [1] * (len(value) - noisy))
+    return [first.flatten(0, 1), *(other.squeeze(0) for other in others)]
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

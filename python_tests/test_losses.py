@@ -191,30 +191,123 @@ def test_detached_score_takes_gradients_from_the_first_term_alone():
     assert torch.autograd.grad(given, model.score)[0].abs().max() == 0
 
 
-@pytest.mark.parametrize("first_order", ["antithetic", "vr", "plain"])
-@pytest.mark.parametrize("head", ["plus", "signed", "diagonal"])
-def test_centred_term_is_the_distance_from_the_errors_made(head, first_order):
-    """Dense: |kappa - e e^T|^2 - |I - e e^T|^2 (or their diagonals), e = z + sigma s1, at +-z."""
-    sign = torch.tensor([1.0, -1.0], dtype=torch.float64) if head == "signed" else None
-    model = Field(0 if head == "diagonal" else 2, sign)
-    (x, noise), (sigma, alpha) = batch(), levels("rows")
-    _, terms = score_matching_loss(
-        model, x, sigma, alpha=alpha, variance_reduction=False, centred=True, noise=noise,
-        first_order=first_order, diagonal=head == "diagonal", reduction="none", return_terms=True,
-    )  # fmt: skip
-    eye, made = torch.eye(SIZE, dtype=torch.float64), []
-    for z in (noise, -noise) if first_order == "antithetic" else (noise,):
-        point = alpha.view(-1, 1, 1) * x + sigma.view(-1, 1, 1) * z
-        scores = model.unscaled(point).scaled(sigma)
-        e = (z + scores.score).flatten(1)
+def centred_term(model, x, noise, sigma, alpha, points, variance_reduction, diagonal):
+    """Dense, per sample: the mean of |kappa - e e^T|^2 - |I - e e^T|^2, e = z + sigma s1, over the
+    points, less 2 <I - z z^T, kappa - I> at the clean one to reduce variance; or by diagonals."""
+    eye = torch.eye(SIZE, dtype=torch.float64)
+
+    def at(z):
+        scores = model.unscaled(alpha.view(-1, 1, 1) * x + sigma.view(-1, 1, 1) * z).scaled(sigma)
         kappa = torch.diag_embed(scores.c.flatten(1))
         if scores.factor is not None:
-            weight = 1.0 if sign is None else sign
+            weight = 1.0 if model.sign is None else model.sign
             kappa = kappa + (scores.factor * weight) @ scores.factor.mT
-        outer = e.unsqueeze(2) * e.unsqueeze(1)
+        e = (z + scores.score.detach()).flatten(1)
+        return kappa, e.unsqueeze(2) * e.unsqueeze(1)
+
+    mask, made = eye if diagonal else torch.ones_like(eye), []
+    for z in (noise, -noise)[:points]:
+        kappa, outer = at(z)
         gap = (kappa - outer).square() - (eye - outer).square()
-        made.append((gap * eye if head == "diagonal" else gap).sum((1, 2)))
-    assert torch.allclose(terms["second"], torch.stack(made).mean(0), rtol=1e-9)
+        made.append((gap * mask).sum((1, 2)))
+    value = torch.stack(made).mean(0)
+    if variance_reduction:
+        z = noise.flatten(1)
+        control = (eye - z.unsqueeze(2) * z.unsqueeze(1)) * (at(0 * noise)[0] - eye)
+        value = value - 2 * (control * mask).sum((1, 2))
+    return value
+
+
+@pytest.mark.parametrize("variance_reduction", [True, False])
+@pytest.mark.parametrize("first_order", ["antithetic", "vr", "plain"])
+@pytest.mark.parametrize("head", ["plus", "signed", "rank_0", "diagonal"])
+def test_centred_term_is_the_distance_from_the_errors_made(head, first_order, variance_reduction):
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64) if head == "signed" else None
+    model = Field(0 if head in ("rank_0", "diagonal") else 2, sign)
+    (x, noise), (sigma, alpha) = batch(), levels("rows")
+    _, terms = score_matching_loss(
+        model, x, sigma, alpha=alpha, variance_reduction=variance_reduction, centred=True,
+        noise=noise, first_order=first_order, diagonal=head == "diagonal", reduction="none",
+        return_terms=True,
+    )  # fmt: skip
+    points = 2 if variance_reduction or first_order == "antithetic" else 1
+    wanted = centred_term(
+        model, x, noise, sigma, alpha, points, variance_reduction, head == "diagonal"
+    )
+    assert torch.allclose(terms["second"], wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["low_rank", "diagonal"])
+def test_centred_reduced_gradients_equal_the_oracles(head):
+    model = Field(0 if head == "diagonal" else 2)
+    (x, noise), (sigma, alpha) = batch(), levels("rows")
+    options = {"centred": True, "noise": noise, "alpha": alpha, "diagonal": head == "diagonal"}
+    value = score_matching_loss(model, x, sigma, gamma=0.0, **options)
+    wanted = centred_term(model, x, noise, sigma, alpha, 2, True, head == "diagonal").mean()
+    parameters = [model.diag, model.factor][: 2 if model.rank else 1]
+    for got, want in zip(
+        torch.autograd.grad(value, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        assert torch.allclose(got, want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_centred_reduced_loss_passes_gradcheck(rank):
+    (x, noise), (sigma, alpha) = batch(), levels("rows")
+    points, g = 3 * len(x), torch.Generator().manual_seed(8)
+    shapes = [(points, *DIMS), (points, *DIMS)] + ([(points, SIZE, rank)] if rank else [])
+    score, *heads = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    options = {"alpha": alpha, "centred": True, "noise": noise, "reduction": "none"}
+
+    def loss(*heads):
+        return score_matching_loss(lambda *_: Scores(score, *heads), x, sigma, gamma=0.0, **options)
+
+    assert torch.autograd.gradcheck(loss, [head.requires_grad_() for head in heads])
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("wrong", [1.0, 1.2])
+def test_centred_control_variate_has_no_mean(diagonal, wrong):
+    """The reduced gradient less the plain one, of the same draws, at a true and at a wrong s1."""
+    n, sigma = 20_000, 0.3
+    model = GaussianRows(n, sigma, 1.0, diagonal)
+    with torch.no_grad():
+        model.params["A"].mul_(wrong)
+        model.params["d"].mul_(0.8)
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    x = x @ torch.linalg.cholesky(model.covariance).mT
+    options = {"seed": 12, "diagonal": diagonal, "centred": True, "gamma": 0.0}
+    reduced = model.gradients(x, sigma, **options)
+    plain = model.gradients(x, sigma, variance_reduction=False, **options)
+    apart = {k: reduced[k] - plain[k] for k in reduced}
+    assert max(z_scores({k: v for k, v in apart.items() if k != "A"}).values()) < 4.5
+    assert apart["d"].abs().max() > 0.1
+    assert apart["A"].abs().max() == 0
+    assert all(v.var(0).sum() < plain[k].var(0).sum() for k, v in reduced.items() if k != "A")
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.7])
+def test_centred_reduced_loss_finds_the_second_moment_of_the_errors(sigma):
+    """s1 = -wrong P x: kappa = I - sigma^2 P + (wrong - 1)^2 sigma^2 P (I / P) P, in the mean."""
+    n, wrong = 200_000, 1.3
+    model = GaussianRows(n, sigma, 1.0, diagonal=True)
+    precision = model.params["A"][0].detach().clone()
+    with torch.no_grad():
+        model.params["A"].mul_(wrong)
+        model.params["d"].zero_()
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    x = x @ torch.linalg.cholesky(model.covariance).mT
+    options = {"diagonal": True, "centred": True, "gamma": 0.0, "scale_free": False, "seed": 3}
+    slope = model.gradients(x, sigma, **options)["d"]
+    # Quadratic in d with second derivative 2: one Newton step from 0 is the minimiser.
+    found = -slope.mean(0) / 2
+    # E[delta delta^T] = (wrong - 1)^2 P E[x~ x~^T] P = (wrong - 1)^2 P.
+    wanted = -precision.diagonal() + (wrong - 1) ** 2 * precision.diagonal()
+    spread = slope.std(0) / 2 / n**0.5
+    assert ((found - wanted) / spread).abs().max() < 4.5
+    assert (spread < 0.02 * wanted.abs()).all()
 
 
 def test_centred_term_leaves_the_score_alone():
@@ -278,6 +371,8 @@ def z_scores(grads):
         (True, "vr", False),
         (False, "plain", False),
         (False, "antithetic", True),
+        (True, "antithetic", True),
+        (True, "plain", True),
     ],
 )
 @pytest.mark.parametrize("diagonal", [True, False])
@@ -346,10 +441,13 @@ def slope(model, names, **options):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(("variance_reduction", "order"), [(True, 0), (False, -4)])
-def test_second_order_gradient_variance_has_the_papers_slope(rank, variance_reduction, order):
+def test_second_order_gradient_variance_has_the_papers_slope(
+    rank, variance_reduction, order, centred
+):
     model = FeatureRows(4000, rank)
-    options = {"variance_reduction": variance_reduction, "diagonal": rank == 0}
+    options = {"variance_reduction": variance_reduction, "diagonal": rank == 0, "centred": centred}
     names = ["diag", "factor"] if rank else ["diag"]
     assert slope(model, names, **options) == pytest.approx(order, abs=0.1)
 
@@ -534,8 +632,8 @@ RULE = "score_matching_loss: "
         ({"gamma": -1.0}, "gamma must be at least 0, got -1.0"),
         ({"gamma": math.nan}, "gamma must be at least 0, got nan"),
         (
-            {"centred": True},
-            "centred needs variance_reduction=False and detach_score=True, got True and True",
+            {"centred": True, "detach_score": False},
+            "detach_score must be True with centred, got False",
         ),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
         ({"sigma": math.inf}, "sigma must be positive and finite, got inf"),
