@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench.paper import __main__ as paper
-from bench.paper import claims, figures, mixing, networks, sets
+from bench.paper import claims, figures, mixing, networks, sets, table1
 from bench.paper.record import Record, Unfinished, mean_std
+from hos_ext import UnscaledScores
 
 for _extra in ("matplotlib", "safetensors", "arviz_stats"):
     pytest.importorskip(_extra)
@@ -220,51 +221,101 @@ def test_an_unknown_item_or_share_is_refused(capsys):
 # ----------------------------------------------------------------------------------------- formulas
 
 
+def dense_objective(net, x, z, sigma, kind, diagonal):
+    """Second-order terms by D x D matrices, and DSM-VR, mean over the batch, in float64."""
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+
+    def outer(v):
+        return v.unsqueeze(-1) * v.unsqueeze(-2)
+
+    score, psi, hessian = [], [], []
+    for point in (x + sigma * z, x - sigma * z, x):
+        found = net(point)
+        s2 = found.diag.diag_embed()
+        if found.factor is not None:
+            s2 = s2 + found.factor @ found.factor.mT
+        given = found.score if kind == "published" else found.score.detach()
+        score.append(found.score)
+        hessian.append(s2)
+        psi.append(s2 + outer(given))
+    first = (score[0] + z / sigma).square() - 2 / sigma * score[2] * z - z.square() / sigma**2
+    c = (eye - outer(z)) / sigma ** (1 if kind == "uncorrected" else 2)
+    mask = eye if diagonal and kind != "published" else torch.ones_like(eye)
+    if kind == "centred":
+        second = -2 * (c * mask * hessian[2])
+        for k, sign in ((0, 1), (1, -1)):
+            wanted = (outer(sign * z + sigma * score[k].detach()) - eye) / sigma**2
+            second = second + ((hessian[k] - wanted).square() - wanted.square()) * mask / 2
+    else:
+        second = (psi[0].square() + psi[1].square()) / 2 + c * (psi[0] + psi[1] - 2 * psi[2])
+        second = second * mask
+    weight = (1 if diagonal else 10) / sigma**2 if kind == "published" else 1
+    return (second.sum((1, 2)) + weight * first.sum(1)).mean()
+
+
+@pytest.mark.parametrize("kind", ["vr", "centred", *networks.PEERS])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_centred_loss_is_its_definition(diagonal):
+def test_objectives_are_their_definitions(kind, diagonal):
+    net = networks.Net(4, 0 if diagonal else 2, width=8, seed=0).double()
     generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    value = networks.objective(
+        net, x, z, 0.3, first_order="vr", second_order=kind, diagonal=diagonal,
+        detach=kind != "published",
+    )  # fmt: skip
+    wanted = dense_objective(net, x, z, 0.3, kind, diagonal)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-10)
+    parameters = list(net.parameters())
+    for got, want in zip(
+        torch.autograd.grad(value, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        assert torch.allclose(got, want, rtol=1e-8, atol=1e-10)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    score, diag, factor, z, sigma = draw(3, 5, 4), draw(3, 5, 4), draw(3, 5, 4, 2), draw(5, 4), 0.3
-    hessian = diag.diag_embed() + (0 if diagonal else 1) * factor @ factor.mT
-    eye = torch.eye(4, dtype=torch.float64)
+def test_the_dense_formulation_has_our_gradients():
+    found = table1.dense("normal pairs", 3, 4, 0.1, 0.001)
+    assert found["largest difference of gradients"] < 1e-4
+    assert found["dense / ours"] == pytest.approx(
+        found["dense, microseconds"] / found["ours, microseconds"]
+    )
 
-    def target(e: torch.Tensor) -> torch.Tensor:
-        return (e.unsqueeze(-1) * e.unsqueeze(-2) - eye) / sigma**2
 
-    mask = eye if diagonal else 1.0
-    expected = -2 * (-target(z) * mask * hessian[2]).sum((1, 2))
-    for k, sign in ((0, 1), (1, -1)):
-        wanted = target(sign * z + sigma * score[k]) * mask
-        expected += ((hessian[k] - wanted).square() - wanted.square()).sum((1, 2)) / 2
-    given = None if diagonal else factor
-    value = networks.centred_vr_loss(score, diag, given, z, sigma, diagonal=diagonal)
-    assert float(value) == pytest.approx(float(expected.mean()), rel=1e-12)
+class Constant(torch.nn.Module):
+    """Exact scores of a normal law but for a factor, and one learned diagonal."""
+
+    def __init__(self, law, sigma, wrong):
+        super().__init__()
+        self.law, self.wrong = law.noisy(sigma), wrong
+        self.diag = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def score(self, x):
+        return self.wrong * self.law.score(x)
+
+    def second(self, x):
+        return self.diag.expand_as(x), None
+
+    def forward(self, x):
+        return UnscaledScores(self.score(x), *self.second(x))
 
 
 def test_centred_loss_forgives_an_error_of_s1_that_eq_33_does_not():
-    # The best constant s2 of a normal law, by each loss, where s1 is too large by a tenth.
-    law = sets.ellipse()
-    sigma, wrong = 0.1, 1.1
-    noisy = law.noisy(sigma)
+    # The best constant diagonal of s2 of a normal law, by each loss.
+    law, sigma = sets.ellipse(), 0.1
     x = law.sample(200_000, seed=0)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    points = torch.stack([x + sigma * z, x - sigma * z, x])
-    score = wrong * torch.stack([noisy.score(p) for p in points])
-    truth = noisy.hessian_diag(x[:1])[0]
+    truth = law.noisy(sigma).hessian_diag(x[:1])[0]
     errors = {}
-    for name, loss in (
-        ("centred", lambda d: networks.centred_vr_loss(score, d, None, z, sigma, diagonal=True)),
-        ("eq 33", lambda d: networks.d2sm_diag_vr_loss(score, d, z, sigma)),
-    ):
+    for kind, wrong in (("centred", 1.1), ("vr", 1.1), ("vr", 1.0)):
+        net = Constant(law, sigma, wrong)
+        loss = networks.objective(
+            net, x, z, sigma, first_order="vr", second_order=kind, diagonal=True
+        )
         # Quadratic in d: one Newton step from zero, the second derivative is 2.
-        diag = torch.zeros(2, dtype=x.dtype, requires_grad=True)
-        (slope,) = torch.autograd.grad(loss(diag.expand(3, *x.shape)), diag)
-        errors[name] = float((-slope / 2 - truth).norm() / truth.norm())
-    assert errors["centred"] == pytest.approx(0.01, abs=0.01)
-    assert errors["eq 33"] == pytest.approx(0.21, abs=0.01)
+        (slope,) = torch.autograd.grad(loss, [net.diag])
+        errors[kind, wrong] = float((-slope / 2 - truth).norm() / truth.norm())
+    assert errors["centred", 1.1] == pytest.approx(0.01, abs=0.01)
+    assert errors["vr", 1.1] == pytest.approx(0.21, abs=0.01)
+    assert errors["vr", 1.0] == pytest.approx(0, abs=0.01)
 
 
 def test_posterior_draws_have_the_exact_moments():

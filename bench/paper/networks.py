@@ -27,6 +27,7 @@ from hos_ext import (
     dsm_loss,
     dsm_vr_loss,
     normal,
+    score_matching_loss,
 )
 from hos_ext.checks import require
 from hos_ext.storage import write_whole
@@ -42,6 +43,10 @@ PAPER: dict[str, Any] = {
     "first_order": "vr",
     "second_order": "vr",
 }
+# Second-order terms to compare with. "published": the loss of the authors' code by our closed form,
+# its weights, s1 not given, and a diagonal s2 matched as a whole matrix. "uncorrected": Eq. 33 with
+# C = (I - z z^T) / sigma for C = (I - z z^T) / sigma^2: it fits sigma (s2 + s1 s1^T) - s1 s1^T.
+PEERS = ("published", "uncorrected")
 BEST = PAPER | {"rate": 2e-3, "first_order": "antithetic", "second_order": "centred"}
 
 
@@ -118,13 +123,24 @@ def objective(
 
     Args:
         first_order: "plain" (Eq. 3), "vr" (Eq. 32) or "antithetic".
-        second_order: "none", "plain" (Eq. 13, 17), "vr" (Eq. 33 and its diagonal form) or
-            "centred" (`centred_vr_loss`).
+        second_order: "none", "plain" (Eq. 13, 17), "vr" (Eq. 33 and its diagonal form), "centred"
+            (`score_matching_loss` with centred) or one of PEERS.
         diagonal: the diagonal form of the second-order term.
         detach: s1 is given in the second-order term.
     """
+    if second_order == "centred":
+        return score_matching_loss(
+            lambda at, level: net(at).scaled(level),
+            x,
+            sigma,
+            first_order=first_order,  # type: ignore[arg-type]
+            diagonal=diagonal,
+            scale_free=False,
+            centred=True,
+            noise=noise,
+        )
     points = [x + sigma * noise]
-    three = second_order in ("vr", "centred")
+    three = second_order in ("vr", *PEERS)
     if first_order == "antithetic" or three:
         points.append(x - sigma * noise)
     if first_order == "vr" or three:
@@ -145,51 +161,18 @@ def objective(
     diag = diag.reshape(count, *x.shape)
     if factor is not None:
         factor = factor.reshape(count, *x.shape, -1)
-    if second_order == "centred":
-        return loss + centred_vr_loss(given, diag, factor, noise, sigma, diagonal=diagonal)
-    if second_order == "vr":
+    if second_order == "published":
+        weight = (1 if factor is None else 10) / sigma**2
+        return weight * loss + d2sm_vr_loss(given, diag, factor, noise, sigma)
+    if second_order == "uncorrected":
+        sigma = sigma**0.5
+    if second_order in ("vr", "uncorrected"):
         if diagonal:
             return loss + d2sm_diag_vr_loss(given, diag, noise, sigma)
         return loss + d2sm_vr_loss(given, diag, factor, noise, sigma)
     if diagonal:
         return loss + d2sm_diag_loss(given[0], diag[0], noise, sigma)
     return loss + d2sm_loss(given[0], diag[0], None if factor is None else factor[0], noise, sigma)
-
-
-def centred_vr_loss(
-    score: Tensor, diag: Tensor, factor: Tensor | None, noise: Tensor, sigma: float, *,
-    diagonal: bool,
-) -> Tensor:  # fmt: skip
-    """Eq. 33 with e e^T in place of z z^T, e = z + sigma s1: robust against errors of s1.
-
-    Eq. 13 fits s2 to -C - s1 s1^T, C = (I - z z^T) / sigma^2. Its mean given x~ is s2 if s1 is the
-    true one; with an error delta it is off by delta s1^T + s1 delta^T + delta delta^T, whose square
-    is about 2 |delta|^2 |s1|^2: in high dimension more than s2 itself. The target
-        T = -C + (s1 z^T + z s1^T) / sigma + s1 s1^T = -(I - e e^T) / sigma^2
-    is off by delta delta^T alone. At +z and -z the part of T that is odd in z leaves a first
-    difference over sigma, and C has the control variate of Eq. 33: the variance stays bounded as
-    sigma falls.
-
-    Args:
-        score: at +, -, clean, given. Shape (3, B, D).
-        diag, factor: likewise, (3, B, D) and (3, B, D, r) or None.
-        diagonal: fit diag s2 alone.
-    """
-    errors = (torch.stack([noise, -noise]) + sigma * score[:2]).flatten(0, 1)
-    nothing = torch.zeros_like(errors)
-    # Split, not sliced: the backward of each slice would fill a tensor of the whole size.
-    both, clean = diag.split([2, 1])
-    control = (clean[0] * (1 - noise.square())).sum(1)
-    if diagonal:
-        loss = d2sm_diag_loss(nothing, both.flatten(0, 1), errors, sigma)
-    elif factor is None:
-        loss = d2sm_loss(nothing, both.flatten(0, 1), None, errors, sigma)
-    else:
-        columns, last = factor.split([2, 1])
-        loss = d2sm_loss(nothing, both.flatten(0, 1), columns.flatten(0, 1), errors, sigma)
-        along = (noise.unsqueeze(1) @ last[0]).square().sum((1, 2))
-        control = control + last[0].square().sum((1, 2)) - along
-    return loss - 2 * control.mean() / sigma**2
 
 
 def batches(law: Any, batch: int, seed: int) -> Callable[[int], Tensor]:
