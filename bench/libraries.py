@@ -6,10 +6,12 @@ What cannot be measured is named with its reason, never left out in silence.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +72,114 @@ def langevin_steps(batch: int, size: int) -> dict[str, Callable[[], Tensor]]:
                 f"langevin_steps: noise of {name} must have variance 1, got an error of {error:.3g}"
             )
     return steps
+
+
+def mixture_chains(
+    peer: str,
+    method: str,
+    weights: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    init: Tensor,
+    *,
+    step_size: float,
+    n_steps: int,
+    seed: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """Chains of a Gaussian mixture by a package, its density written with that package.
+
+    Args:
+        peer: "blackjax" or "torchebm".
+        method: "langevin", or "mala" (blackjax alone has it).
+        weights, means, covariances: of the mixture.
+        init: one start for each chain (chain, D).
+        step_size: h, of x + h s1 + sqrt(2 h) z, which is the convention of both packages.
+        n_steps: states kept, all of them.
+        seed: of the package's own generator.
+
+    Returns:
+        draws (chain, draw, D) in float32, and {"seconds" of the processor, compilation left out,
+        "acceptance" for mala}.
+
+    Raises:
+        NotMeasured: the package cannot be imported, or has no such method.
+    """
+    chains = {"blackjax": _blackjax_chains, "torchebm": _torchebm_chains}[peer]
+    parts = [weights.float(), means.float(), covariances.double()]
+    precision = torch.linalg.inv(parts[2]).float()
+    log_weight = weights.double().log() - 0.5 * torch.logdet(parts[2])
+    return chains(method, log_weight.float(), parts[1], precision, init.float(), step_size,
+                  n_steps, seed)  # fmt: skip
+
+
+def _blackjax_chains(
+    method: str, log_weight: Tensor, means: Tensor, precision: Tensor, init: Tensor,
+    step_size: float, n_steps: int, seed: int,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    blackjax, jax = load("blackjax"), load("jax")
+    jnp = jax.numpy
+    a, m, p, start = (jnp.asarray(t.numpy()) for t in (log_weight, means, precision, init))
+
+    def log_prob(x: Any) -> Any:
+        return jax.nn.logsumexp(a - 0.5 * jnp.einsum("ki,kij,kj->k", x - m, p, x - m))
+
+    if method == "mala":
+        kernel = blackjax.mala(log_prob, step_size=step_size)
+
+        def step(state: Any, key: Any) -> Any:
+            state, info = jax.vmap(kernel.step)(jax.random.split(key, len(init)), state)
+            return state, (state.position, info.acceptance_rate.mean())
+
+        state = jax.vmap(kernel.init)(start)
+    else:
+        gradient = jax.grad(log_prob)
+        kernel = blackjax.sgld(lambda x, minibatch: gradient(x))
+        move = jax.vmap(lambda key, x: kernel.step(key, x, None, step_size))
+
+        def step(state: Any, key: Any) -> Any:
+            state = move(jax.random.split(key, len(init)), state)
+            return state, (state, jnp.ones(()))
+
+        state = start
+
+    @jax.jit
+    def run(state: Any, key: Any) -> Any:
+        return jax.lax.scan(step, state, jax.random.split(key, n_steps))[1]
+
+    key = jax.random.key(seed)
+    compiled = run.lower(state, key).compile()
+    began = time.process_time()
+    draws, rates = jax.block_until_ready(compiled(state, key))
+    found = {"seconds": time.process_time() - began}
+    if method == "mala":
+        found["acceptance"] = float(rates.mean())
+    return torch.from_numpy(np.array(draws)).transpose(0, 1), found
+
+
+def _torchebm_chains(
+    method: str, log_weight: Tensor, means: Tensor, precision: Tensor, init: Tensor,
+    step_size: float, n_steps: int, seed: int,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    if method != "langevin":
+        raise NotMeasured(f"torchebm: not measured, it has no {method}")
+    integrator = load("torchebm.integrators").EulerMaruyamaIntegrator(
+        device=torch.device("cpu"), dtype=torch.float32
+    )
+
+    def score(x: Tensor, t: Any = None) -> Tensor:
+        gap = x.unsqueeze(1) - means
+        pull = (precision @ gap.unsqueeze(-1)).squeeze(-1)
+        part = (log_weight - 0.5 * (gap * pull).sum(-1)).softmax(-1)
+        return -(part.unsqueeze(-1) * pull).sum(1)
+
+    kept = []
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(seed)
+        began, x = time.process_time(), init
+        for _ in range(n_steps):
+            x = integrator.step({"x": x}, step_size, drift=score, noise_scale=1.0)["x"]
+            kept.append(x)
+    return torch.stack(kept, 1), {"seconds": time.process_time() - began}
 
 
 def fused_langevin() -> None:

@@ -12,35 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from . import memory, networks, rows, timer
+from . import networks, rows, second_order, timer
 from .conftest import alone
-
-RUNS = 7
-OP = "second_order_score"
-
-
-def _check(network: str, found: dict[str, networks.Scaled]) -> None:
-    """The Jacobians agree; the assembled head is what the structured one says."""
-    whole = {
-        name: [scaled.call()]
-        for name, scaled in found.items()
-        if scaled.mode == "Hessian" and not scaled.rank and not name.startswith("jacfwd")
-    }
-    timer.agree(whole, against="row loop", rtol=1e-4)
-    rows_, columns = whole["row loop"][0], {}
-    side = rows_.shape[1]  # the block that rows and columns share
-    for name, scaled in found.items():
-        if name.startswith("jacfwd"):
-            columns[name] = [scaled.call()[:, :, :side].mT]
-    timer.agree({"row loop": [rows_[:, :, :side]]} | columns, against="row loop", rtol=1e-4)
-    for name, scaled in found.items():
-        if name.startswith("hos_ext assembled"):
-            own = found[name.replace("assembled", "structured")].call()
-            dense = torch.diag_embed(own.diag.flatten(1)) + own.factor @ own.factor.mT
-            results = {"structured": [dense], name: [scaled.call()]}
-            timer.agree(results, against="structured", rtol=1e-5)
+from .second_order import OP
 
 
 @pytest.mark.parametrize("network", ["MLP", "UNet"])
@@ -52,27 +27,8 @@ def test_second_order_score(
     network: str,
 ) -> None:
     ranks = networks.RANKS[:1] if tiny else networks.RANKS
-    found = networks.second_order(network, ranks, tiny=tiny)
-    _check(network, found)
-    size = networks.points(network)[0].numel()
-    measured = timer.measure(
-        {name: scaled.call for name, scaled in found.items()},
-        seconds=0,
-        least=2 if tiny else RUNS,
-        blocks=1,
-    )
-    once = measured["score"].median
-    times = {name: found[name].whole(timing, once) for name, timing in measured.items()}
-    for name, timing in times.items():
-        scaled = found[name]
-        shape = (networks.BATCH, size, scaled.rank)
-        peak = None
-        if not tiny and name != "score":
-            peak = memory.peak_mib("second_order", network, name, scaled.rank)
-            peak += scaled.missing / 2**20
-        record(
-            [rows.row(OP, name, f"{network} {scaled.mode}", shape, timing=timing, peak_mib=peak)]
-        )
+    found, times, made = second_order.measure(network, ranks, tiny=tiny)
+    record(made)
     _note_ratios(note, network, found, times)
     benchmark.group = f"{OP} {network}"
     benchmark.extra_info["medians_us"] = {name: t.median for name, t in times.items()}

@@ -1,13 +1,19 @@
-"""The paper's tables and figures: `python -m bench.paper table1 | table3 | fig1 | ... | all`.
+"""The paper's tables and figures: `python -m bench.paper table1 | fig1 | ... | all | page`.
 
 Every item writes a page, a csv file, a figure and its settings to bench/results/paper. What is
 finished is kept cell by cell: a run that was stopped goes on where it was, and items share cells.
-On two cores run it twice, with --share 0/2 and --share 1/2, and then once more without.
+On two cores run it twice, with --share 0/2 and --share 1/2, and then once more without. `page`
+computes nothing: it renders what the cells that are there allow. Times (table2, costs in claims,
+rates in table3) are worth what the machine's other work leaves of them: run those items alone.
+
+fig3, fig4 and fig7 to fig10 train on MNIST and CIFAR-10: --data, or HOS_DATA, names the folder with
+mnist/train.parquet, mnist/test.parquet, cifar10/train.parquet and cifar10/test.parquet.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,16 +21,19 @@ from pathlib import Path
 
 import torch
 
-from . import claims, figures, mixing, table1
-from .networks import ROOT
-from .record import Record, Unfinished, write_page
+from . import chains, claims, figures, images, mixing, networks, table1, table2
+from .record import Folders, Record, Unfinished, write_page
 
-ITEMS: dict[str, Callable[[Record], None]] = {
+_GIVEN: dict[str, Callable[[Record], None]] = {
     "table1": table1.run,
+    "table2": table2.run,
     **mixing.ITEMS,
     **figures.ITEMS,
-    **claims.ITEMS,
+    **images.ITEMS,
+    **chains.ITEMS,
 }
+ITEMS = {name: _GIVEN[name] for name in sorted(_GIVEN, key=lambda n: (n[0] == "f", len(n), n))}
+ITEMS |= claims.ITEMS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,8 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = f"{', '.join(ITEMS)}, or all"
-    parser.add_argument("items", nargs="+", choices=[*ITEMS, "all"], metavar="item", help=known)
+    known = f"{', '.join(ITEMS)}, all, or page"
+    parser.add_argument(
+        "items", nargs="+", choices=[*ITEMS, "all", "page"], metavar="item", help=known
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small settings that show that an item works"
     )
@@ -48,26 +59,36 @@ def main(arguments: Sequence[str]) -> int:
         metavar="I/N",
         help="compute every N-th missing cell, from the I-th on",
     )
+    parser.add_argument(
+        "--data", type=Path, help="folder of MNIST and CIFAR-10; default the variable HOS_DATA"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of trained models; default runs/paper, or in OUT if quick"
+    )
     options = parser.parse_args(arguments)
     out = options.out
     if out is None:
-        out = ROOT / ("build/paper" if options.quick else "bench/results/paper")
+        out = networks.ROOT / ("build/paper" if options.quick else "bench/results/paper")
+    data = options.data or (Path(os.environ["HOS_DATA"]) if "HOS_DATA" in os.environ else None)
+    runs = options.runs or (out / "runs" if options.quick else networks.ROOT / "runs" / "paper")
     torch.set_num_threads(1)  # the same results on any machine, and several processes side by side
-    names = list(ITEMS) if "all" in options.items else list(dict.fromkeys(options.items))
-    left = 0
+    page = "page" in options.items
+    names = list(ITEMS) if page or "all" in options.items else list(dict.fromkeys(options.items))
+    left: dict[str, str] = {}
     for name in names:
-        record = Record(name, out, quick=options.quick, share=options.share)
+        share = None if page else options.share
+        record = Record(name, out, quick=options.quick, share=share, folders=Folders(data, runs))
         began = time.perf_counter()
         try:
             ITEMS[name](record)
         except Unfinished as unfinished:
             print(unfinished, flush=True)
-            left += 1
+            left[name] = str(unfinished).partition(": ")[2]
             continue
         seconds = time.perf_counter() - began
         print(f"{name}: {record.computed} cells computed, {seconds:.1f} s", flush=True)
-    write_page(out, list(ITEMS))
-    return 1 if left else 0
+    write_page(out, list(ITEMS), left)
+    return 1 if left and not page else 0
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import libraries
 from hos_ext import (
     DenseScores,
     UnscaledScores,
@@ -180,14 +181,13 @@ def _bias(
     }
 
 
-def _quality(name: str, chains: Chains, seconds: float) -> dict[str, Any]:
+def _quality(name: str, draws: Tensor, stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Smallest ESS of a chain by two rules, ESS per second, and mode changes."""
-    draws = chains.draws
     count = len(draws)
-    found: dict[str, Any] = {"diverged": int(chains.stats["diverged"].sum())}
+    found: dict[str, Any] = {"diverged": int(stats["diverged"].sum())}
     if found["diverged"]:
         return found
-    accepted = chains.stats.get("acceptance")
+    accepted = stats.get("acceptance")
     found |= {
         "cutoff": min_ess(draws, method="cutoff") / count,
         "bulk": min_ess(draws) / count,
@@ -239,7 +239,8 @@ def mix(
         close = bias.get("kolmogorov", math.inf) <= TOLERANCE
         if found["best"] is not None and not close:
             continue
-        quality = {"step_size": h, **_quality(name, *_run(*case)), **bias}
+        run, seconds = _run(*case)
+        quality = {"step_size": h, **_quality(name, run.draws, run.stats, seconds), **bias}
         if found["best"] is None:
             found["best"] = quality
         if close and not quality["diverged"]:
@@ -260,9 +261,32 @@ def trace(
         "path": [[round(v, 3) for v in point] for point in found.draws[0].tolist()],
         "iterations": parts,
         "ess": [min_ess(found.draws[:, :k], method="cutoff") / len(found.draws) for k in parts],
-        **_quality(name, found, seconds),
+        **_quality(name, found.draws, found.stats, seconds),
         **_bias(*case),
     }
+
+
+def peer(
+    name: str, package: str, method: str, seed: int, step_size: float, chains: int, n: int
+) -> dict[str, Any]:
+    """Chains of another package on the exact density, at a step found for our method."""
+    law = _noisy(name)
+    draws, facts = libraries.mixture_chains(
+        package, method, law.weights, law.means, law.covariances,
+        _start(name, "exact", chains, seed), step_size=step_size, n_steps=n // 5 + n, seed=seed,
+    )  # fmt: skip
+    kept = draws[:, n // 5 :]
+    lost = int((~draws[:, -1].isfinite().all(1)).sum())
+    stats: dict[str, Any] = {"diverged": torch.tensor([lost])}
+    if "acceptance" in facts:
+        stats["acceptance"] = torch.tensor([facts["acceptance"]])
+    quality = _quality(name, kept, stats, facts["seconds"])
+    if lost:
+        return quality
+    exact = law.sample(_DRAWS, seed=_EXACT + 1000 + seed)
+    ends = kept[:, -1].double()
+    gap = max(kolmogorov(a, b) for a, b in zip(ends.mT, exact.mT, strict=True))
+    return quality | {"kolmogorov": gap}
 
 
 # ------------------------------------------------------------------------------------------- items
@@ -366,7 +390,73 @@ def table3(record: Record) -> None:
         "Smallest ESS by the cut-off rule. Full: at the fastest step within the tolerance; "
         "outlines: at the fastest step, whatever its bias.",
     )
+    for name, (theirs, ozaki) in zip(sets.PLANE, PAPER.values(), strict=True):
+        for scores in (scores for case, scores in cases if case == name):
+            base = _mean(found[name, scores, "langevin"], "close", "cutoff")
+            family = {m: _mean(found[name, scores, m], "close", "cutoff") for m in METHODS}
+            best = max((m for m in METHODS if "ozaki" in m and not math.isnan(family[m])),
+                       key=family.__getitem__, default="ozaki")  # fmt: skip
+            record.compare(
+                f"ESS over Langevin's, {name}, {scores} scores, fastest step within the tolerance",
+                f"{ozaki / theirs:.2f}x",
+                f"ozaki {family['ozaki'] / base:.2f}x, {best} {family[best] / base:.2f}x",
+            )
+    _peers(record, seeds, found)
     record.close("Table 3: mixing")
+
+
+_PACKAGES = (("blackjax", "langevin"), ("blackjax", "mala"), ("torchebm", "langevin"))
+
+
+def _peers(
+    record: Record,
+    seeds: Sequence[int],
+    found: Mapping[tuple[str, str, str], Sequence[dict[str, Any]]],
+) -> None:
+    """Other packages at the steps of our methods, exact scores."""
+    size = {key: _sizes(record.quick)[key] for key in ("chains", "n")}
+    rows, missing = [], []
+    for package, method in _PACKAGES[:: 2 if record.quick else 1]:  # compilation takes seconds
+        work, ours = [], []
+        for name, scores, own in found:
+            if scores == "exact" and own == method:
+                for seed, result in zip(seeds, found[name, scores, own], strict=True):
+                    chosen = result["close"] or result["best"]
+                    if chosen is not None and not chosen["diverged"]:
+                        step = chosen["step_size"]
+                        work.append({"name": name, "package": package, "method": method,
+                                     "seed": seed, "step_size": step, **size})  # fmt: skip
+                        ours.append(chosen)
+        try:
+            theirs = record.cells(work, peer)
+        except libraries.NotMeasured as reason:
+            missing.append(str(reason))
+            continue
+        for name in dict.fromkeys(settings["name"] for settings in work):
+            places = [i for i, settings in enumerate(work) if settings["name"] == name]
+            for label, results in ((package, theirs), ("hos_ext", ours)):
+                own_results = [results[i] for i in places]
+                if any(r["diverged"] for r in own_results):
+                    continue
+                line: dict[str, Any] = {"set": name, "method": method, "by": label}
+                line["h"] = ", ".join(f"{h:g}" for h in sorted({work[i]["step_size"]
+                                                               for i in places}))  # fmt: skip
+                for title, key in (("ESS, cut-off", "cutoff"), ("ESS, bulk", "bulk")):
+                    line[title] = plus_minus([r[key] for r in own_results])
+                rate = mean_std([r["cutoff per second"] for r in own_results])[0]
+                line["ESS/s, cut-off"] = f"{rate:,.0f}"
+                accepted = [r["acceptance"] for r in own_results]
+                line["accepted"] = "" if None in accepted else f"{mean_std(accepted)[0]:.2f}"
+                rows.append(line)
+    record.text(
+        "**Peers**: the Langevin chains of other packages on the same exact densities, at our "
+        "steps and with as many chains; theirs in float32, compilation left out, ours in float64. "
+        "Seconds are of all processor cores together."
+        + "".join(f" {reason}." for reason in missing)
+    )
+    if rows:
+        record.table("Langevin by other packages", rows)
+        record.rows([{"peers": True, **row} for row in rows])
 
 
 def _mean(results: Sequence[dict[str, Any]], choice: str, key: str) -> float:

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -33,13 +33,21 @@ NeurIPS 2021, arXiv:2111.04726. Every item is one command, `python -m bench.pape
 marked as the paper's are printed there, all others were measured here. What the paper does not
 give (covariances, mixture parameters, steps, batches) is fixed in `bench/paper/sets.py` and in the
 texts below: ratios and orderings can be compared, absolute values cannot. Every seed that was run
-is in the tables. For each item ITEM.csv holds the table in full precision, ITEM.jsonl every cell
-with its settings, seed, machine, commit and time, and ITEM.json their sum.
+is in the tables. Under each item stand machine, commits and time; ITEM.csv holds its table in full
+precision, ITEM.jsonl every cell with its settings, seed, machine, commit and time, ITEM.json their
+sum.
 """
 
 
 class Unfinished(RuntimeError):
-    """Cells of this item belong to another share and are not there yet."""
+    """Cells of this item are not there yet and are not computed here."""
+
+
+class Folders(NamedTuple):
+    """Of the data, None where it is not known, and of the runs of training."""
+
+    data: Path | None
+    runs: Path
 
 
 class Record:
@@ -50,20 +58,35 @@ class Record:
         out: the folder of all items.
         quick: small settings, to show that the item works; its numbers mean nothing.
         share: (i, n): of n processes this one computes every n-th missing cell, from the i-th on.
+            None: it computes nothing.
+        folders: where data and trained models are; no result depends on that.
     """
 
     def __init__(
-        self, item: str, out: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1)
+        self,
+        item: str,
+        out: Path,
+        *,
+        quick: bool = False,
+        share: tuple[int, int] | None = (0, 1),
+        folders: Folders | None = None,
     ) -> None:
         self.item, self.out, self.quick, self.share = item, out, quick, share
+        self.folders = folders or Folders(None, out / "runs")
         self.computed = 0
         self._used: list[dict[str, Any]] = []
+        self._compared: list[dict[str, str]] = []
         self._sections: list[str] = []
         self._rows: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def cells(
-        self, work: Sequence[Mapping[str, Any]], compute: Callable[..., Any], *, of: str = ""
+        self,
+        work: Sequence[Mapping[str, Any]],
+        compute: Callable[..., Any],
+        *,
+        of: str = "",
+        placed: bool = False,
     ) -> list[Any]:
         """The results of `compute(**settings)` for each settings, from the file where they are.
 
@@ -71,6 +94,7 @@ class Record:
             work: settings of each cell: plain JSON, keyword arguments of compute.
             compute: returns plain JSON.
             of: the item that the cells belong to, if it is another one.
+            placed: compute takes `self.folders` before the settings.
 
         Raises:
             Unfinished: cells of another share are missing; those of this one are done.
@@ -82,11 +106,12 @@ class Record:
         missing = [
             (key, settings) for key, settings in zip(keys, work, strict=True) if key not in known
         ]
-        first, step = self.share
-        here = rows.environment() if missing else {}
-        for key, settings in missing[first::step]:
+        mine = [] if self.share is None else missing[self.share[0] :: self.share[1]]
+        here = rows.environment() if mine else {}
+        given = [self.folders] if placed else []
+        for key, settings in mine:
             began = time.perf_counter()
-            result = plain_json(compute(**settings))
+            result = plain_json(compute(*given, **settings))
             line = {
                 "kind": kind,
                 "settings": dict(settings),
@@ -99,11 +124,18 @@ class Record:
             self.computed += 1
         left = [key for key in keys if key not in known]
         if left:
-            raise Unfinished(
-                f"{self.item}: {len(left)} of {len(keys)} cells are left to other shares"
-            )
+            where = "not computed yet" if self.share is None else "left to other shares"
+            raise Unfinished(f"{self.item}: {len(left)} of {len(keys)} cells are {where}")
         self._used += [known[key] for key in keys]
         return [known[key]["result"] for key in keys]
+
+    def adopt(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """What was measured elsewhere: "settings", "seconds" and the environment of a row."""
+        self._used += [dict(line) for line in lines]
+
+    def compare(self, quantity: str, paper: str, ours: str) -> None:
+        """A line of the table at the head of the page of all items."""
+        self._compared.append({"quantity": quantity, "paper": paper, "ours": ours})
 
     def text(self, paragraph: str) -> None:
         """A paragraph of the page."""
@@ -134,7 +166,9 @@ class Record:
         places = ("machine", "device", "torch", "commit", "dirty", "date")
         facts = {
             "item": self.item,
+            "title": title,
             "quick": self.quick,
+            "compared": self._compared,
             "cells": len(self._used),
             "seconds": round(sum(line["seconds"] for line in self._used), 1),
             **{key: sorted({str(line[key]) for line in self._used}) for key in places},
@@ -159,11 +193,28 @@ class Record:
         write_whole(self.out / f"{self.item}.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def write_page(out: Path, items: Sequence[str]) -> None:
-    """README.md: the pages of the items that are there, in this order."""
-    pages = [out / f"{item}.md" for item in items]
-    found = [page.read_text() for page in pages if page.exists()]
-    write_whole(out / "README.md", "\n".join([_HEAD, *found]).encode())
+def write_page(out: Path, items: Sequence[str], missing: Mapping[str, str]) -> None:
+    """README.md: a table of all items, ours beside the paper's, then the pages that are there.
+
+    Args:
+        items: in their order on the page.
+        missing: why an item has no page, or what its page lacks.
+    """
+    lines = ["| item | quantity | the paper's | ours |", "|" + " --- |" * 4]
+    pages = []
+    for item in items:
+        path = out / f"{item}.json"
+        if not path.exists():
+            lines.append(f"| {item} | not run: {missing.get(item, 'no cells')} | | |")
+            continue
+        facts = json.loads(path.read_text())
+        pages.append((out / f"{item}.md").read_text())
+        name = f"[{item}]({item}.md)" + " (quick)" * facts["quick"]
+        if item in missing:
+            lines.append(f"| {name} | older than its cells: {missing[item]} | | |")
+        for row in facts["compared"] or [{"quantity": facts["title"], "paper": "", "ours": ""}]:
+            lines.append(f"| {name} | {row['quantity']} | {row['paper']} | {row['ours']} |")
+    write_whole(out / "README.md", "\n".join([_HEAD, *lines, "", *pages]).encode())
 
 
 def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
