@@ -29,7 +29,9 @@ from . import images
 from .record import BLUE, GREEN, ORANGE, Folders, Record, panels
 
 SIGMA = 1.0  # half of the range of a pixel
-STEP_SIZES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # in units of sigma^2
+# In units of sigma^2. The precision of noisy pixels is at most 1 / sigma^2: beyond the last one an
+# Ozaki step hardly changes (exp(-3.2) = 0.04), and from 2 on one of Langevin is unstable.
+STEP_SIZES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 # The largest step counts whose chains, begun at noisy validation digits, keep E|s1|^2 = -E tr s2,
 # which holds for the law of the score itself, to a tenth of what it is at the start.
 TOLERANCE = 0.1
@@ -321,16 +323,17 @@ class _Found(NamedTuple):
 
 def _everything(record: Record) -> _Found:
     """The cells of both figures; they are those of Figure 7."""
-    quick = record.quick
-    size, options = _sizes(quick), {"of": "fig7", "placed": True}
-    (judged,) = record.cells([{"epochs": size["epochs"], "quick": quick}], judge, **options)
+    quick, size = record.quick, _sizes(record.quick)
+    only = [{"epochs": size["epochs"], "quick": quick}]
+    (judged,) = record.cells(only, judge, of="fig7", placed=True)
     grid = list(STEP_SIZES[:2] if quick else STEP_SIZES)
     few = {"chains": 4, "iterations": 4} if quick else {"chains": 32, "iterations": 40}
     work = [
         {"method": method, "step_sizes": grid, **few, "quick": quick}
         for method in ("langevin", "ozaki")
     ]
-    searches = dict(zip(_VARIANTS, record.cells(work, search, **options), strict=False))
+    results = record.cells(work, search, of="fig7", placed=True)
+    searches = dict(zip(_VARIANTS, results, strict=False))
     langevin, ozaki = (searches[method]["chosen"] for method in ("langevin", "ozaki"))
     steps = dict(
         zip(_VARIANTS, (("langevin", langevin), ("ozaki", ozaki), ("ozaki", langevin)), strict=True)
@@ -341,7 +344,7 @@ def _everything(record: Record) -> _Found:
         for digit in digits
         for method, step in steps.values()
     ]
-    results = record.cells(work, wander, **options)
+    results = record.cells(work, wander, of="fig7", placed=True)
     apart = {v: results[place :: len(steps)] for place, v in enumerate(_VARIANTS)}
     return _Found(judged["accuracy"], steps, searches, apart)
 
@@ -367,17 +370,17 @@ def fig7(record: Record) -> None:
     found = _everything(record)
     size = _sizes(record.quick)
     digits = range(len(found.runs["langevin"]))
-    figure, axes = panels(len(digits), 2 * size["shown"], 0.36)
+    figure, axes = panels(len(digits), 2 * size["shown"] + 1, 0.36)  # a column between the two
     for digit in digits:
         for side, variant in enumerate(_VARIANTS[:2]):
             pictures = images.unpack(found.runs[variant][digit]["pictures"])
             for column, picture in enumerate(pictures):
-                images.show(axes[digit, side * size["shown"] + column], picture, "image")
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+                axis = axes[digit, side * (size["shown"] + 1) + column]
+                images.show(axis, picture, "image")
+    for axis in axes[:, size["shown"]]:
+        axis.axis("off")
     for side, variant in enumerate(_VARIANTS[:2]):
-        axes[0, side * size["shown"]].set_title(variant, fontsize=6, loc="left")
+        axes[0, side * (size["shown"] + 1)].set_title(variant, fontsize=6, loc="left")
     record.text(_settings(found, record.quick))
     rows = [
         {"method": v, "h / sigma^2": step}

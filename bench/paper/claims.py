@@ -57,10 +57,12 @@ def _joint(record: Record) -> None:
     for settings, result in zip(work, record.cells(work, first_order), strict=True):
         key = (settings["name"], settings["sigma"], settings["kind"])
         found.setdefault(key, []).append(result["s1"])
-    rows = []
+    rows, over = [], []
     for (name, sigma, kind), values in found.items():
         mean, std = mean_std(values)
         alone = mean_std(found[name, sigma, "alone"])[0]
+        if kind == "joint":
+            over.append(mean / alone)
         row = {"set": name, "sigma": sigma, "s1 trained": kind}
         rows.append(row | {"relative error": plus_minus(values), "over alone": mean / alone})
         record.rows([{"claim": "joint", **row, "value": mean, "std": std}])
@@ -71,6 +73,11 @@ def _joint(record: Record) -> None:
         "are the same up to rounding."
     )
     record.table("Squared error of s1 over its square", rows)
+    record.compare(
+        "error of the joint s1 over that of DSM alone",
+        "as good",
+        f"{min(over):.3g}x to {max(over):.3g}x",
+    )
 
 
 # -------------------------------------------------------------------------- variance reduction
@@ -139,6 +146,7 @@ def _reduction(record: Record) -> None:
     work = [{"name": name, "sigma": sigma, **size} for name in names for sigma in sigmas]
     results = record.cells(work, gradient_variance)
     rows = []
+    ends: dict[str, str] = {}
     figure, axes = panels(1, len(names), 2.2)
     for index, (name, axis) in enumerate(zip(names, axes.flat, strict=True)):
         own = results[index * len(sigmas) : (index + 1) * len(sigmas)]
@@ -150,6 +158,7 @@ def _reduction(record: Record) -> None:
             row |= {f"sigma {s:g}": f"{r:.3g}" for s, r in zip(sigmas, ratio, strict=True)}
             at = crossing(sigmas, ratio, _EVALUATIONS[term])
             row["pays below sigma"] = "all levels" if at is None and ratio[-1] > 1 else at
+            ends[f"{name}, {term}"] = f"{ratio[0]:.3g} and {ratio[-1]:.3g}"
             rows.append(row)
             record.rows(
                 [{"claim": "variance", "set": name, "term": term, "sigma": s, "value": r}
@@ -167,6 +176,11 @@ def _reduction(record: Record) -> None:
         "the ratio is above that (dotted)."
     )
     record.table("Gradient variance, plain over reduced", rows)
+    record.compare(
+        f"gradient variance, plain over reduced, at sigma {sigmas[0]:g} and {sigmas[-1]:g}",
+        "crucial at small sigma, optional at large",
+        "; ".join(f"{case} {values}" for case, values in ends.items()),
+    )
     record.figure(figure, "Gradient variance of the plain loss over that of the reduced one.")
 
 
@@ -263,6 +277,13 @@ def _cost(record: Record) -> None:
                               "value": result[label]}])  # fmt: skip
             rows.append(row)
         record.table(f"{title} (over {base})", rows)
+        shown = ("ozaki", "joint, diagonal, plain", "joint, diagonal, VR", "joint, rank 20, VR")
+        record.compare(
+            f"{title}, over {base}, D = {dims[-1]}",
+            "about as much",
+            "; ".join(f"{label} {results[-1][label] / results[-1][base]:.2f}x"
+                      for label in shown if label in results[-1]),
+        )  # fmt: skip
 
 
 def claims(record: Record) -> None:

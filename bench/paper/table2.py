@@ -23,7 +23,7 @@ PAPER = {
 _RUN = "row loop"
 
 
-def score_times(network: str, ranks: list[int], tiny: bool) -> list[rows.Row]:
+def score_times(network: str, ranks: list[int], tiny: bool) -> list[dict[str, str]]:
     """The rows of one network, with the suite's threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(rows.THREADS)
@@ -60,8 +60,8 @@ def run(record: Record) -> None:
         own = list(networks.DIMS)[: 1 if record.quick else None]
         work = [{"network": name, "ranks": ranks, "tiny": record.quick} for name in own]
         cells = record.cells(work, score_times)
-        here = {"machine": "this machine", "device": "", "torch": ""}
-        lines = [{**here, **row} for cell in cells for row in cell]
+        here: dict[str, str] = {"machine": "this machine", "device": "", "torch": ""}
+        lines = [here | row for cell in cells for row in cell]
     record.text(
         f"The second-order score at {networks.BATCH} points: the learned head, as diagonal and "
         "factor (`structured`) or as D x D matrices (`assembled`), against automatic "
