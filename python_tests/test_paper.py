@@ -510,7 +510,8 @@ def normal_digits(monkeypatch):
     return Folders(None, None)
 
 
-def test_search_takes_the_largest_step_that_keeps_the_law(normal_digits):
+def test_search_takes_the_largest_step_that_keeps_the_law(normal_digits, monkeypatch):
+    monkeypatch.setattr(chains, "TOLERANCE", 0.6)
     # Langevin's variance is 1 / (1 - h / (2 (0.2 + 1))) of the law's; an Ozaki step is exact.
     sizes = {"step_sizes": [0.05, 0.1, 0.2, 0.8, 1.6], "chains": 64, "iterations": 80}
     found = chains.search(normal_digits, "langevin", quick=True, **sizes)
@@ -520,12 +521,15 @@ def test_search_takes_the_largest_step_that_keeps_the_law(normal_digits):
         sizes["step_sizes"][2:], found["ratios"][2:], base["ratios"][2:], strict=True
     ):
         assert ratio / exact == pytest.approx(1 / (1 - step / 2.4), rel=0.05)
-    assert found["chosen"] in sizes["step_sizes"]
-    within = [abs(r / found["start"] - 1) <= chains.TOLERANCE for r in found["ratios"]]
-    assert found["within"] == any(within)
-    if found["within"]:
-        good = [s for s, w in zip(sizes["step_sizes"], within, strict=True) if w]
-        assert found["chosen"] == max(good)
+    apart = [abs(r / found["start"] - 1) for r in found["ratios"]]
+    good = [s for s, a in zip(sizes["step_sizes"], apart, strict=True) if a <= 0.6]
+    assert found["within"]
+    assert len(good) >= 2
+    assert found["chosen"] == max(good)
+    monkeypatch.setattr(chains, "TOLERANCE", 1e-9)
+    none = chains.search(normal_digits, "langevin", quick=True, **sizes)
+    assert not none["within"]
+    assert none["chosen"] == 0.05
 
 
 def test_chains_name_every_denoised_state(normal_digits):
@@ -585,9 +589,10 @@ def test_chains_of_other_packages_keep_the_law():
         assert draws.shape == (400, 60, 2)
         assert facts["seconds"] > 0
         assert ("acceptance" in facts) == (method == "mala")
-        exact, ends = law.sample(4000, seed=1), draws[:, -1]
-        gaps = [mixing.kolmogorov(a.double(), b) for a, b in zip(ends.T, exact.T, strict=True)]
-        assert max(gaps) < 1.95 * (1 / 400 + 1 / 4000) ** 0.5
+        # Of a law twice as sharp it would be 1/2 more.
+        ends = law.log_prob(draws[:, ::15].flatten(0, 1).double()).mean()
+        wanted = law.log_prob(law.sample(20_000, seed=1)).mean()
+        assert float(ends) == pytest.approx(float(wanted), abs=0.12)
         step = draws[:, 1:] - draws[:, :-1]
         moved = step[step.abs().sum(-1) > 0].square().mean()
         assert float(moved) == pytest.approx(2 * 0.02, rel=0.1)
