@@ -1,12 +1,12 @@
-// Panels of columns for the second-order losses on the CPU: the columns of V = [U, s] one after
-// another, rows in the lanes, padded with zeros to whole vectors. No column is padded, a factor
-// with D fastest is copied as it lies, and one with r fastest is transposed in registers. On them
-// the two register-tiled products, Gram and panel times small matrix.
+// Panels of columns on the CPU: the columns of V = [U, s] one after another, rows in the lanes,
+// padded with zeros to whole vectors. No column is padded, a factor with D fastest is copied as it
+// lies, and one with r fastest is transposed in registers. On them the two register-tiled products,
+// Gram and panel times small matrix.
 #pragma once
 
 #include <utility>
 
-#include "panel.h"
+#include "common.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -14,6 +14,40 @@
 
 namespace hos {
 inline namespace HOS_ISA {
+
+// GCC/Clang vector types: the width follows the instruction set that the file is compiled for.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd {
+  static constexpr int width = kVectorBytes / int(sizeof(T));
+  typedef T vector __attribute__((vector_size(kVectorBytes)));
+  typedef T loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+using Vector = typename Simd<T>::vector;
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return Vector<T>(*reinterpret_cast<const typename Simd<T>::loose*>(p));
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::loose*>(p) = typename Simd<T>::loose(v);
+}
+
+template <class T>
+inline int64_t vectors(int64_t columns) {
+  return (columns + Simd<T>::width - 1) / Simd<T>::width;
+}
 
 // Register tiles: columns by columns of the Gram matrix, vectors of rows by columns of the product.
 #if defined(__AVX512F__) || defined(__aarch64__)

@@ -8,6 +8,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #if !defined(HOS_ISA)
@@ -67,6 +68,25 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #else
   (void)data;
   (void)bytes;
+#endif
+}
+
+// Whether memory has been written before: fresh pages have no frame yet.
+inline bool is_touched([[maybe_unused]] const void* data) {
+#if defined(__linux__)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  unsigned char resident = 1;
+  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) / page * page), 1, &resident);
+  return (resident & 1) != 0;
+#else
+  return true;
+#endif
+}
+
+// Orders stores past the caches before what follows.
+inline void fence() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
 #endif
 }
 

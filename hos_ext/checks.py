@@ -185,9 +185,21 @@ def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
         )
 
 
-def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """`out` is as x, needs no gradient, and overlaps an input wholly or not at all."""
-    check_tensor(where, "out", out, like=x, shape=tuple(x.shape), dtypes=FLOATING)
+def check_out(
+    where: str,
+    out: Any,
+    x: Tensor,
+    inputs: dict[str, Tensor | None],
+    *,
+    shape: tuple[int, ...] | None = None,
+    apart: bool = False,
+) -> None:
+    """`out` is as x (or of a shape), needs no gradient, and overlaps an input wholly or not at all.
+
+    `apart`: not at all.
+    """
+    shape = tuple(x.shape) if shape is None else shape
+    check_tensor(where, "out", out, like=x, shape=shape, dtypes=FLOATING)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (out, *inputs.values())
     ):
@@ -199,7 +211,9 @@ def check_out(where: str, out: Any, x: Tensor, inputs: dict[str, Tensor | None])
     if needs_library([out]) or functorch_active():
         return  # no addresses to compare: the result is copied into out
     for name, value in inputs.items():
-        if value is not None and _overlaps_partly(out, value):
+        if apart and value is not None and _spans_meet(out, value):
+            raise ValueError(f"{where}: out must not overlap {name}, got shared memory")
+        if value is not None and not apart and _overlaps_partly(out, value):
             raise ValueError(
                 f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
                 " other strides"
@@ -215,17 +229,21 @@ def _overlaps_itself(t: Tensor) -> bool:
     return False
 
 
-def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
+def _spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte lies between the first and the last one of both."""
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
     start_a, start_b = a.data_ptr(), b.data_ptr()
-    if start_a == start_b and a.stride() == b.stride():
-        return False
     spans = [
         (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
         for t in (a, b)
     ]
-    if start_a + spans[0] <= start_b or start_b + spans[1] <= start_a:
+    return start_a + spans[0] > start_b and start_b + spans[1] > start_a
+
+
+def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if not _spans_meet(a, b) or (start_a == start_b and a.stride() == b.stride()):
         return False
     # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
     row, size = a.stride(0), a.numel() // a.shape[0]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import _C
 from .checks import WIDE, refuse_row
-from .doors import LIBRARY, Operator, dense_like
+from .doors import LIBRARY, Operator, dense_like, functorch_active, needs_library
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 DSM, DSM_VR, D2SM, D2SM_VR, D2SM_DIAG, D2SM_DIAG_VR = range(6)
@@ -447,14 +447,29 @@ loss = Operator(
 # ----------------------------------------------------------------------------------------- Hessian
 
 
-def _assemble_forward(diag: Tensor, factor: Tensor, sign: Tensor | None) -> tuple[Tensor]:
+def assemble_into(out: Tensor, diag: Tensor, factor: Tensor, sign: Tensor | None) -> Tensor:
+    """The matrices written to `out`, whose rows are contiguous."""
     batch, size, rank = factor.shape
-    out = diag.new_empty((batch, size, size))
     _C.assemble(
         *_queue(diag), DTYPES[diag.dtype], batch, size, rank, _view(diag, False),
         _view(factor, False), _address(sign), out.data_ptr(), out.stride(0), out.stride(1),
     )  # fmt: skip
-    return (out,)
+    return out
+
+
+def _assemble_forward(diag: Tensor, factor: Tensor, sign: Tensor | None) -> tuple[Tensor]:
+    return (assemble_into(diag.new_empty((*diag.shape, diag.shape[1])), diag, factor, sign),)
+
+
+def writes_into(out: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether a kernel may write rows of `out` as things are: no transform at work, no copy."""
+    return not (
+        needs_library([out, *(t for t in inputs if t is not None)])
+        or functorch_active()
+        or forward_ad._current_level >= 0
+        or out.is_neg()
+        or (out.stride(-1) != 1 and out.shape[-1] > 1)
+    )
 
 
 def _weighted(factor: Tensor, sign: Tensor | None) -> Tensor:

@@ -628,16 +628,24 @@ def _check_low_rank(
     return factor, check_sign(where, sign, factor.shape[-1], diag)
 
 
-def assemble_hessian(diag: Tensor, factor: Tensor | None, *, sign: Tensor | None = None) -> Tensor:
+def assemble_hessian(
+    diag: Tensor,
+    factor: Tensor | None,
+    *,
+    sign: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """diag(d) + U diag(sign) U^T as dense matrices: the one place that forms D x D.
 
     Args:
         diag: d. Shape (B, D); float32 or float64.
         factor: U. Shape (B, D, r), r or D fastest in memory; None for r = 0.
         sign: +-1 for each column, shape (r,), dtype of diag; None means +1.
+        out: where to write, shape (B, D, D), apart from the inputs; saves the page faults of a
+            fresh result. No gradient then.
 
     Returns:
-        Shape (B, D, D), symmetric. Differentiable in diag and factor.
+        Shape (B, D, D), symmetric; `out` where given. Differentiable in diag and factor.
 
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the message names it.
@@ -646,10 +654,21 @@ def assemble_hessian(diag: Tensor, factor: Tensor | None, *, sign: Tensor | None
     Reference:
         Meng et al. 2021, section 3.3.  Plain version: reference.assemble_hessian.
     """
-    factor, sign = _check_low_rank("assemble_hessian", diag, factor, sign)
+    where = "assemble_hessian"
+    factor, sign = _check_low_rank(where, diag, factor, sign)
+    inputs = {"diag": diag, "factor": factor, "sign": sign}
+    if out is not None:
+        check_out(where, out, diag, inputs, shape=(*diag.shape, diag.shape[1]), apart=True)
     if not native.has_kernels(diag.device):
-        return reference.assemble_hessian(diag, factor, sign)
-    return native.assemble(native.flat_rows(diag, 1), native.flat_factor(factor), sign)[0]
+        result = reference.assemble_hessian(diag, factor, sign)
+        return result if out is None else out.copy_(result)
+    args = (native.flat_rows(diag, 1), native.flat_factor(factor), sign)
+    if out is None:
+        return native.assemble(*args)[0]
+    if native.writes_into(out, diag, factor, sign):
+        torch.autograd.graph.increment_version(out)  # autograd must see the change in place
+        return native.assemble_into(out, *args)
+    return out.copy_(native.assemble(*args)[0])
 
 
 def hessian_matvec(

@@ -60,6 +60,7 @@ DRAWS = {
     "normal": lambda shape=(3, 4), seed=0, **k: hos_ext.normal(shape, seed=seed, **k),
     "uniform": lambda shape=(3, 4), seed=0, **k: hos_ext.uniform(shape, seed=seed, **k),
 }
+SHARED = torch.zeros(3, 4, 4)
 CALLS = STEPS | LOSSES | HESSIANS | DRAWS
 
 
@@ -101,7 +102,7 @@ WRONG_KIND = [
     *refuses(["ozaki_step"], TypeError, "diag must be a Tensor, got NoneType", diag=None),
     *refuses(["ozaki_step"], TypeError, "diag must be a Tensor, got float", diag=-1.0),
     *refuses(ALL_STEPS, TypeError, "noise must be a Tensor, got float", noise=0.0),
-    *refuses(ALL_STEPS, TypeError, "out must be a Tensor, got list", out=[]),
+    *refuses([*ALL_STEPS, "assemble_hessian"], TypeError, "out must be a Tensor, got list", out=[]),
     *refuses(ALL_STEPS, TypeError, "step_size must be a float or a Tensor, got str", step_size="a"),
     *refuses(
         ALL_STEPS, TypeError, "step_size must be a float or a Tensor, got bool", step_size=True
@@ -303,6 +304,12 @@ WRONG_SHAPE = [
         ValueError,
         "out must have shape (3, 4), got (4, 3)",
         out=torch.empty(4, 3),
+    ),
+    *refuses(
+        ["assemble_hessian"],
+        ValueError,
+        "out must have shape (3, 4, 4), got (3, 4)",
+        out=torch.empty(3, 4),
     ),
     *refuses(
         ALL_STEPS,
@@ -516,9 +523,32 @@ WRONG_GRAD = [
         out=torch.empty(3, 4),
         diag=grad(D),
     ),
+    *refuses(
+        ["assemble_hessian"],
+        ValueError,
+        "out must not be combined with inputs that require grad, got one",
+        out=torch.empty(3, 4, 4),
+        factor=grad(U),
+    ),
 ]
 
 WRONG_MEMORY = [
+    *refuses(
+        ["assemble_hessian"],
+        ValueError,
+        "out must not overlap itself, got strides (0, 4, 1)",
+        out=torch.zeros(4, 4).expand(3, 4, 4),
+    ),
+    *[
+        refuses(
+            ["assemble_hessian"],
+            ValueError,
+            f"out must not overlap {argument}, got shared memory",
+            out=SHARED,
+            **{argument: part},
+        )[0]
+        for argument, part in (("diag", SHARED[:, 0]), ("factor", SHARED))
+    ],
     *refuses(
         ALL_STEPS,
         ValueError,

@@ -94,10 +94,85 @@ def test_matvec_matches_the_oracle(device, batch, size, rank, columns, dtype):
                 assert_near(value, wanted)
 
 
-def test_assembled_matrix_is_symmetric_to_the_bit(device):
-    d, u, _, sign = make(3, 65, 20, None, torch.float32, device)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 31, 65, 100, 96, 1030])
+def test_assembled_matrix_is_symmetric_to_the_bit(device, size, dtype):
+    d, u, _, sign = make(3, size, 20, None, dtype, device)
     matrix = hos_ext.assemble_hessian(d, u, sign=sign)
     assert torch.equal(matrix, matrix.mT)
+
+
+def with_threads(count, function):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "size"), [(1, 700), (5, 100), (1, 20011), (2, 9001)])
+def test_threads_do_not_change_a_bit(batch, size, dtype):
+    """Samples, or the rows of a few large ones, are shared out."""
+    d, u, v, sign = make(batch, size, 5, 3, dtype, "cpu")
+    calls = [lambda: hos_ext.hessian_matvec(d, u, v, sign=sign)]
+    if size < 1000:
+        calls.append(lambda: hos_ext.assemble_hessian(d, u, sign=sign))
+    for call in calls:
+        alone = with_threads(1, call)
+        assert all(torch.equal(with_threads(count, call), alone) for count in (2, 3))
+
+
+@pytest.mark.parametrize("order", [torch.Tensor.contiguous, lambda t: t.mT.contiguous().mT])
+@pytest.mark.parametrize(("batch", "size", "rank"), [(1, 20011, 5), (2, 9001, 16), (1, 129, 40)])
+def test_matvec_of_a_long_sample_matches_the_oracle(device, batch, size, rank, order):
+    """Rows are summed in chunks, each packed in tiles."""
+    d, u, v, sign = make(batch, size, rank, 3, torch.float64, device)
+    u = order(u)
+    product = hos_ext.hessian_matvec(d, u, v, sign=sign)
+    assert_near(product, d.unsqueeze(-1) * v + (u * sign) @ (u.mT @ v))
+
+
+def a_slice(t):
+    wide = t.new_full((t.shape[0] + 1, t.shape[1] + 2, t.shape[2] + 3), 7.0)
+    return wide[1:, 1:-1, 2:-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.empty_like, a_slice, lambda t: a_slice(t).mT])
+@pytest.mark.parametrize(("batch", "size", "rank"), [*SHAPES, (3, 100, 20), (2, 96, 3)])
+def test_out_receives_the_bits_of_a_fresh_result(device, batch, size, rank, layout, dtype):
+    d, u, _, sign = make(batch, size, rank, None, dtype, device)
+    fresh = hos_ext.assemble_hessian(d, u, sign=sign)
+    out = layout(fresh)
+    whole = fresh if out._base is None else out._base.clone()
+    assert hos_ext.assemble_hessian(d, u, sign=sign, out=out) is out
+    assert torch.equal(out, fresh)
+    if out._base is not None:
+        out.fill_(7.0)
+        assert torch.equal(out._base, whole)
+
+
+@pytest.mark.parametrize("size", [1776, 1777])
+def test_large_output_written_past_the_caches_has_the_same_bits(size):
+    """Touched memory of over 32 MiB with rows of whole lines, and one with others."""
+    d, u, _, sign = make(3, size, 3, None, torch.float32, "cpu")
+    parts = [hos_ext.assemble_hessian(d[b : b + 1], u[b : b + 1], sign=sign) for b in range(3)]
+    out = torch.full((3, size, size), 7.0)
+    for count in (1, 3):
+        out.fill_(7.0)
+        with_threads(count, lambda: hos_ext.assemble_hessian(d, u, sign=sign, out=out))
+        assert torch.equal(out, torch.cat(parts))
+
+
+def test_autograd_sees_that_out_has_changed(device):
+    d, u, _, _ = make(2, 5, 2, None, torch.float32, device)
+    out = torch.zeros(2, 5, 5, device=device)
+    square = (out * torch.ones((), device=device, requires_grad=True)).square().sum()
+    hos_ext.assemble_hessian(d, u, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
