@@ -34,7 +34,7 @@ inline const T* at(const View& view, int64_t sample, int64_t row) {
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kLines = 2;
 #elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kRows = 4, kLines = 1;
+constexpr int kRows = 6, kLines = 1;
 #else
 constexpr int kRows = 2, kLines = 1;
 #endif
@@ -77,13 +77,18 @@ inline void assemble_tile(const T* left, const T* right, int64_t rank, T* out, i
   Vector<T> acc[kRows][Lines * N] = {};
   for (int64_t k = 0; k < rank; ++k, left += kRows, right += L) {
     Vector<T> b[Lines * N];
+#pragma GCC unroll 8
     for (int c = 0; c < Lines * N; ++c) b[c] = load(right + c / N * L * rank + c % N * W);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      for (int c = 0; c < Lines * N; ++c) acc[m][c] += left[m] * b[c];
+      const T u = left[m];
+#pragma GCC unroll 8
+      for (int c = 0; c < Lines * N; ++c) acc[m][c] += u * b[c];
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int c = 0; c < Lines * N; ++c) put<T, Stream>(out + m * out_row + c * W, acc[m][c]);
   }
 }
@@ -153,11 +158,18 @@ void assemble(const LowRankArgs& a, int threads) {
       held = sample;
       for (int64_t s = 0; s < n; ++s) {
         const int64_t row = (first + s) * kRows;
-        const T* from = panel.get() + row / L * L * a.rank + row % L;
         T* to = left.get() + s * kRows * a.rank;
         for (int64_t k = 0; k < a.rank; ++k) {
           const T w = weight_of<T>(a, k);
-          for (int m = 0; m < kRows; ++m) to[k * kRows + m] = w * from[k * L + m];
+          if constexpr (L % kRows == 0) {
+            const T* from = panel.get() + (row / L * a.rank + k) * L + row % L;
+            for (int m = 0; m < kRows; ++m) to[k * kRows + m] = w * from[m];
+          } else {
+            for (int m = 0; m < kRows; ++m) {
+              const int64_t i = std::min(row + m, a.size - 1);
+              to[k * kRows + m] = w * panel.get()[(i / L * a.rank + k) * L + i % L];
+            }
+          }
         }
       }
       T* out = static_cast<T*>(a.out) + sample * a.out_batch;
