@@ -46,7 +46,7 @@ struct Problem {
         points(points_of(args.kind)),
         columns(args.rank + 1),
         gram_points(points == 3 ? 2 : 1),
-        rows(panel_rows(points * columns)),
+        rows(panel_rows(points * columns, args.size)),
         stride((rows / 16 | 1) * 16),  // an odd number of lines: columns fall on different sets
         tile(columns <= 32   ? 128
              : columns <= 80 ? 64
@@ -57,9 +57,10 @@ struct Problem {
       weight.get()[k] = given ? static_cast<const T*>(a.sign)[k] : T(1);
     }
   }
-  static int64_t panel_rows(int64_t columns) {
-    const int64_t most = kPanelBytes / (columns * int64_t(sizeof(T))) / 64 * 64;
-    return most < 64 ? 64 : most < kChunk ? most : kChunk;
+  static int64_t panel_rows(int64_t columns, int64_t size) {
+    const int64_t fit = kPanelBytes / (columns * int64_t(sizeof(T))) / 64 * 64;
+    const int64_t most = size < kChunk ? ceil_div(size, 16) * 16 : kChunk;
+    return fit < 64 ? 64 : fit < most ? fit : most;
   }
   // V of `n` rows from `row` on, as a panel.
   void pack(int64_t point, int64_t sample, int64_t row, int64_t n, T* panel, int64_t stride) const {
