@@ -109,7 +109,7 @@ void assemble(int device, uint64_t queue, int dtype, int64_t batch, int64_t size
 
 void matvec(int device, uint64_t queue, int dtype, int64_t batch, int64_t size, int64_t rank,
             int64_t columns, const Tensor& diag, const Tensor& factor, const Tensor& v,
-            uint64_t sign, uint64_t out) {
+            uint64_t sign, uint64_t out, uint64_t scratch) {
   hos::LowRankArgs a{};
   a.batch = batch;
   a.size = size;
@@ -120,6 +120,7 @@ void matvec(int device, uint64_t queue, int dtype, int64_t batch, int64_t size, 
   a.v = view(v);
   a.sign = pointer<const void>(sign);
   a.out = pointer<void>(out);
+  a.scratch = pointer<void>(scratch);
   run(
       device, queue,
       [&](int threads) {
@@ -169,6 +170,10 @@ PYBIND11_MODULE(_C, m) {
   kernels();
   m.def("noise", &noise);
   m.def("saved_size", &hos::saved_size);
+#if defined(HOS_CUDA)
+  m.def("loss_scratch", &hos::loss_scratch);
+  m.def("matvec_scratch", &hos::matvec_scratch);
+#endif
   m.def("assemble", &assemble);
   m.def("matvec", &matvec);
   m.def("build_info", &build_info);

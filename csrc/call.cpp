@@ -367,13 +367,15 @@ struct LossCall {
   }
 };
 
-// The arguments above, then where the losses go: 0, or 1 + the sample with a bad sigma.
+// The arguments above, then where the losses go, and scratch on a GPU or None: 0, or 1 + the sample
+// with a bad sigma.
 PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&] {
-    Arguments in(args, count, 11);
+    Arguments in(args, count, 12);
     LossCall c(in);
     LossArgs& a = c.args;
     a.loss = in.tensor().data;
+    a.scratch = in.tensor().data;
     return PyLong_FromLongLong(run(
         c.device, c.queue, [&](int threads) { return kernels().loss(a, c.dtype, threads); },
         HOS_ON_CUDA(loss_cuda(a, c.dtype, launch))));

@@ -17,9 +17,8 @@ inline namespace HOS_ISA {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarp;  // of every block
+constexpr int kThreads = kWarps * kWarp;  // of a block, where nothing else is said
 constexpr int64_t kMaxBlocks = 1 << 20;   // kernels loop over what a grid leaves
-constexpr int kTile = kWarp;              // rows and columns of a tile in shared memory
 
 HOS_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,17 +48,39 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// kernel(args...) on `blocks` blocks; none where there is nothing to do.
+struct Grid {
+  Grid(int64_t blocks, int threads = kThreads, int64_t shared = 0)
+      : blocks(blocks), threads(threads), shared(shared) {}
+  int64_t blocks;
+  int threads;     // of a block, whole warps
+  int64_t shared;  // bytes of a block that `shared_memory` gives
+};
+
+// kernel(args...) on a grid; none where there is nothing to do.
 template <class... Parameters, class... Args>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Launch where,
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, Launch where,
             const Args&... args) {
-  if (blocks <= 0) return;
+  constexpr int64_t kGranted = 48 << 10;  // bytes a block has without asking
+  if (grid.blocks <= 0) return;
   const DeviceGuard guard(where.device, name);
+  if (grid.shared > kGranted) {
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)),
+        name);
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(std::min(blocks, kMaxBlocks)));
-  config.blockDim = dim3(kThreads);
+  config.gridDim = dim3(unsigned(std::min(grid.blocks, kMaxBlocks)));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared);
   config.stream = static_cast<cudaStream_t>(where.stream);
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+// The dynamic shared memory of a block.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
 }
 
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
@@ -77,34 +98,27 @@ __device__ T warp_sum(T value) {
 
 // The sum over a block, in every thread.
 __device__ inline double block_sum(double value) {
-  __shared__ double parts[kWarps];
+  __shared__ double parts[kWarp];
   value = warp_sum(value);
   __syncthreads();  // an earlier sum may still be read
   if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
   __syncthreads();
   double total = 0.0;
-  for (int warp = 0; warp < kWarps; ++warp) total += parts[warp];
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += parts[warp];
   return total;
 }
 
 template <class T>
-using Tile = T[kTile][kTile + 1];  // padded: a column meets every bank once
-
-// visit(i, k) for the entries of a tile, shared out over the block; neighbouring threads take
-// neighbouring rows i where `down`, else columns k.
-template <class Visit>
-__device__ void for_tile(bool down, const Visit& visit) {
-  for (int entry = threadIdx.x; entry < kTile * kTile; entry += kThreads) {
-    const int fast = entry % kTile, slow = entry / kTile;
-    down ? visit(fast, slow) : visit(slow, fast);
-  }
+__device__ __forceinline__ const T* place(const View& view, int64_t point, int64_t sample,
+                                          int64_t row, int64_t column = 0) {
+  return static_cast<const T*>(view.data) +
+         (point * view.point + sample * view.batch + row * view.row + column * view.column);
 }
 
 template <class T>
-__device__ const T& at(const View& view, int64_t point, int64_t sample, int64_t row,
-                       int64_t column = 0) {
-  return static_cast<const T*>(
-      view.data)[point * view.point + sample * view.batch + row * view.row + column * view.column];
+__device__ __forceinline__ T at(const View& view, int64_t point, int64_t sample, int64_t row,
+                                int64_t column = 0) {
+  return *place<T>(view, point, sample, row, column);
 }
 
 // w_k: the sign of a column of the factor, 1 where none is given and for the score.

@@ -11,6 +11,7 @@ struct LowRankArgs {
   const void* sign;
   void* out;  // assemble: (B, D, D) with rows out_row, samples out_batch; product: (B, D, columns)
   int64_t out_batch, out_row;
+  void* scratch;  // product on CUDA: matvec_scratch elements
 };
 
 inline namespace HOS_ISA {

@@ -31,6 +31,7 @@ struct LossArgs {
   const void* sign;  // +-1 for each column of the factor, or null
   void* loss;        // (B,)
   void* saved;       // (B, saved_size): the Gram matrices of the points that have one, then g
+  void* scratch;     // CUDA forward: loss_scratch elements
   const void* grad;  // (B,) incoming gradient
   int64_t grad_stride;
   void *grad_score, *grad_diag;  // dense, as (points, B, D)

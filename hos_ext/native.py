@@ -385,8 +385,11 @@ def _loss_forward(
     rank = 0 if factor is None else factor.shape[-1]
     sigma = _values(where, "sigma", sigma, batch)
     loss, saved = noise.new_empty(batch), noise.new_empty(batch, _C.saved_size(kind, rank))
-    args = (*_queue(noise), kind, score, diag, factor, noise, sigma, sign, saved)
-    refuse_row(where, "sigma", _C.loss(*args, loss), sigma)
+    scratch = None
+    if noise.is_cuda:  # several blocks may share a sample
+        scratch = noise.new_empty(_C.loss_scratch(kind, *noise.shape, rank))
+    args = (*_queue(noise), kind, score, diag, factor, noise, sigma, sign, saved, loss, scratch)
+    refuse_row(where, "sigma", _C.loss(*args), sigma)
     return loss, saved
 
 
@@ -513,9 +516,12 @@ assemble = Operator(
 def _matvec_forward(diag: Tensor, factor: Tensor, v: Tensor, sign: Tensor | None) -> tuple[Tensor]:
     batch, size, rank = factor.shape
     out = v.new_empty(v.shape)
+    queue, scratch = _queue(v), None
+    if queue[0] >= 0:
+        scratch = v.new_empty(_C.matvec_scratch(batch, size, rank, v.shape[2]))
     _C.matvec(
-        *_queue(v), DTYPES[v.dtype], batch, size, rank, v.shape[2], _view(diag, False),
-        _view(factor, False), _view(v, False), _address(sign), out.data_ptr(),
+        *queue, DTYPES[v.dtype], batch, size, rank, v.shape[2], _view(diag, False),
+        _view(factor, False), _view(v, False), _address(sign), out.data_ptr(), _address(scratch),
     )  # fmt: skip
     return (out,)
 

@@ -1,0 +1,83 @@
+"""The CUDA kernels on a machine without a GPU: every thread of theirs runs on the host.
+
+`build` compiles csrc/*.cu with the host compiler against emulator/, and `emulated` puts the module
+in the place of the CPU kernels: `pytest -p emulation python_tests/test_steps.py` runs the tests of
+the steps on the CUDA kernels. It checks arithmetic, indices, barriers and (HOS_EMULATOR_FLAGS=
+-fsanitize=address) memory; speed, and races between warps or blocks, need a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hos_ext import native
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+SHARED = "extern __shared__ __align__(16) unsigned char memory[];"
+
+
+def build(folder: Path) -> Path:
+    """The native module with emulated CUDA kernels."""
+    import pybind11
+
+    sources = folder / "csrc"
+    sources.mkdir()
+    for path in (ROOT / "csrc").iterdir():
+        text = path.read_text().replace(SHARED, "unsigned char* memory = emulator_shared;")
+        (sources / path.name).write_text(text)
+    flags = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+    flags += " -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
+    extra = shlex.split(os.environ.get("HOS_EMULATOR_FLAGS", ""))
+    includes = [EMULATOR, sysconfig.get_paths()["include"], pybind11.get_include()]
+    common = ["g++", *flags.split(), *extra, *(f"-I{path}" for path in includes)]
+    info = ("HOS_CUDA", 'HOS_CUDA_ARCHS="none"', 'HOS_VERSION="0"', 'HOS_COMPILER="emulator"')
+    jobs = [(EMULATOR / "emulator.cpp", []), (sources / "bindings.cpp", [f"-D{d}" for d in info])]
+    jobs += [(path, ["-DHOS_ISA=cuda", "-x", "c++"]) for path in sources.glob("*.cu")]
+    jobs += [(path, ["-DHOS_ISA=baseline"]) for path in sources.glob("*_cpu.cpp")]
+    objects = []
+    for path, options in jobs:
+        objects.append(folder / f"{path.name}.o")
+        subprocess.run([*common, *options, "-c", str(path), "-o", str(objects[-1])], check=True)
+    module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([*common, "-shared", *map(str, objects), "-o", str(module)], check=True)
+    return module
+
+
+def load(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
+    spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def emulated(module: ModuleType) -> Iterator[None]:
+    """The operators on CPU tensors by the emulated kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_C", module)
+        patch.setattr(native, "_queue", lambda _: (0, 0))
+        yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin: all tests of this run, on HOS_EMULATED_MODULE or one built now."""
+    given = os.environ.get("HOS_EMULATED_MODULE")
+    folder = Path(given).parent if given else Path(tempfile.mkdtemp())
+    stack = contextlib.ExitStack()
+    stack.enter_context(emulated(load(Path(given) if given else build(folder))))
+    config.add_cleanup(stack.close)
