@@ -1,7 +1,10 @@
 // Langevin and Ozaki steps on CUDA, and the noise that drives them. A thread owns one Philox
 // counter, four elements that follow one another: normals stay in registers, and where rows and
 // pointers are aligned each array is read or written as one vector. Bytes moved for an element:
-// x, score, diag in, out back (16 in float32); the noise none.
+// x, score, diag in, out back (16 in float32); the noise none. About 110 instructions an element,
+// more than half of them for the noise: on recent GPUs they take nearly as long as the bytes, and
+// in 16-bit storage longer, so that wider accesses than a counter's four elements would gain
+// nothing.
 
 #include "launch.cuh"
 #include "ozaki.h"
@@ -18,28 +21,39 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 
-// The elements of one counter. Lanes [first, last) exist; the others repeat the place of one that
-// does, so that reading them is safe.
+// The elements of one counter: lanes [first, last) exist, from `row` and `column` on.
 struct Quad {
   bool whole;  // all four exist, in one row, and every array is aligned to them
   int first, last;
-  int64_t row[4], column[4];
+  int64_t row, column, size;
+
+  // Where lane k lies; a lane that does not exist repeats the place of one that does, so that
+  // reading it is safe.
+  __device__ __forceinline__ void place(int k, int64_t* to_row, int64_t* to_column) const {
+    const int lane = k < first ? first : k < last ? k : last - 1;
+    int64_t i = row, j = column + (lane - first);
+    for (; j >= size; j -= size) ++i;
+    *to_row = i;
+    *to_column = j;
+  }
 };
 
-__device__ Quad quad_at(int64_t flat, int64_t total, int64_t size, bool whole) {
+__device__ __forceinline__ Quad quad_at(int64_t flat, int64_t total, int64_t size, bool whole) {
   Quad q;
-  q.whole = whole;
   q.first = flat < 0 ? int(-flat) : 0;
   q.last = total - flat < 4 ? int(total - flat) : 4;
-  int64_t row = (flat + q.first) / size, column = (flat + q.first) % size;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    q.row[k] = row;
-    q.column[k] = column;
-    if (k >= q.first && k + 1 < q.last && ++column == size) {
-      column = 0;
-      ++row;
-    }
+  q.whole = whole && q.first == 0 && q.last == 4;
+  q.size = size;
+  const int64_t from = flat + q.first;
+  if (size == total) {  // one row: no division
+    q.row = 0;
+    q.column = from;
+  } else if (total <= int64_t(0xFFFFFFFF)) {
+    q.row = uint32_t(from) / uint32_t(size);
+    q.column = uint32_t(from) - uint32_t(q.row) * uint32_t(size);
+  } else {
+    q.row = from / size;
+    q.column = from - q.row * size;
   }
   return q;
 }
@@ -61,10 +75,14 @@ __device__ void load(const void* base, int64_t stride, const Quad& q, A* to) {
   const T* from = static_cast<const T*>(base);
   Four<T> four;
   if (q.whole) {
-    four = *reinterpret_cast<const Four<T>*>(from + q.row[0] * stride + q.column[0]);
+    four = *reinterpret_cast<const Four<T>*>(from + q.row * stride + q.column);
   } else {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) four.v[k] = from[q.row[k] * stride + q.column[k]];
+    for (int k = 0; k < 4; ++k) {
+      int64_t row, column;
+      q.place(k, &row, &column);
+      four.v[k] = from[row * stride + column];
+    }
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) to[k] = widen(four.v[k]);
@@ -77,12 +95,14 @@ __device__ void store(const A* from, const Quad& q, void* base, int64_t stride) 
 #pragma unroll
   for (int k = 0; k < 4; ++k) narrow(from[k], &four.v[k]);
   if (q.whole) {
-    *reinterpret_cast<Four<T>*>(to + q.row[0] * stride + q.column[0]) = four;
+    *reinterpret_cast<Four<T>*>(to + q.row * stride + q.column) = four;
     return;
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    if (k >= q.first && k < q.last) to[q.row[k] * stride + q.column[k]] = four.v[k];
+    int64_t row, column;
+    q.place(k, &row, &column);
+    if (k >= q.first && k < q.last) to[row * stride + column] = four.v[k];
   }
 }
 
@@ -110,9 +130,13 @@ __device__ void draw(const NoiseKey& key, uint64_t counter, bool uniform, A* z) 
   }
 }
 
+// The step size of lane k.
 template <class A>
-__device__ A step_size_of(const StepArgs& a, int64_t row) {
-  return A(a.step_sizes != nullptr ? a.step_sizes[row] : a.step_size);
+__device__ __forceinline__ A step_size_of(const StepArgs& a, const Quad& q, int k) {
+  if (a.step_sizes == nullptr) return A(a.step_size);
+  int64_t row = q.row, column;
+  if (!q.whole) q.place(k, &row, &column);
+  return A(a.step_sizes[row]);
 }
 
 // The noise of a step: given, or drawn here.
@@ -150,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(StepArgs a, bool whole) 
     noise_of<T>(a, key, q, counter, z);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const A h = step_size_of<A>(a, q.row[k]);
+      const A h = step_size_of<A>(a, q, k);
       out[k] = a.diag == nullptr ? langevin_element(x[k], s[k], h, square_root(A(2) * h), z[k])
                                  : ozaki_element(x[k], s[k], d[k], h, z[k], a.curvature);
     }
@@ -172,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) step_backward_kernel(StepArgs a, boo
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const A h = step_size_of<A>(a, q.row[k]);
+      const A h = step_size_of<A>(a, q, k);
       const StepGrad<A> g = a.diag == nullptr
                                 ? langevin_element_vjp(h, grad[k])
                                 : ozaki_element_vjp(s[k], d[k], h, z[k], a.curvature, grad[k]);
@@ -196,17 +220,40 @@ constexpr decltype(&step_kernel<float>) kStepBackward[] = {
     step_backward_kernel<bfloat_t>};
 constexpr uintptr_t kFourBytes[] = {16, 32, 8, 8};
 
-bool aligned(const void* base, int64_t stride, int dtype) {
-  return base == nullptr ||
-         (reinterpret_cast<uintptr_t>(base) % kFourBytes[dtype] == 0 && stride % 4 == 0);
+bool aligned(const void* base, int dtype) {
+  return reinterpret_cast<uintptr_t>(base) % kFourBytes[dtype] == 0;
 }
 
+// Whether a counter's elements lie in one row and every array can move them at once.
 bool whole_quads(const StepArgs& a, int dtype) {
-  return a.start % 4 == 0 && a.size % 4 == 0 && aligned(a.x, a.x_row, dtype) &&
-         aligned(a.score, a.score_row, dtype) && aligned(a.diag, a.diag_row, dtype) &&
-         aligned(a.noise, a.noise_row, dtype) && aligned(a.grad, a.grad_row, dtype) &&
-         aligned(a.out, a.out_row, dtype) && aligned(a.grad_score, a.size, dtype) &&
-         aligned(a.grad_diag, a.size, dtype) && aligned(a.grad_noise, a.size, dtype);
+  bool whole = a.start % 4 == 0 && (a.rows == 1 || a.size % 4 == 0);
+  const auto has = [&](const void* base, int64_t stride) {
+    whole = whole && aligned(base, dtype) && (a.rows == 1 || base == nullptr || stride % 4 == 0);
+  };
+  has(a.x, a.x_row);
+  has(a.score, a.score_row);
+  has(a.diag, a.diag_row);
+  has(a.noise, a.noise_row);
+  has(a.grad, a.grad_row);
+  has(a.out, a.out_row);
+  has(a.grad_score, a.size);
+  has(a.grad_diag, a.size);
+  has(a.grad_noise, a.size);
+  return whole;
+}
+
+// Dense rows with one step size as a single row: no division to find an element's place.
+StepArgs flattened(StepArgs a) {
+  const auto dense = [&](const void* base, int64_t stride) {
+    return base == nullptr || stride == a.size;
+  };
+  if (a.step_sizes == nullptr && dense(a.x, a.x_row) && dense(a.score, a.score_row) &&
+      dense(a.diag, a.diag_row) && dense(a.noise, a.noise_row) && dense(a.grad, a.grad_row) &&
+      dense(a.out, a.out_row)) {
+    a.size *= a.rows;
+    a.rows = 1;
+  }
+  return a;
 }
 
 // Blocks for `n` elements, which may start inside a counter.
@@ -214,7 +261,7 @@ int64_t quad_blocks(int64_t n) { return n > 0 ? ceil_div(ceil_div(n + 3, 4), kTh
 
 void launch_steps(const char* name, decltype(&step_kernel<float>) kernel, const StepArgs& args,
                   int dtype, Launch where) {
-  StepArgs a = args;
+  StepArgs a = flattened(args);
   if (a.noise != nullptr) a.start = 0;  // counters matter to drawn noise alone
   launch(name, kernel, quad_blocks(a.rows * a.size), where, a, whole_quads(a, dtype));
 }
@@ -225,7 +272,7 @@ void launch_steps(const char* name, decltype(&step_kernel<float>) kernel, const 
 
 void noise_cuda(const NoiseKey& key, const uint64_t* seed, const uint64_t* offset, int uniform,
                 int dtype, int64_t n, void* out, Launch where) {
-  const bool whole = key.start % 4 == 0 && aligned(out, n, dtype);
+  const bool whole = key.start % 4 == 0 && aligned(out, dtype);
   launch("noise", kNoise[dtype], quad_blocks(n), where, key, seed, offset, uniform != 0, n, out,
          whole);
 }
