@@ -9,7 +9,7 @@ READY := .venv/ready
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test full bench bench-quick bench-report lint wheel asan clean
+.PHONY: help demo test full bench bench-quick bench-report gpu ptxas lint wheel asan clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv  (about an hour)"
 	@echo "make bench-quick  the goals of speed and memory, in two minutes"
 	@echo "make bench-report the recorded rows as tables and plots in bench/results"
+	@echo "make gpu          on a machine with a GPU: build, tests, sanitizers, measurements (10 minutes)"
+	@echo "make ptxas        registers and spills of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make asan         the operator tests under AddressSanitizer and UBSan"
 	@echo "make wheel        dist/*.whl, with CUDA for all major GPUs where nvcc is found"
@@ -54,6 +56,24 @@ bench-quick: $(READY)
 
 bench-report: $(READY)
 	$(BIN)/python -m bench.report
+
+# All that a GPU can show. Rows go to bench/results/gpu.csv, which `python -m bench.report` renders.
+OPERATOR_TESTS := $(patsubst %,python_tests/test_%.py,losses_ops steps noise low_rank)
+SANITIZED := python_tests/test_cuda.py -k "cpu or fits or misaligned or empty or streams"
+
+gpu: | $(BIN)/python
+	HOS_CUDA=ON $(PIP) install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pytest python_tests/test_cuda.py $(OPERATOR_TESTS)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "compute-sanitizer $$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name kernel_substring=hos \
+	    $(BIN)/python -m pytest -q -x $(SANITIZED) || exit 1; \
+	done
+	$(BIN)/python -m bench.gpu --record bench/results/gpu.csv; status=$$?; \
+	$(BIN)/python -m bench.report bench/results/gpu.csv --out bench/results/gpu; exit $$status
+
+ptxas: | $(BIN)/python
+	$(BIN)/python -m bench.ptxas
 
 lint: $(READY)
 	$(BIN)/ruff check

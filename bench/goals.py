@@ -136,6 +136,44 @@ def _all() -> Iterable[Goal]:
 GOALS = tuple(_all())
 
 
+# On a GPU: (B, D, r) of d2sm_vr_loss; "floor" is the time of `floors` at the rates measured there.
+GPU_SIZES: tuple[Shape, ...] = (
+    (4096, 784, 20),
+    (1024, 784, 50),
+    (512, 3072, 50),
+    (65536, 2, 2),
+    (16, 196608, 16),
+)
+GPU_STEP, GPU_MATRIX = (65536, 1024, 0), (64, 3072, 50)
+GPU_LATENCIES: tuple[Shape, ...] = ((10, 2, 0), (1000, 784, 0))
+LATENCY, MEMORY = "host latency", "memory"
+
+
+def _all_gpu() -> Iterable[Goal]:
+    loss, step = "d2sm_vr_loss", "ozaki_step"
+    for shape in GPU_SIZES:
+        yield Goal(loss, BOTH, shape, ("floor",), 0.6)
+        yield Goal(loss, BOTH, shape, ("compiled",), 3)
+        yield Goal(loss, BOTH, shape, ("dense",), 100)
+        yield Goal(loss, MEMORY, shape, ("inputs", "gradients"), at_most=1.3)
+    yield Goal(step, FORWARD, GPU_STEP, ("floor",), 0.9)
+    yield Goal(step, FORWARD, GPU_STEP, ("eager",), 5)
+    yield Goal(step, FORWARD, GPU_STEP, ("compiled",), 1)
+    for shape in GPU_LATENCIES:
+        yield Goal(step, LATENCY, shape, ("compiled",), 3)
+    yield Goal("assemble_hessian", FORWARD, GPU_MATRIX, ("fill",), 0.85)
+    yield Goal(
+        "assemble_hessian",
+        FORWARD,
+        GPU_MATRIX,
+        ("bmm", "baddbmm", "bmm compiled", "baddbmm compiled"),
+        1,
+    )
+
+
+GPU_GOALS = tuple(_all_gpu())
+
+
 class Verdict(NamedTuple):
     """A goal with what was measured: None is not measured."""
 
@@ -152,16 +190,23 @@ class Verdict(NamedTuple):
         return f"{self.goal.describe():90} {shown:>12} {self.goal.bound():>9} {mark}".rstrip()
 
 
-def judge(op: str, mode: str, shape: Shape, *groups: Mapping[str, float]) -> list[Verdict]:
+def judge(
+    op: str,
+    mode: str,
+    shape: Shape,
+    *groups: Mapping[str, float],
+    among: Iterable[Goal] = GOALS,
+) -> list[Verdict]:
     """The verdicts on one case.
 
     Args:
         op, mode, shape: the case.
+        among: the goals that count.
         groups: medians of contestants that were timed together; the first group with all those
             that a goal names counts.
     """
     verdicts = []
-    for goal in GOALS:
+    for goal in among:
         if (op, mode, shape) == goal[:3]:
             figures = [goal.figure(medians) for medians in groups]
             known = [figure for figure in figures if figure is not None]

@@ -151,7 +151,7 @@ def _dense_psi(score: Tensor, diag: Tensor, factor: Tensor) -> Tensor:
 
 
 def _dense_target(noise: Tensor, sigma: Tensor) -> Tensor:
-    identity = torch.eye(noise.shape[-1])
+    identity = torch.eye(noise.shape[-1], device=noise.device)
     outer = noise.unsqueeze(-1) * noise.unsqueeze(-2)
     return (identity - outer) / sigma.square()[:, None, None]
 
@@ -209,6 +209,7 @@ def _eager_ozaki(x: Tensor, score: Tensor, diag: Tensor, step_size: float) -> Te
 def ozaki_gradients(inputs: Sequence[Tensor], step_size: float) -> dict[str, Function]:
     """A step with given noise, forward and backward through x, score and diag; the mean of x'."""
     noise = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    noise = noise.to(inputs[0].device)
 
     def own(x: Tensor, score: Tensor, diag: Tensor) -> Tensor:
         return hos_ext.ozaki_step(x, score, diag, step_size, noise=noise).mean()

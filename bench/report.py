@@ -54,15 +54,16 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 
 
 
 def verdicts(rows: Sequence[Row]) -> list[goals.Verdict]:
-    """Every goal with what the recorded medians say of it."""
+    """Every goal of that device with what the recorded medians say of it."""
     found = medians(rows)
+    wanted = goals.GOALS if all(row["device"] == "cpu" for row in rows) else goals.GPU_GOALS
     judged = {}
     for (op, mode, dtype, *sizes), values in found.items():
         if dtype == "float32":
             batch, size, rank = map(int, sizes)
-            for verdict in goals.judge(op, mode, (batch, size, rank), values):
+            for verdict in goals.judge(op, mode, (batch, size, rank), values, among=wanted):
                 judged[verdict.goal] = verdict
-    return [judged.get(goal, goals.Verdict(goal, None)) for goal in goals.GOALS]
+    return [judged.get(goal, goals.Verdict(goal, None)) for goal in wanted]
 
 
 def _goals(rows: Sequence[Row]) -> str:

@@ -97,18 +97,26 @@ def row(
     }
 
 
-def append(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def append(
+    path: Path, rows: Sequence[Mapping[str, str]], *, place: Mapping[str, str] | None = None
+) -> None:
     """Appends rows with their environment; old rows stay as they are.
+
+    Args:
+        path: of the file; created where it does not exist.
+        rows: made by `row`.
+        place: what a GPU adds to the environment or says otherwise; new columns come last.
 
     Raises:
         ValueError: the file has other columns.
     """
-    where = environment()
+    where = environment() | dict(place or {})
+    columns = (*COLUMNS, *(name for name in where if name not in COLUMNS))
     text = path.read_text() if path.exists() else ""
-    if text and text.splitlines()[0] != ",".join(COLUMNS):
-        raise ValueError(f"append: {path} must have the columns {','.join(COLUMNS)}")
+    if text and text.splitlines()[0] != ",".join(columns):
+        raise ValueError(f"append: {path} must have the columns {','.join(columns)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not text:
             writer.writeheader()
         writer.writerows({**where, **line} for line in rows)

@@ -18,7 +18,14 @@ inline namespace HOS_ISA {
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;  // of a block, where nothing else is said
-constexpr int64_t kMaxBlocks = 1 << 20;   // kernels loop over what a grid leaves
+// Whether the compiler pairs float32 products, as it does for later GPUs: that takes more
+// registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kPaired = 1;
+#else
+constexpr int kPaired = 0;
+#endif
+constexpr int64_t kMaxBlocks = 1 << 20;  // kernels loop over what a grid leaves
 
 HOS_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -74,16 +74,20 @@ struct Square {
           for (int j = 0; j < kColumnsEach; ++j) y[j][m] *= w;
         }
       }
-      T x[kDown ? kRowsEach : 1][kEach];
-      if constexpr (kDown) load_run<kRowsEach>(left + k * p.tile.pitch + row_of(0), &x[0][0]);
+      constexpr int kRun = kDown ? kWord<T> : 1;  // rows in one go
 #pragma unroll
-      for (int i = 0; i < kRowsEach; ++i) {
-        if constexpr (!kDown) load_run<kEach>(left + row_of(i) * p.tile.pitch + k, x[0]);
+      for (int i = 0; i < kRowsEach; i += kRun) {
+        T x[kDown ? kRun : kEach];
+        load_run<(kDown ? kRun : kEach)>(
+            left + (kDown ? k * p.tile.pitch + row_of(i) : row_of(i) * p.tile.pitch + k), x);
 #pragma unroll
-        for (int j = 0; j < kColumnsEach; ++j) {
+        for (int run = 0; run < kRun; ++run) {
 #pragma unroll
-          for (int m = 0; m < kEach; ++m) {
-            inner[i][j] = mul_add(x[kDown ? i : 0][m], y[j][m], inner[i][j]);
+          for (int j = 0; j < kColumnsEach; ++j) {
+#pragma unroll
+            for (int m = 0; m < kEach; ++m) {
+              inner[i + run][j] = mul_add(x[kDown ? run : m], y[j][m], inner[i + run][j]);
+            }
           }
         }
       }
@@ -164,7 +168,7 @@ struct Square {
 };
 
 template <class T, bool kDown>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2 - kPaired)
     assemble_kernel(LowRankArgs a, AssemblePlan p) {
   const int64_t pairs = p.tiles * (p.tiles + 1) / 2;
   for (int64_t item = blockIdx.x; item < a.batch * pairs; item += gridDim.x) {
@@ -219,7 +223,7 @@ Chunks chunks_of(int64_t batch, int64_t size, int64_t columns) {
 // sum_i U_ik v_ij over the rows of a chunk, for kVectors columns j of v, into
 // (sample, chunk, j, k) of scratch.
 template <class T>
-__global__ void __launch_bounds__(kThreads) project_kernel(LowRankArgs a, Chunks chunks) {
+__global__ void __launch_bounds__(kThreads, 2) project_kernel(LowRankArgs a, Chunks chunks) {
   __shared__ T parts[kThreads][kVectors];
   const int64_t groups = ceil_div(a.columns, kVectors), blocks = ceil_div(a.rank, kProjectColumns);
   const bool down = a.factor.column != 1;

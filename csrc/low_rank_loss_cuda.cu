@@ -208,6 +208,7 @@ struct Block {
     if (group >= groups) return;
     const T* l = tile(stage, point);
     const T* r = square() ? l : tile(stage, p.gram_points + point);
+#pragma unroll(kSide == 8 ? 1 : 2)
     for (int i = group * kRun; i < rows; i += groups * kRun) {
       T x[kSide][kRun], y[kSide][kRun];
       load(l, i, gram_left, x);
@@ -292,15 +293,16 @@ struct Block {
     const int64_t packed = triangle(0, p.columns);
     for (int round = 0; round < groups; ++round) {
       if (round == group) {
-        T* to = totals + point * packed;
+        const int k = left * p.span + gram_left;
+        T* to = totals + point * packed + k;
 #pragma unroll
-        for (int i = 0; i < kSide; ++i) {
+        for (int j = 0; j < kSide; ++j) {
+          const int m = right * p.span + gram_right + j;
+          if (m >= p.columns) continue;
+          T* sums = to + triangle(0, m);
 #pragma unroll
-          for (int j = 0; j < kSide; ++j) {
-            const int k = left * p.span + gram_left + i, m = right * p.span + gram_right + j;
-            if (k > m || m >= p.columns) continue;
-            T* sum = to + triangle(k, m);
-            *sum = round == 0 ? gram[i][j] : *sum + gram[i][j];
+          for (int i = 0; i < kSide; ++i) {
+            if (k + i <= m) sums[i] = round == 0 ? gram[i][j] : sums[i] + gram[i][j];
           }
         }
       }
@@ -358,8 +360,12 @@ __device__ void finish(const LossArgs& a, const Plan& p, int64_t sample, const T
   static_cast<T*>(a.loss)[sample] = T(loss_value(reduced, norm, inner, precision_of(a, sample)));
 }
 
+// Blocks of 256 threads a multiprocessor must hold, at least: as many as need no spilling.
+template <class T, int kSide>
+constexpr int kLeastBlocks = sizeof(T) == 8 ? 1 : (kSide == 4 ? 3 : 2) - kPaired;
+
 template <class T, int kSide, bool kDown>
-__global__ void __launch_bounds__(kThreads, kSide == 4 && sizeof(T) == 4 ? 3 : kSide / 4)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<T, kSide>)
     gram_kernel(LossArgs a, Plan p) {
   T* memory = shared_memory<T>();
   for (int64_t item = blockIdx.x; item < a.batch * p.chunks * p.pairs; item += gridDim.x) {
@@ -411,7 +417,7 @@ __global__ void __launch_bounds__(kThreads) add_chunks_kernel(LossArgs a, Plan p
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_kernel(LossArgs a, Plan p) {
+__global__ void __launch_bounds__(kThreads, 2) finish_kernel(LossArgs a, Plan p) {
   for (int64_t sample = blockIdx.x; sample < a.batch; sample += gridDim.x) {
     finish(a, p, sample, static_cast<const T*>(a.scratch) + sample * p.chunks * p.sums);
     __syncthreads();

@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kSmallThreads, 4) small_loss_kernel(LossArgs a
 }
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(kThreads) small_backward_kernel(LossArgs a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+    small_backward_kernel(LossArgs a) {
   const int64_t points = points_of(a.kind), columns = a.rank + 1;
   const int64_t gram_points = gram_points_of(points), n = saved_size(a.kind, a.rank);
   for (int64_t item = thread_index(); item < points * a.batch * a.size; item += grid_threads()) {

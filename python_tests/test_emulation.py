@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import emulation
 import pytest
@@ -23,9 +27,35 @@ RANKS = [0, 1, 2, 3, 5, 7, 8, 9, 20, 31, 32, 43, 50, 65, 88, 96, 97, 200]
 LAYOUTS = ["r fastest", "D fastest", "slices", "D fastest, slices", "batch inside", "misaligned"]
 
 
+HERE = Path(__file__).resolve().parent
+
+
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    return emulation.load(emulation.build(tmp_path_factory.mktemp("emulation")))
+def library(tmp_path_factory):
+    return emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="module")
+def module(library):
+    return emulation.load(library)
+
+
+@pytest.mark.parametrize("file", ["losses_ops", "steps", "noise", "low_rank"])
+def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(library, file):
+    """All but those of statistics: they draw too much for a fiber a thread."""
+    paths = [str(HERE), str(HERE.parent), *sys.path]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "emulation", f"{HERE}/test_{file}.py"),
+            *("-k", "not stationary and not minimiser and not expected_value and not variance"),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "EMULATOR_ORDER": "random"}
+        | {"HOS_EMULATED_MODULE": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def layouts(tensors, layout, rank):
@@ -46,7 +76,11 @@ def layouts(tensors, layout, rank):
     elif layout == "D fastest, slices":
         factor = narrow(factor.mT.contiguous(), 3).mT
     elif layout == "slices":
-        score, diag, factor = narrow(score, 1), narrow(diag, 4), narrow(factor, 2 if rank % 2 else 4)
+        score, diag, factor = (
+            narrow(score, 1),
+            narrow(diag, 4),
+            narrow(factor, 2 if rank % 2 else 4),
+        )
     elif layout == "batch inside" and score.dim() == 3:
         score, diag = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (score, diag))
         factor = factor.transpose(0, 1).contiguous().transpose(0, 1)
@@ -120,3 +154,44 @@ def test_entry_wise_losses_are_those_of_the_cpu(module, name, size):
             with emulation.emulated(module):
                 got = evaluate(name, tensors, 0.7, cotangent)
             near(got, wanted)
+
+
+@pytest.mark.parametrize(("batch", "size", "rank"), [(1, 20_000, 5), (2, 5000, 100), (1, 9000, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_that_share_a_sample_give_equal_bits_in_any_order(
+    module, monkeypatch, batch, size, rank, dtype
+):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, batch, size), (3, batch, size), (3, batch, size, rank), (batch, size)]
+    tensors = [torch.randn(s, generator=generator, dtype=dtype) / 10 for s in shapes]
+    cotangent = torch.ones(batch, dtype=dtype)
+    results = []
+    for order in ("", "reverse", "random"):
+        monkeypatch.setenv("EMULATOR_ORDER", order)
+        with emulation.emulated(module):
+            results.append(evaluate("d2sm_vr_loss", tensors, 0.7, cotangent))
+    near(results[0], evaluate("d2sm_vr_loss", tensors, 0.7, cotangent))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 5, 20, 50, 130])
+def test_matrices_and_products_are_those_of_the_cpu(module, rank, dtype):
+    for size, layout in ((1, "rows"), (127, "rows"), (129, "columns"), (300, "columns")):
+        generator = torch.Generator().manual_seed(size)
+        shapes = [(2, size), (2, size, rank), (2, size, 5)]
+        diag, factor, v = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+        factor = factor if layout == "rows" else factor.mT.contiguous().mT
+        sign = (torch.arange(rank) % 3 - 1).sign().where(torch.arange(rank) % 3 != 1, 1).to(dtype)
+
+        def both(diag=diag, factor=factor, v=v, sign=sign):
+            dense = hos_ext.assemble_hessian(diag, factor, sign=sign)
+            products = [hos_ext.hessian_matvec(diag, factor, x, sign=sign) for x in (v, v[..., 0])]
+            return [dense, *products]
+
+        wanted = both()
+        with emulation.emulated(module):
+            got = both()
+        near(got, wanted)
+        assert torch.equal(got[0], got[0].mT)
