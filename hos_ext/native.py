@@ -385,10 +385,11 @@ def _loss_forward(
     rank = 0 if factor is None else factor.shape[-1]
     sigma = _values(where, "sigma", sigma, batch)
     loss, saved = noise.new_empty(batch), noise.new_empty(batch, _C.saved_size(kind, rank))
-    scratch = None
-    if noise.is_cuda:  # several blocks may share a sample
-        scratch = noise.new_empty(_C.loss_scratch(kind, *noise.shape, rank))
-    args = (*_queue(noise), kind, score, diag, factor, noise, sigma, sign, saved, loss, scratch)
+    queue, scratch = _queue(noise), None
+    if queue[0] >= 0:  # on CUDA several blocks may share a sample
+        size = noise.shape[1]
+        scratch = noise.new_empty(_C.loss_scratch(kind, batch, size, rank))
+    args = (*queue, kind, score, diag, factor, noise, sigma, sign, saved, loss, scratch)
     refuse_row(where, "sigma", _C.loss(*args), sigma)
     return loss, saved
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hos_ext
 from bench import (
     cases,
     floors,
     goals,
+    gpu,
     growth,
     libraries,
     memory,
     networks,
     peers,
     plots,
+    ptxas,
     quick,
     report,
     rows,
@@ -482,3 +485,100 @@ def test_a_report_without_rows_says_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "none.csv")])
     assert "run make bench first" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    """What bench.gpu does, on the CPU; a call takes five microseconds."""
+
+    def timed(call, *_):
+        call()
+        return 5.0
+
+    for name in ("device_us", "host_us"):
+        monkeypatch.setattr(gpu, name, timed)
+    monkeypatch.setattr(gpu, "_there", list)
+    monkeypatch.setattr(gpu, "_fits", lambda _: True)
+    monkeypatch.setattr(gpu, "copy_rate", lambda: 1e3)
+    monkeypatch.setattr(gpu, "flop_rate", lambda: 1e6)
+    monkeypatch.setattr(gpu, "_memory", lambda *_: [])
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    return {"device": "a GPU", "driver": "1", "cuda": "13", "command": "python -m bench.gpu"}
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_losses_on_a_gpu_become_rows_with_a_floor(as_if_on_a_gpu, mode):
+    found = {row["variant"]: row for row in gpu.losses((2, 9, 3), mode, 0.001)}
+    dense = {"dense"} if mode == "forward+backward" else set()
+    assert (
+        found.keys() == {"hos_ext", "eager", "compiled", "lean", "lean compiled", "floor"} | dense
+    )
+    work = floors.d2sm_loss((2, 9, 3), points=3, backward=bool(dense))
+    assert float(found["floor"]["us_p50"]) == pytest.approx(work.moved / 1e3, rel=1e-4)
+    assert float(found["hos_ext"]["share_of_floor"]) == pytest.approx(work.moved / 5e3, rel=1e-4)
+
+
+def test_losses_that_disagree_on_a_gpu_are_refused(as_if_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(hos_ext, "d2sm_vr_loss", lambda *a: 1.1 * peers._eager_d2sm_vr(*a))
+    with pytest.raises(ValueError, match=r"^agree: hos_ext must give tensor 0 within 0\.0001 of"):
+        list(gpu.losses((2, 9, 3), "forward", 0.001))
+
+
+def test_steps_and_matrices_on_a_gpu_become_rows(as_if_on_a_gpu, tmp_path):
+    found = [*gpu.steps((300, 8, 0), 0.001), *gpu.steps((300, 8, 0), 0.001, host=True)]
+    assert [row["mode"] for row in found].count("host latency") == 5
+    assert [row["variant"] for row in found].count("floor") == 1
+    path = tmp_path / "gpu.csv"
+    rows.append(path, found, place=as_if_on_a_gpu)
+    assert path.read_text().splitlines()[0] == ",".join(
+        (*rows.COLUMNS, "driver", "cuda", "command")
+    )
+    assert {row["device"] for row in rows.read(path)} == {"a GPU"}
+    assert "a GPU" in report.render(rows.read(path))
+
+
+def test_goals_on_a_gpu_are_judged_by_its_rows(as_if_on_a_gpu):
+    shape = goals.GPU_SIZES[0]
+    values = {"hos_ext": 100.0, "floor": 70.0, "compiled": 250.0, "dense": 2e4}
+    found = [made("d2sm_vr_loss", k, "forward+backward", shape, v) for k, v in values.items()]
+    sizes = {"hos_ext": 120.0, "inputs": 50.0, "gradients": 50.0}
+    found += [made("d2sm_vr_loss", k, "memory", shape, v) for k, v in sizes.items()]
+    judged = report.verdicts([row | as_if_on_a_gpu for row in found])
+    measured = {v.goal.against: v for v in judged if v.figure is not None}
+    assert [v.goal for v in judged] == list(goals.GPU_GOALS)
+    assert measured["floor",].figure == pytest.approx(0.7)
+    assert not measured["floor",].missed
+    assert measured["compiled",].missed
+    assert not measured["dense",].missed
+    assert measured["inputs", "gradients"].figure == pytest.approx(1.2)
+
+
+def test_the_bench_of_a_gpu_says_what_it_needs(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "needs a GPU, and hos_ext built with CUDA" in capsys.readouterr().err
+
+
+def test_what_ptxas_prints_becomes_rows():
+    text = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1fv' for 'sm_90'
+ptxas info    : Function properties for _Z1fv
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 72 registers, used 1 barriers, 256 bytes smem
+ptxas info    : Compile time = 1.0 ms
+"""
+    assert list(ptxas.parse(text)) == [
+        {"kernel": "_Z1fv", "stack": "8", "spill_stores": "4", "spill_loads": "12"}
+        | {"registers": "72", "shared": "256"}
+    ]
+
+
+def test_no_recorded_kernel_spills():
+    found = rows.read(rows.RESULTS / "ptxas.csv")
+    assert {row["arch"] for row in found} == set(ptxas.ARCHS)
+    assert all(row["spill_stores"] == row["spill_loads"] == "0" for row in found)
