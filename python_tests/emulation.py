@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from hos_ext import native
 
@@ -44,7 +45,8 @@ def build(folder: Path) -> Path:
     includes = [EMULATOR, sysconfig.get_paths()["include"], pybind11.get_include()]
     common = ["g++", *flags.split(), *extra, *(f"-I{path}" for path in includes)]
     info = ("HOS_CUDA", 'HOS_CUDA_ARCHS="none"', 'HOS_VERSION="0"', 'HOS_COMPILER="emulator"')
-    jobs = [(EMULATOR / "emulator.cpp", []), (sources / "bindings.cpp", [f"-D{d}" for d in info])]
+    jobs = [(EMULATOR / "emulator.cpp", [])]
+    jobs += [(sources / name, [f"-D{d}" for d in info]) for name in ("bindings.cpp", "call.cpp")]
     jobs += [(path, ["-DHOS_ISA=cuda", "-x", "c++"]) for path in sources.glob("*.cu")]
     jobs += [(path, ["-DHOS_ISA=baseline"]) for path in sources.glob("*_cpu.cpp")]
     objects = []
@@ -71,6 +73,8 @@ def emulated(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_C", module)
         patch.setattr(native, "_queue", lambda _: (0, 0))
+        patch.setattr(module, "direct_step", lambda *_: None)  # it knows the CPU kernels alone
+        native.connect(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
         yield
 
 
