@@ -4,8 +4,7 @@
 // triangle), column sums come from the same tile. A sample of one chunk is finished by its block;
 // otherwise each chunk leaves its sums in `scratch`, and two small kernels add them in fixed order.
 // Bytes moved: 4 (3 r + 7) a row with variance reduction. Above kMostTiles * kSide columns V is cut
-// into spans, and a block takes a pair of them. Float32 products stay in float32: three products in
-// TF32 would keep its digits, but up to r = 64 the bytes decide, not the products.
+// into spans, and a block takes a pair of them. Why no tensor cores: docs/cuda.md.
 
 #include "second_order_loss.cuh"
 #include "staging.cuh"
