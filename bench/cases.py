@@ -78,6 +78,8 @@ def _loss(op: str, mode: str, shape: Shape, only: Container[str] | None) -> Case
         del losses["dense"]
     call = peers.forward_backward if mode == BOTH else peers.forward
     steps = {name: call(loss, inputs) for name, loss in _keep(losses, only).items()}
+    if points == 3 and mode == BOTH:
+        steps |= _keep({"kernels": peers.kernels(inputs)}, only)
     checked = steps if "eager" in steps else {"eager": call(losses["eager"], inputs)} | steps
     results = {name: [t.clone() for t in step()] for name, step in checked.items()}
     timer.agree(results, against="eager", rtol=1e-4)

@@ -4,7 +4,7 @@ Variants, one name each everywhere: "hos_ext"; "eager", the closed form in plain
 `hos_ext.reference`; "compiled", the same under torch.compile; "lean" and "lean compiled", the
 closed form written for speed alone (no sign; no differences first, so its float32 value loses
 digits as sigma goes to 0); "dense", D x D matrices as one writes the formulas down. "hos_ext out="
-writes into a given tensor.
+writes into a given tensor; "kernels" are ours without checks and autograd, into given gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import hos_ext
-from hos_ext import reference
+from hos_ext import native, reference
 
 Function = Callable[..., Any]
 
@@ -95,6 +95,24 @@ def d2sm_vr_losses() -> dict[str, Function]:
         "lean compiled": compiled(_lean_d2sm_vr),
         "dense": dense_d2sm_vr,
     }
+
+
+def kernels(inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """The kernels of `d2sm_vr_loss` alone: no checks, no autograd, into gradients there are."""
+    score, diag, factor, noise, sigma = inputs
+    kind, batch = native.D2SM_VR, len(noise)
+    sigma = sigma.double()
+    weights = torch.full((batch,), 1 / batch)
+    grads = [torch.empty_like(t) for t in inputs[:3]]
+    loss, saved = native._loss_forward(kind, score, diag, factor, noise, sigma, None)
+    call = (*native._queue(noise), kind, score, diag, factor, noise, sigma, None, saved)
+
+    def step() -> list[Tensor]:
+        native._C.loss(*call, loss, None)
+        native._C.loss_backward(*call, weights, *grads)
+        return [loss.mean(), *grads]
+
+    return step
 
 
 def _eager_d2sm(*inputs: Tensor) -> Tensor:
