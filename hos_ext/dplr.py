@@ -7,6 +7,8 @@ r + 4 k > D. d may hold zeros, small and negative values.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from .checks import check_int, check_tensor, per_sample
 _DENSE = 64  # eigh forms the matrix up to this D
 _TOLERANCE = 1e-12  # residual of an eigenpair over the norm of the matrix, in float64
 _SMALL = 1e-2  # how much smaller than its bound in `_capacity` a row must be to be kept
+
+
+@contextmanager
+def _one_thread(matrices: Tensor) -> Iterator[None]:
+    """For LU of a batch on the CPU: MKL's threads inside torch's can wait for ever (torch 2.13)."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not matrices.is_cpu or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class DPLR:
@@ -212,7 +228,8 @@ class DPLR:
         """log det M by the determinant lemma. Shape (B,); as `torch.logdet`: -inf where det M is
         zero, NaN where it is negative. Small d are handled as in `solve`."""
         diag, lift, inner = self._capacity()[:3]
-        sign, logabs = torch.linalg.slogdet(inner)
+        with _one_thread(inner):
+            sign, logabs = torch.linalg.slogdet(inner)
         # A column of lift is e_i / sqrt(t) (or zero): it divided the determinant by t.
         length = lift.square().sum(1)
         extra = length.where(length > 0, 1.0).log().sum(-1)
@@ -480,7 +497,8 @@ class DPLR:
         _, lift, inner, inverse = self._capacity()
         inverse = inverse.unsqueeze(-1)
         right = torch.cat([lift.mT @ b, -(self.factor.mT @ (inverse * b))], 1)
-        solution, info = torch.linalg.solve_ex(inner, right)
+        with _one_thread(inner):
+            solution, info = torch.linalg.solve_ex(inner, right)
         z, y = solution.split([lift.shape[-1], self.rank], 1)
         return inverse * (b - self.factor @ y) + lift @ z, info
 

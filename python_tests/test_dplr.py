@@ -664,3 +664,29 @@ def test_bad_input_is_refused_by_name(
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_lu_of_a_batch_runs_on_one_thread(monkeypatch):
+    """MKL's parallel LU inside torch's parallel loop over a batch can wait for ever."""
+    threads, seen = torch.get_num_threads(), []
+    solve, slogdet = torch.linalg.solve_ex, torch.linalg.slogdet
+
+    def watched(function):
+        def call(*args):
+            seen.append(torch.get_num_threads())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch.linalg, "solve_ex", watched(solve))
+    monkeypatch.setattr(torch.linalg, "slogdet", watched(slogdet))
+    matrix = DPLR(torch.ones(3, 5), torch.randn(3, 5, 2), sign=torch.tensor([1.0, -1.0]))
+    torch.set_num_threads(2)
+    try:
+        matrix.solve(torch.ones(3, 5))
+        matrix.logdet()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) >= 2
+    assert set(seen) == {1}
