@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from . import goals, growth
 from .rows import Row, Shape
@@ -116,6 +117,7 @@ def lines(rows: Sequence[Row]) -> Figure | None:
                            label="dense: memory limit")  # fmt: skip
             ax.set_xscale("log")
             ax.set_yscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())  # they run into one another
             ax.set_xlabel(axis)
             ax.set_ylabel(unit)
             if ax.get_legend_handles_labels()[0]:
@@ -154,5 +156,7 @@ def second_order(rows: Sequence[Row]) -> Figure | None:
         ax.set_xlabel("rank of the head")
         ax.set_ylabel("ms")
         ax.set_title(network)
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3
+        )
     return figure
