@@ -16,7 +16,7 @@ help:
 	@echo "make demo         train on real digits, denoise, sample; report in demo/  (about 3 minutes)"
 	@echo "make test         the tests"
 	@echo "make full         the tests with the long ones"
-	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv  (about an hour)"
+	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv  (half an hour)"
 	@echo "make bench-quick  the goals of speed and memory, in two minutes"
 	@echo "make bench-report the recorded rows as tables and plots in bench/results"
 	@echo "make gpu          on a machine with a GPU: build, tests, sanitizers, measurements (10 minutes)"
