@@ -391,7 +391,7 @@ def test_an_error_on_the_way_is_raised():
 def test_native_calls_count_their_arguments():
     with pytest.raises(TypeError, match=r"^expected 10 arguments, got 1$"):
         native._C.direct_step(1)
-    with pytest.raises(TypeError, match=r"^expected 11 arguments, got 0$"):
+    with pytest.raises(TypeError, match=r"^expected 12 arguments, got 0$"):
         native._C.loss()
 
 
