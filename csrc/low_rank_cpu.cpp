@@ -258,7 +258,7 @@ struct Multiplication {
       : a(args), tile((args.rank + args.columns + 1) * kTile) {
     const int64_t fit = kChunkEntries / tile * kTile;
     rows = std::min(a.size, std::max(fit, kTile));
-    chunks = a.size > 0 ? (a.size + rows - 1) / rows : 0;
+    chunks = a.size > 0 ? (a.size + rows - 1) / rows : 1;
     sums = (a.columns * a.rank + kSums - 1) / kSums * kSums;
   }
 
