@@ -279,6 +279,7 @@ def _work_in_child(queue):
     queue.put(hos_ext.langevin_step(x, x, 0.1, seed=1).tolist())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_of_a_process_that_used_the_gpu_computes_on_the_cpu():
     x = torch.ones(3, 5)
     hos_ext.langevin_step(x.cuda(), x.cuda(), 0.1, seed=1)
