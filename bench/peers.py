@@ -9,7 +9,6 @@ writes into a given tensor; "kernels" are ours without checks and autograd, into
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -281,7 +280,7 @@ def assemblies(inputs: Sequence[Tensor]) -> dict[str, Callable[[], Tensor]]:
         out.diagonal(0, -2, -1).add_(diag)
         return out
 
-    steps: dict[str, Callable[[], Tensor]] = {
+    return {
         "hos_ext": lambda: hos_ext.assemble_hessian(diag, factor),
         "eager": lambda: reference.assemble_hessian(diag, factor),
         "bmm": lambda: _bmm(diag, factor),
@@ -289,11 +288,8 @@ def assemblies(inputs: Sequence[Tensor]) -> dict[str, Callable[[], Tensor]]:
         "bmm compiled": lambda: fused_bmm(diag, factor),
         "baddbmm compiled": lambda: fused_baddbmm(diag, factor),
         "bmm out=": into,
+        "hos_ext out=": lambda: hos_ext.assemble_hessian(diag, factor, out=own),
     }
-    if "out" in inspect.signature(hos_ext.assemble_hessian).parameters:
-        assemble: Function = hos_ext.assemble_hessian
-        steps["hos_ext out="] = lambda: assemble(diag, factor, out=own)
-    return steps
 
 
 def _bmm(diag: Tensor, factor: Tensor) -> Tensor:

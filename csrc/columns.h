@@ -267,7 +267,6 @@ inline void unpack_columns(const T* panel, int64_t stride, int64_t n, int64_t ra
 template <class T>
 class Fetch {
  public:
-  Fetch() = default;
   Fetch(const T* data, int64_t row, int64_t column, int64_t n, int64_t rank, int64_t parts)
       : data_(data), step_(row == 1 ? column : row), runs_(row == 1 ? rank : n) {
     length_ = row == 1 ? n : rank;
@@ -290,8 +289,8 @@ class Fetch {
   }
 
  private:
-  const T* data_ = nullptr;
-  int64_t step_ = 0, runs_ = 0, length_ = 0, part_ = 0, at_ = 0;
+  const T* data_;
+  int64_t step_, runs_, length_, part_, at_ = 0;
 };
 
 // ------------------------------------------------------------------------------------- products
