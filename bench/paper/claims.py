@@ -47,7 +47,7 @@ def _joint(record: Record) -> None:
     sigmas = (0.1,) if record.quick else (0.01, 0.1)
     work = [
         {"name": name, "kind": kind, "seed": seed, "sigma": sigma,
-         "steps": 10 if record.quick else 6_000}
+         "steps": 10 if record.quick else 3_000}
         for seed in ((0,) if record.quick else _SEEDS)
         for name in names
         for sigma in sigmas

@@ -33,8 +33,9 @@ from .record import BLUE, GREEN, GREY, ORANGE, PURPLE, Record, legend, mean_std,
 SEEDS = (0, 1, 2)
 # Keys of the test points, away from those of training.
 _TEST_SEED = 2**40
-_STEPS, _BEST_STEPS = 6_000, 3_000
-_BEST_RANK = 60
+# `_length` shows what longer training changes.
+_STEPS, _BEST_STEPS = 3_000, 1_500
+_TIMES = (1, 2, 4)
 
 # Printed in the paper: columns are sigma 0.01, 0.05, 0.1.
 PAPER = {
@@ -77,11 +78,12 @@ _ROWS: dict[str, list[tuple[str, str]]] = {
         ("best net: autodiff of s1", "autodiff ema"),
         ("best net: ours, centred, rank 30", "learned ema"),
     ],
-    f"best {_BEST_RANK}": [(f"best net: ours, centred, rank {_BEST_RANK}", "learned ema")],
+    "best joint 30": [("best net: ours, rank 30", "learned ema")],
     "best 0": [
         ("best net: autodiff of s1", "autodiff ema"),
         ("best net: ours, centred, diagonal", "learned ema"),
     ],
+    "best joint 0": [("best net: ours, diagonal", "learned ema")],
 }
 
 
@@ -150,13 +152,15 @@ def fit(
 ) -> dict[str, dict[str, float]]:
     """One network at one level: {"learned", "learned ema", "autodiff", "autodiff ema"}."""
     law = sets.law(name)
-    family, _, columns = training.partition(" ")
-    rank = int(columns) if columns else None
+    family, *rest = training.split()
+    rank = int(rest[-1]) if rest else None
     shape: dict[str, Any] = {}
     if family == "best":
         shape = {"width": 256, "head_width": 64 if rank else 256, "linear": True}
     net = networks.Net(law.dim, rank, seed=seed, **shape)
     options = dict(networks.BEST if family == "best" else networks.PAPER)
+    if "joint" in rest:
+        options["second_order"] = "vr"
     if family == "dsm":
         options |= {"first_order": "plain", "second_order": "none"}
     if family in ("centred", *networks.PEERS):
@@ -279,43 +283,39 @@ def run(record: Record) -> None:
         for work, found in zip(scales, record.cells(scales, scale), strict=True)
     }
     _write(record, names, sigmas, results, zero)
+    _length(record)
     _peers(record, names, seeds, sigmas, length[0], length[2], results)
-    for name in names:
-        _compare(record, name, sigmas, results)
     record.close("Table 1: accuracy of the second-order score")
 
 
-def _compare(
-    record: Record,
-    name: str,
-    sigmas: Sequence[float],
-    results: dict[tuple[str, str, float], list[dict[str, Any]]],
-) -> None:
-    """The paper's ratio, autodiff of s1 by DSM-VR over ours (last rank), and ours."""
-    kind = "normal" if _whole(name) else name.split()[1]
-    rank = sets.RANKS[-1] if _whole(name) else 0
-    first, last = (f"joint {sets.RANKS[0]}", f"rank {rank}") if rank else ("joint 0", "diagonal")
-
-    def error(training: str, key: str, sigma: float) -> float:
-        return mean_std([found[key]["clean"] for found in results[name, training, sigma]])[0]
-
-    def ratios(training: str, key: str) -> str:
-        return "/".join(
-            f"{error(first, 'autodiff', s) / error(training, key, s):.2f}" for s in sigmas
-        )
-
-    printed = PAPER[kind]
-    paper = "/".join(
-        f"{printed['autodiff of s1, DSM-VR'][k] / printed[f'ours, {last}'][k]:.2f}"
-        for k in map(sets.SIGMAS.index, sigmas)
-    )
-    record.compare(
-        f"{name}: error of autodiff (DSM-VR) over ours, {last}, clean truth, sigma "
-        + "/".join(f"{s:g}" for s in sigmas),
-        paper,
-        f"Eq. 33 {ratios(f'joint {rank}', 'learned')}; centred "
-        f"{ratios(f'centred {rank}', 'learned')}; best net {ratios(f'best {rank}', 'learned ema')}",
-    )
+def _length(record: Record) -> None:
+    """Whether longer training changes who wins: one set and level, the first seed."""
+    name, sigma, rank = sets.TABLE_1[0], max(sets.SIGMAS), sets.RANKS[-1]
+    steps, best_steps, points = (12, 6, 20) if record.quick else (_STEPS, _BEST_STEPS, 500)
+    times = _TIMES[:2] if record.quick else _TIMES
+    rows = []
+    for title, label in (
+        ("joint", "ours"),
+        ("centred", "ours, centred"),
+        ("best joint", "best net: ours"),
+        ("best", "best net: ours, centred"),
+    ):
+        best = title.startswith("best")
+        work = [
+            {"name": name, "training": f"{title} {rank}", "seed": SEEDS[0], "sigma": sigma,
+             "steps": (best_steps if best else steps) * k, "points": points}
+            for k in times
+        ]  # fmt: skip
+        results = record.cells(work, fit)
+        for way, key in ((f"{label}, rank {rank}", "learned"), ("autodiff of its s1", "autodiff")):
+            row: dict[str, Any] = {"networks": label, "s2": way}
+            for k, settings, result in zip(times, work, results, strict=True):
+                error = result[key + " ema" * best]["noisy"]
+                row[f"steps x {k}"] = f"{error:.4g}"
+                record.rows([row | {"set": name, "truth": "noisy", "sigma": sigma, "mean": error,
+                                    "steps": settings["steps"], "seeds": 1}])  # fmt: skip
+            rows.append(row)
+    record.table(f"{name}, sigma {sigma:g}, noisy truth, first seed, longer training", rows)
 
 
 def _peers(
@@ -377,11 +377,11 @@ def _peers(
 
 def _trainings(name: str, quick: bool) -> list[str]:
     if not _whole(name):
-        return ["dsm", "joint 0", "centred 0", "head 0", "best 0"]
+        return ["dsm", "joint 0", "centred 0", "head 0", "best 0", "best joint 0"]
     if quick:
         return ["dsm", "joint 15", "joint 30", "centred 30", "head 30", "best 30"]
     learned = [f"{family} {rank}" for family in ("joint", "centred") for rank in sets.RANKS]
-    return ["dsm", *learned, "head 30", "best 30", f"best {_BEST_RANK}"]
+    return ["dsm", *learned, "head 30", "best 30", "best joint 30"]
 
 
 def _write(
@@ -398,10 +398,10 @@ def _write(
         f"32, tanh), each trained at one noise level, {_STEPS:,} steps of Adam with 128 fresh "
         "samples, the rate falling from 1e-3 to zero; s1 by DSM-VR is the s1 of the joint training "
         "(Eq. 32 and 33, s1 given in Eq. 33). `centred`: e e^T, e = z + sigma s1, in place of z "
-        "z^T in Eq. 33, which makes it robust against errors of s1. `best net`: that loss, "
-        "antithetic DSM, a linear map beside the network for s1, widths 256 and 64 (diagonal: "
-        f"256), {_BEST_STEPS:,} steps, averaged weights. `covariance head`: the library's model "
-        "and default loss, one model for all levels in [0.01, 0.1], averaged weights. EMA: "
+        "z^T in Eq. 33, which makes it robust against errors of s1. `best net`: antithetic DSM, a "
+        "linear map beside the network for s1, widths 256 and 64 (diagonal: 256), "
+        f"{_BEST_STEPS:,} steps from 2e-3, averaged weights. `covariance head`: the library's "
+        "model and default loss, one model for all levels in [0.01, 0.1], averaged weights. EMA: "
         "averaged weights. Rows of the paper stand beside ours for their ratios; its data are not "
         "known."
     )
@@ -413,7 +413,6 @@ def _write(
             for training in _trainings(name, record.quick)
             for row in _ROWS[training]
         }
-        printed = PAPER["normal" if _whole(name) else name.split()[1]]
         for truth in ("clean", "noisy"):
             means: dict[str, list[float]] = {}
             table = []
@@ -441,10 +440,16 @@ def _write(
                         ]
                     )
                 table.append(line)
-            table += _ratios(means, printed, sigmas, truth)
-            record.table(f"{name}, against the {truth} truth", table)
+            last = f"rank {sets.RANKS[-1]}" if _whole(name) else "diagonal"
+            ratios = _ratios(means, last)
+            for label, values in ratios.items():
+                found = {f"sigma {s}": f"{v:.2f}" for s, v in zip(sigmas, values, strict=True)}
+                table.append({"method": f"ratio: {label}", **found})
             if truth == "noisy":
                 _lines(axis, name, sigmas, means, zero)
+            else:
+                table += _printed(record, name, sigmas, ratios, last)
+            record.table(f"{name}, against the {truth} truth", table)
         axis.set_title(name, fontsize=8)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -490,30 +495,51 @@ def _lines(
     axis.set_xticks([], minor=True)
 
 
-def _ratios(
-    means: dict[str, list[float]],
-    printed: dict[str, tuple[float, ...]],
+# What is divided by what, autodiff by ours, but for the rank.
+_PAIRS = (
+    ("autodiff of s1, DSM-VR", "ours"),
+    ("autodiff of s1, DSM-VR", "ours, centred"),
+    ("autodiff of s1, DSM-VR", "best net: ours, centred"),
+    ("best net: autodiff of s1", "best net: ours"),
+    ("best net: autodiff of s1", "best net: ours, centred"),
+)
+
+
+def _ratios(means: dict[str, list[float]], last: str) -> dict[str, list[float]]:
+    """The errors of autodiff over ours by noise level; of several ranks the last one."""
+    found = {}
+    for above, below in _PAIRS:
+        if f"{below}, {last}" in means:
+            pairs = zip(means[above], means[f"{below}, {last}"], strict=True)
+            found[f"{above} / {below}, {last}"] = [a / b for a, b in pairs]
+    return found
+
+
+def _printed(
+    record: Record,
+    name: str,
     sigmas: Sequence[float],
-    truth: str,
+    ratios: dict[str, list[float]],
+    last: str,
 ) -> list[dict[str, Any]]:
-    """autodiff of s1 (DSM-VR) over our last rank, ours and, for the clean truth, the paper's."""
-    base = "autodiff of s1, DSM-VR"
-    last = "rank 30" if "ours, rank 30" in means else "diagonal"
-    lines = []
-    for label in (f"ours, {last}", f"ours, centred, {last}", f"best net: ours, centred, {last}"):
-        line: dict[str, Any] = {"method": f"ratio: {base} / {label}"}
-        for index, sigma in enumerate(sigmas):
-            line[f"sigma {sigma}"] = f"{means[base][index] / means[label][index]:.2f}"
-        lines.append(line)
-    if truth == "noisy":
-        return lines
-    columns = [sets.SIGMAS.index(sigma) for sigma in sigmas]
-    line = {"method": f"the paper's ratio: {base} / ours, {last}"}
-    for index, sigma in zip(columns, sigmas, strict=True):
-        line[f"sigma {sigma}"] = f"{printed[base][index] / printed[f'ours, {last}'][index]:.2f}"
-    lines.append(line)
+    """The paper's rows for a set, and its ratio beside ours at the head of the page."""
+    printed = PAPER["normal" if _whole(name) else name.split()[1]]
+    columns = {f"sigma {sigma}": sets.SIGMAS.index(sigma) for sigma in sigmas}
+    above, below = printed[_PAIRS[0][0]], printed[f"ours, {last}"]
+    theirs = {key: f"{above[i] / below[i]:.2f}" for key, i in columns.items()}
+    lines: list[dict[str, Any]] = [
+        {"method": f"the paper's ratio: {_PAIRS[0][0]} / ours, {last}", **theirs}
+    ]
     for label, values in printed.items():
-        line = {"method": f"the paper's: {label}"}
-        line |= {f"sigma {s}": f"{values[i]}" for i, s in zip(columns, sigmas, strict=True)}
-        lines.append(line)
+        line = {key: f"{values[i]}" for key, i in columns.items()}
+        lines.append({"method": f"the paper's: {label}", **line})
+    record.compare(
+        f"{name}, clean truth: error of autodiff over ours, {last}, sigma "
+        + "/".join(f"{s:g}" for s in sigmas),
+        "/".join(theirs.values()),
+        "; ".join(
+            f"{label.replace(f', {last}', '')} " + "/".join(f"{v:.2f}" for v in values)
+            for label, values in ratios.items()
+        ),
+    )
     return lines
