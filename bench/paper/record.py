@@ -57,8 +57,8 @@ class Record:
         item: its name, such as "table1".
         out: the folder of all items.
         quick: small settings, to show that the item works; its numbers mean nothing.
-        share: (i, n): of n processes this one computes every n-th missing cell, from the i-th on.
-            None: it computes nothing.
+        share: (i, n): of n processes this one computes every n-th cell, from the i-th on, that is
+            missing. None: it computes nothing.
         folders: where data and trained models are; no result depends on that.
     """
 
@@ -103,10 +103,9 @@ class Record:
         kind = compute.__name__
         known = {_key(line["kind"], line["settings"]): line for line in _lines(path)}
         keys = [_key(kind, settings) for settings in work]
-        missing = [
-            (key, settings) for key, settings in zip(keys, work, strict=True) if key not in known
-        ]
-        mine = [] if self.share is None else missing[self.share[0] :: self.share[1]]
+        first, every = (len(keys), 1) if self.share is None else self.share
+        own = list(zip(keys, work, strict=True))[first::every]
+        mine = [(key, settings) for key, settings in own if key not in known]
         here = rows.environment() if mine else {}
         given = [self.folders] if placed else []
         for key, settings in mine:
