@@ -583,7 +583,10 @@ def _generator(name: str, n: int, seed: int, like: Tensor) -> torch.Generator:
             raise TypeError(f"{name}.sample: {argument} must be an int, got {value!r}")
     if n < 0:
         raise ValueError(f"{name}.sample: n must be >= 0, got {n}")
-    return torch.Generator(device=like.device).manual_seed(seed)
+    generator = torch.Generator(device=like.device)
+    if like.device.type == "cpu":  # it keeps 32 bits of a seed: the others are mixed in
+        seed = (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF if seed >> 32 else seed
+    return generator.manual_seed(seed)
 
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:

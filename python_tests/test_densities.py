@@ -307,6 +307,12 @@ def test_the_seed_alone_decides_the_draws(kind: str) -> None:
     torch.manual_seed(0)
     assert torch.equal(d.sample(20, seed=11), first)
     assert not torch.equal(d.sample(20, seed=12), first)
+    # A generator of torch on the CPU forgets all bits of a seed but the lowest 32.
+    high = [d.sample(20, seed=11 + (k << 32)) for k in range(3)]
+    assert torch.equal(high[0], first)
+    assert not torch.equal(high[1], first)
+    assert not torch.equal(high[1], high[2])
+    d.sample(1, seed=-(2**63)), d.sample(1, seed=2**64 - 1)  # any 64 bits
     assert first.dtype == F64
     assert first.shape == (20, 3)
 

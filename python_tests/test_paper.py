@@ -307,6 +307,21 @@ def test_objectives_are_their_definitions(kind, diagonal):
         assert torch.allclose(got, want, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(("rank", "second_order"), [(3, "vr"), (0, "vr"), (3, "centred")])
+def test_joint_training_gives_the_s1_that_dsm_alone_gives(rank, second_order):
+    # s1 is given in the second-order term: whatever that term does, s1 learns the same.
+    law, weights = sets.law("product 50 even"), []
+    for own, second in ((None, "none"), (rank, second_order)):
+        net = networks.Net(law.dim, own, seed=0)
+        options = networks.PAPER | {"batch": 16, "second_order": second}
+        networks.train_net(net, law, 0.1, steps=30, seed=0, diagonal=rank == 0, **options)
+        weights.append([p.detach() for p in net.first.parameters()])
+    untrained = networks.Net(law.dim, None, seed=0).first.parameters()
+    for alone, joint, before in zip(*weights, untrained, strict=True):
+        assert torch.allclose(alone, joint, rtol=0, atol=1e-4)
+        assert not torch.allclose(alone, before, rtol=0, atol=1e-2)
+
+
 def test_the_dense_formulation_has_our_gradients():
     found = table1.dense("normal pairs", 3, 4, 0.1, 0.001)
     assert found["largest difference of gradients"] < 1e-4

@@ -4,8 +4,8 @@ Every item writes a page, a csv file, a figure and its settings to bench/results
 finished is kept cell by cell: a run that was stopped goes on where it was, and items share cells.
 On two cores run it twice, with --share 0/2 and --share 1/2, both again while they exit with 1, and
 then once more without. `page` computes nothing: it renders what the cells that are there allow.
-Times (table2, costs in claims, rates in table3) are worth what the machine's other work leaves of
-them: run those items alone.
+Times (table2, costs in claims, rates in table3, milliseconds of images and chains) are worth what
+the machine's other work leaves of them.
 
 fig3, fig4 and fig7 to fig10 train on MNIST and CIFAR-10: --data, or HOS_DATA, names the folder with
 mnist/train.parquet, mnist/test.parquet, cifar10/train.parquet and cifar10/test.parquet.

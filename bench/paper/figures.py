@@ -224,7 +224,8 @@ def fig2(record: Record) -> None:
         found.setdefault(settings["name"], []).append(result)
     record.text(
         f"Noisy points at sigma {_NOISE}, denoised by m alone and by draws of N(m, C), m and C "
-        "from learned s1 and s2 (a linear map beside the networks, widths 128 and 64). Energy "
+        "from learned s1 and s2 (DSM with antithetic noise and the centred second-order loss, a "
+        f"linear map beside the networks, widths 128 and 64, {size[2]:,} steps). Energy "
         f"distances (0 for equal laws) of {size[1]} draws to the exact posterior of each point, "
         f"averaged over {size[0]:,} points, and of one draw for each point to clean data; mean ± "
         f"standard deviation over {len(seeds)} seeds."

@@ -234,8 +234,8 @@ def _about(name: str, trained: dict[str, Any]) -> str:
     return (
         f"The model of docs/real_data/{name}.toml: {trained['parameters']:,} parameters, rank "
         f"{trained['rank']}, {trained['steps']:,} steps of {trained['batch_size']} samples in "
-        f"{trained['seconds'] / 60:.0f} minutes, covariances times {trained['recalibration']:.3g}, "
-        "the one factor fitted on validation images."
+        f"{trained['seconds'] / 60:.0f} minutes on one core, learned covariances times "
+        f"{trained['recalibration']:.3g}, the one factor fitted on validation images."
     )
 
 
@@ -378,7 +378,9 @@ def _eigenvectors(record: Record, name: str, number: int) -> None:
         "error of the posterior mean along the component; expected: its eigenvalue over that "
         "error. The Jacobian is that of the same denoiser, sigma^2 dm/dx: by subspace iteration "
         f"({size['iterations']} of them), and by the library's block Lanczos to a residual of "
-        "1e-3. The learned ones take no product, only the evaluation that gives the mean."
+        "1e-3. A product of the first is a forward derivative, one of the second a forward and a "
+        "backward one. The learned ones take none, only the evaluation that gives the mean. Wall "
+        "times, while the other core was at work."
     )
     record.table("The first eigenvectors, learned and differentiated", rows)
     last = results[-1]["ways"]

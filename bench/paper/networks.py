@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,12 +274,14 @@ def train_net(
     return average
 
 
-def remembered(name: str, net: Net, fit: Callable[[Net], Net]) -> Net:
+def remembered(name: str, settings: dict[str, Any], net: Net, fit: Callable[[Net], Net]) -> Net:
     """`fit(net)`, or its weights from build/paper-models if they are there.
 
     Args:
-        name: of the file; must tell all that the result depends on.
+        name: of the file, with the law and the noise level in it.
+        settings: what else the result depends on.
     """
+    name += f" {zlib.crc32(repr(sorted(settings.items())).encode()):08x}"
     safetensors = require("bench.paper", "safetensors.torch")
     path = ROOT / "build" / "paper-models" / f"{name.replace(' ', '-')}.safetensors"
     if path.exists():

@@ -315,7 +315,11 @@ def _length(record: Record) -> None:
                 record.rows([row | {"set": name, "truth": "noisy", "sigma": sigma, "mean": error,
                                     "steps": settings["steps"], "seeds": 1}])  # fmt: skip
             rows.append(row)
-    record.table(f"{name}, sigma {sigma:g}, noisy truth, first seed, longer training", rows)
+    record.table(
+        f"{name}, sigma {sigma:g}, noisy truth, first seed: once, twice and four times the "
+        f"{steps:,} steps (best nets: {best_steps:,})",
+        rows,
+    )
 
 
 def _peers(
@@ -402,8 +406,8 @@ def _write(
         "linear map beside the network for s1, widths 256 and 64 (diagonal: 256), "
         f"{_BEST_STEPS:,} steps from 2e-3, averaged weights. `covariance head`: the library's "
         "model and default loss, one model for all levels in [0.01, 0.1], averaged weights. EMA: "
-        "averaged weights. Rows of the paper stand beside ours for their ratios; its data are not "
-        "known."
+        "averaged weights. Jacobians are taken as they are, not made symmetric, as in the paper. "
+        "Rows of the paper stand beside ours for their ratios; its data are not known."
     )
     figure, axes = panels(-(-len(names) // 3), min(3, len(names)), 2.2, sharex=True, sharey=True)
     for name, axis in zip(names, axes.flat, strict=False):
