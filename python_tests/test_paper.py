@@ -246,6 +246,17 @@ def test_the_page_puts_ours_beside_the_papers(results):
         assert line in page, line
 
 
+def test_committed_pages_are_what_their_cells_say(tmp_path):
+    committed = rows.RESULTS / "paper"
+    for path in committed.glob("*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    paper.main(["page", "--out", str(tmp_path)])
+    names = {path.name for path in committed.glob("*.md")} - {"findings.md"}
+    assert names == {path.name for path in tmp_path.glob("*.md")}
+    for name in names | {path.name for path in committed.glob("*.csv")}:
+        assert (committed / name).read_text() == (tmp_path / name).read_text(), name
+
+
 def test_an_unknown_item_or_share_is_refused(capsys):
     for arguments in (["table9"], ["table1", "--share", "2/2"]):
         with pytest.raises(SystemExit):

@@ -281,12 +281,19 @@ def trace(
 def peer(
     name: str, package: str, method: str, seed: int, step_size: float, chains: int, n: int
 ) -> dict[str, Any]:
-    """Chains of another package on the exact density, at a step found for our method."""
+    """Chains of another package on the exact density, at a step found for our method.
+
+    Returns:
+        The quality; or only "missing", why there is none.
+    """
     law = _noisy(name)
-    draws, facts = libraries.mixture_chains(
-        package, method, law.weights, law.means, law.covariances,
-        _start(name, "exact", chains, seed), step_size=step_size, n_steps=n // 5 + n, seed=seed,
-    )  # fmt: skip
+    try:
+        draws, facts = libraries.mixture_chains(
+            package, method, law.weights, law.means, law.covariances,
+            _start(name, "exact", chains, seed), step_size=step_size, n_steps=n // 5 + n, seed=seed,
+        )  # fmt: skip
+    except libraries.NotMeasured as reason:
+        return {"missing": str(reason)}
     kept = draws[:, n // 5 :]
     lost = int((~draws[:, -1].isfinite().all(1)).sum())
     stats: dict[str, Any] = {"diverged": torch.tensor([lost])}
@@ -432,7 +439,8 @@ def _peers(
 ) -> None:
     """Other packages at the steps of our methods, exact scores."""
     size = {key: _sizes(record.quick)[key] for key in ("chains", "n")}
-    rows, missing = [], []
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
     for package, method in _PACKAGES[:: 2 if record.quick else 1]:  # compilation takes seconds
         work, ours = [], []
         for name, scores, own in found:
@@ -444,10 +452,10 @@ def _peers(
                         work.append({"name": name, "package": package, "method": method,
                                      "seed": seed, "step_size": step, **size})  # fmt: skip
                         ours.append(chosen)
-        try:
-            theirs = record.cells(work, peer)
-        except libraries.NotMeasured as reason:
-            missing.append(str(reason))
+        theirs = record.cells(work, peer)
+        reasons = [result["missing"] for result in theirs if "missing" in result]
+        if reasons:
+            missing += dict.fromkeys(reasons)
             continue
         for name in dict.fromkeys(settings["name"] for settings in work):
             places = [i for i, settings in enumerate(work) if settings["name"] == name]
