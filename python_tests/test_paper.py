@@ -6,6 +6,10 @@ import csv
 import importlib
 import json
 import math
+import multiprocessing
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +23,9 @@ from hos_ext.data import open_source
 
 # By torch itself, where it differentiates forward.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*performance drop.*:UserWarning"
+    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:.*performance drop.*:UserWarning",
+    "ignore:.*use of fork.*:DeprecationWarning",
 )
 
 for _extra in ("matplotlib", "safetensors", "arviz_stats", "accelerate", "sklearn"):
@@ -166,16 +172,61 @@ def test_a_torn_line_is_computed_again_and_other_settings_too(tmp_path):
     assert last.calls == []
 
 
-def test_shares_do_every_cell_once(tmp_path):
-    first, second = Work(), Work()
-    with pytest.raises(Unfinished, match=r"^item: 2 of 5 cells are left to other shares$"):
-        Record("item", tmp_path, share=(0, 2)).cells(SETTINGS, first)
-    assert first.calls == [0, 2, 4]
-    assert Record("item", tmp_path, share=(1, 2)).cells(SETTINGS, second)
-    assert second.calls == [1, 3]  # what the first has done does not move them
+def test_processes_share_the_cells_and_do_each_once(tmp_path):
+    work = [{"seed": seed, "folder": str(tmp_path)} for seed in range(8)]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=share, args=(tmp_path, work)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0  # each had the results of all
+    lines = (tmp_path / "item.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["settings"]["seed"] for line in lines) == list(range(8))
+    assert len({json.loads(line)["result"]["process"] for line in lines}) == 3
+
+
+def share(folder, work):
+    assert [cell["seed"] for cell in Record("item", folder).cells(work, slow)] == list(range(8))
+
+
+def slow(seed, folder):
+    (Path(folder) / f"begun {seed}").touch(exist_ok=False)
+    time.sleep(0.3)
+    return {"seed": seed, "process": os.getpid()}
+
+
+def test_a_cell_of_a_process_that_died_is_taken_over(tmp_path):
+    context = multiprocessing.get_context("fork")
+    work = [{"seed": seed, "folder": str(tmp_path)} for seed in range(2)]
+    dying = context.Process(target=die, args=(tmp_path, work))
+    dying.start()
+    while not (tmp_path / "begun 0").exists():
+        time.sleep(0.01)
+    found = Record("item", tmp_path).cells(work, again)  # waits for what the other had in hand
+    dying.join(60)
+    assert dying.exitcode == 3
+    assert [cell["seed"] for cell in found] == [0, 1]
+
+
+def die(folder, work):
+    def again(seed, folder):
+        (Path(folder) / f"begun {seed}").touch(exist_ok=False)
+        time.sleep(1)
+        os._exit(3)
+
+    Record("item", folder).cells(work, again)
+
+
+def again(seed, folder):
+    return {"seed": seed}
+
+
+def test_rendering_computes_nothing(tmp_path):
+    Record("item", tmp_path).cells(SETTINGS, Work())
     none = Work()
     with pytest.raises(Unfinished, match=r"^item: 1 of 6 cells are not computed yet$"):
-        Record("item", tmp_path, share=None).cells([*SETTINGS, {"seed": 9, "steps": 1}], none)
+        Record("item", tmp_path, render=True).cells([*SETTINGS, {"seed": 9, "steps": 1}], none)
     assert none.calls == []
 
 
@@ -257,11 +308,12 @@ def test_committed_pages_are_what_their_cells_say(tmp_path):
         assert (committed / name).read_text() == (tmp_path / name).read_text(), name
 
 
-def test_an_unknown_item_or_share_is_refused(capsys):
-    for arguments in (["table9"], ["table1", "--share", "2/2"]):
+def test_an_unknown_item_or_option_is_refused(capsys):
+    for arguments, words in ((["table9"], "invalid choice: 'table9'"),
+                             (["table1", "--fast"], "unrecognized arguments: --fast")):  # fmt: skip
         with pytest.raises(SystemExit):
             paper.main(arguments)
-    assert "must be I/N with 0 <= I < N, got '2/2'" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- formulas

@@ -2,8 +2,8 @@
 
 Every item writes a page, a csv file, a figure and its settings to bench/results/paper. What is
 finished is kept cell by cell: a run that was stopped goes on where it was, and items share cells.
-On two cores run it twice, with --share 0/2 and --share 1/2, both again while they exit with 1, and
-then once more without. `page` computes nothing: it renders what the cells that are there allow.
+One process uses one core: on two cores start the same command twice. `page` computes nothing: it
+renders what the cells that are there allow.
 Times (table2, costs in claims, rates in table3, milliseconds of images and chains) are worth what
 the machine's other work leaves of them.
 
@@ -54,13 +54,6 @@ def main(arguments: Sequence[str]) -> int:
         "--out", type=Path, help="folder; default bench/results/paper, with --quick build/paper"
     )
     parser.add_argument(
-        "--share",
-        type=_share,
-        default=(0, 1),
-        metavar="I/N",
-        help="compute every N-th cell, from the I-th on, if it is missing",
-    )
-    parser.add_argument(
         "--data", type=Path, help="folder of MNIST and CIFAR-10; default the variable HOS_DATA"
     )
     parser.add_argument(
@@ -77,8 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     names = list(ITEMS) if page or "all" in options.items else list(dict.fromkeys(options.items))
     left: dict[str, str] = {}
     for name in names:
-        share = None if page else options.share
-        record = Record(name, out, quick=options.quick, share=share, folders=Folders(data, runs))
+        record = Record(name, out, quick=options.quick, render=page, folders=Folders(data, runs))
         began = time.perf_counter()
         try:
             ITEMS[name](record)
@@ -90,13 +82,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{name}: {record.computed} cells computed, {seconds:.1f} s", flush=True)
     write_page(out, list(ITEMS), left)
     return 1 if left and not page else 0
-
-
-def _share(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text!r}")
-    return int(index), int(count)
 
 
 if __name__ == "__main__":

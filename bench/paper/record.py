@@ -2,8 +2,9 @@
 
 A cell is the smallest piece that is computed alone, such as one training run. Its settings are all
 that its result depends on; both are appended to ITEM.jsonl as one line, and a cell whose settings
-are there already is not computed again. ITEM.md and ITEM.csv hold the table, ITEM.png the figure,
-ITEM.json what the cells took, where, and at which commits.
+are there already is not computed again. Several processes share the cells of an item: each takes
+what no other one has in hand, and waits for those at the end. ITEM.md and ITEM.csv hold the table,
+ITEM.png the figure, ITEM.json what the cells took, where, and at which commits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import fcntl
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from matplotlib.figure import Figure
 
@@ -40,7 +43,7 @@ sum.
 
 
 class Unfinished(RuntimeError):
-    """Cells of this item are not there yet and are not computed here."""
+    """Cells of this item are not there yet and are not, or cannot be, computed here."""
 
 
 class Folders(NamedTuple):
@@ -57,8 +60,7 @@ class Record:
         item: its name, such as "table1".
         out: the folder of all items.
         quick: small settings, to show that the item works; its numbers mean nothing.
-        share: (i, n): of n processes this one computes every n-th cell, from the i-th on, that is
-            missing. None: it computes nothing.
+        render: compute nothing.
         folders: where data and trained models are; no result depends on that.
     """
 
@@ -68,10 +70,10 @@ class Record:
         out: Path,
         *,
         quick: bool = False,
-        share: tuple[int, int] | None = (0, 1),
+        render: bool = False,
         folders: Folders | None = None,
     ) -> None:
-        self.item, self.out, self.quick, self.share = item, out, quick, share
+        self.item, self.out, self.quick, self.render = item, out, quick, render
         self.folders = folders or Folders(None, out / "runs")
         self.computed = 0
         self._used: list[dict[str, Any]] = []
@@ -97,34 +99,42 @@ class Record:
             placed: compute takes `self.folders` before the settings.
 
         Raises:
-            Unfinished: cells of another share are missing; those of this one are done.
+            Unfinished: cells are missing, and this record only renders.
         """
         path = self.out / f"{of or self.item}.jsonl"
         kind = compute.__name__
-        known = {_key(line["kind"], line["settings"]): line for line in _lines(path)}
         keys = [_key(kind, settings) for settings in work]
-        first, every = (len(keys), 1) if self.share is None else self.share
-        own = list(zip(keys, work, strict=True))[first::every]
-        mine = [(key, settings) for key, settings in own if key not in known]
-        here = rows.environment() if mine else {}
-        given = [self.folders] if placed else []
-        for key, settings in mine:
-            began = time.perf_counter()
-            result = plain_json(compute(*given, **settings))
-            line = {
-                "kind": kind,
-                "settings": dict(settings),
-                "seconds": round(time.perf_counter() - began, 2),
-                **here,
-                "result": result,
-            }
-            _append(path, line)
-            known[key] = json.loads(json.dumps(line))
-            self.computed += 1
-        left = [key for key in keys if key not in known]
+        known = _known(path)
+        left = [k for k, key in enumerate(keys) if key not in known]
+        if left and self.render:
+            raise Unfinished(f"{self.item}: {len(left)} of {len(keys)} cells are not computed yet")
         if left:
-            where = "not computed yet" if self.share is None else "left to other shares"
-            raise Unfinished(f"{self.item}: {len(left)} of {len(keys)} cells are {where}")
+            here = rows.environment()
+            given = [self.folders] if placed else []
+            # Those that others have in hand come again at the end, and are waited for.
+            turns = [(k, False) for k in left] + [(k, True) for k in left]
+            hands = self.folders.runs / f"{path.stem}.lock"
+            hands.parent.mkdir(parents=True, exist_ok=True)
+            with hands.open("w") as file:
+                for k, wait in turns:
+                    if keys[k] in known:
+                        continue
+                    with _claimed(file, keys[k], wait) as mine:
+                        known = _known(path)
+                        if not mine or keys[k] in known:
+                            continue
+                        began = time.perf_counter()
+                        result = plain_json(compute(*given, **work[k]))
+                        line = {
+                            "kind": kind,
+                            "settings": dict(work[k]),
+                            "seconds": round(time.perf_counter() - began, 2),
+                            **here,
+                            "result": result,
+                        }
+                        _append(path, line)
+                        known[keys[k]] = json.loads(json.dumps(line))
+                        self.computed += 1
         self._used += [known[key] for key in keys]
         return [known[key]["result"] for key in keys]
 
@@ -254,6 +264,28 @@ def plus_minus(values: Sequence[float | None]) -> str:
 
 def _key(kind: str, settings: Mapping[str, Any]) -> str:
     return json.dumps([kind, settings], sort_keys=True)
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    return {_key(line["kind"], line["settings"]): line for line in _lines(path)}
+
+
+@contextmanager
+def _claimed(file: TextIO, key: str, wait: bool) -> Iterator[bool]:
+    """Whether this process has a cell in hand: a byte of a file that all of them lock.
+
+    It is free when its process ends, however that ends.
+    """
+    place = zlib.crc32(key.encode())
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
