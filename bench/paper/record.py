@@ -38,7 +38,8 @@ give (covariances, mixture parameters, steps, batches) is fixed in `bench/paper/
 texts below: ratios and orderings can be compared, absolute values cannot. Every seed that was run
 is in the tables. Under each item stand machine, commits and time; ITEM.csv holds its table in full
 precision, ITEM.jsonl every cell with its settings, seed, machine, commit and time, ITEM.json their
-sum.
+sum. [findings.md](findings.md) says in words what they show, which goals are missed and by how
+much, and what was tried.
 """
 
 

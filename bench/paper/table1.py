@@ -83,7 +83,6 @@ _ROWS: dict[str, list[tuple[str, str]]] = {
         ("best net: autodiff of s1", "autodiff ema"),
         ("best net: ours, centred, diagonal", "learned ema"),
     ],
-    "best joint 0": [("best net: ours, diagonal", "learned ema")],
 }
 
 
@@ -381,7 +380,7 @@ def _peers(
 
 def _trainings(name: str, quick: bool) -> list[str]:
     if not _whole(name):
-        return ["dsm", "joint 0", "centred 0", "head 0", "best 0", "best joint 0"]
+        return ["dsm", "joint 0", "centred 0", "head 0", "best 0"]
     if quick:
         return ["dsm", "joint 15", "joint 30", "centred 30", "head 30", "best 30"]
     learned = [f"{family} {rank}" for family in ("joint", "centred") for rank in sets.RANKS]
