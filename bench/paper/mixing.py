@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -258,19 +258,22 @@ def mix(
             size = 0.0 if run.stats["diverged"].any() else min_ess(run.draws, method=rule)
             known.append(0.0 if math.isnan(size) else size / cost)
 
+    @cache
+    def bias(h: float) -> dict[str, float]:
+        return _bias(name, scores, method, h, seed, chains, n, steps)
+
+    @cache
+    def quality(h: float) -> dict[str, Any]:
+        run, seconds = _run(name, scores, method, h, seed, chains, n, steps)
+        return {**_quality(name, run.draws, run.stats, seconds), "step_size": h, **bias(h)}
+
     found: dict[str, Any] = {**rates, "paper": None, "close": None}
     for rule, choice in (("cutoff", "paper"), ("bulk", "close")):
         order = sorted(range(len(step_sizes)), key=rates[rule].__getitem__, reverse=True)
         for h in (step_sizes[k] for k in order if rates[rule][k] > 0):
-            case = (name, scores, method, h, seed, chains, n, steps)
-            bias = _bias(*case)
-            if choice == "paper" or _near(bias):
-                run, seconds = _run(*case)
-                quality = _quality(name, run.draws, run.stats, seconds)
-                quality |= {"step_size": h, **bias}
-                if choice == "paper" or not quality["diverged"]:
-                    found[choice] = quality
-                    break
+            if choice == "paper" or (_near(bias(h)) and not quality(h)["diverged"]):
+                found[choice] = quality(h)
+                break
     return found
 
 
