@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from bench import timer
-from hos_ext import UnscaledScores, langevin_step, normal, ozaki_step
+from hos_ext import (
+    UNet,
+    UnscaledScores,
+    dsm_loss,
+    dsm_vr_loss,
+    langevin_step,
+    normal,
+    ozaki_step,
+    score_matching_loss,
+)
 
 from . import networks, sets
 from .record import BLUE, GREEN, ORANGE, Record, mean_std, panels, plus_minus
@@ -221,19 +230,23 @@ def chain_steps(dim: int, chains: int, seconds: float) -> dict[str, float]:
     return {name: timing.median for name, timing in times.items()}
 
 
+# Label, rank, first-order and second-order term.
+_TRAININGS: tuple[tuple[str, int | None, Any, str], ...] = (
+    ("DSM", None, "plain", "none"),
+    ("DSM-VR", None, "vr", "none"),
+    ("joint, diagonal, plain", 0, "plain", "plain"),
+    ("joint, diagonal, VR", 0, "vr", "vr"),
+    ("joint, rank 20, plain", 20, "plain", "plain"),
+    ("joint, rank 20, VR", 20, "vr", "vr"),
+    ("joint, rank 20, centred VR", 20, "vr", "centred"),
+)
+
+
 def training_steps(dim: int, batch: int, seconds: float) -> dict[str, float]:
     """Microseconds of loss and gradients of one batch, networks of appendix C.2."""
     x, noise = (normal((batch, dim), seed=k, dtype=torch.float32) for k in (0, 1))
     contestants = {}
-    for label, rank, first, second in (
-        ("DSM", None, "plain", "none"),
-        ("DSM-VR", None, "vr", "none"),
-        ("joint, diagonal, plain", 0, "plain", "plain"),
-        ("joint, diagonal, VR", 0, "vr", "vr"),
-        ("joint, rank 20, plain", 20, "plain", "plain"),
-        ("joint, rank 20, VR", 20, "vr", "vr"),
-        ("joint, rank 20, centred VR", 20, "vr", "centred"),
-    ):
+    for label, rank, first, second in _TRAININGS:
         net = networks.Net(dim, rank, seed=0)
 
         def step(net=net, rank=rank, first=first, second=second):
@@ -247,45 +260,87 @@ def training_steps(dim: int, batch: int, seconds: float) -> dict[str, float]:
     return {name: timing.median for name, timing in times.items()}
 
 
+def unet_training_steps(side: int, batch: int, seconds: float) -> dict[str, float]:
+    """The same of the library's U-Net, its three heads on one trunk; DSM has no factor."""
+    x, noise = (normal((batch, 1, side, side), seed=k, dtype=torch.float32) for k in (0, 1))
+    sigma = 0.1
+    contestants = {}
+    for label, rank, first, second in _TRAININGS:
+        net = UNet(x.shape[1:], rank or 0).train()
+
+        def loss(net=net, first=first):
+            points = [x + sigma * noise] + [x] * (first == "vr")
+            at = torch.cat(points)
+            score = net(at, torch.full((len(at),), sigma))[0] / sigma
+            if first == "vr":
+                return dsm_vr_loss(score.unflatten(0, (2, batch)), noise, sigma)
+            return dsm_loss(score, noise, sigma)
+
+        def joint(net=net, rank=rank, first=first, second=second):
+            return score_matching_loss(
+                net, x, sigma, first_order=first, noise=noise, diagonal=rank == 0,
+                variance_reduction=second != "plain", centred=second == "centred",
+            )  # fmt: skip
+
+        def step(net=net, loss=loss if second == "none" else joint):
+            return torch.autograd.grad(loss(), list(net.parameters()), allow_unused=True)
+
+        contestants[label] = step
+    times = timer.measure(contestants, seconds=seconds, least=2)
+    return {name: timing.median for name, timing in times.items()}
+
+
 def _cost(record: Record) -> None:
     dims = (10,) if record.quick else (100, 784)
     seconds = 0.02 if record.quick else 3.0
     chains, batch = (20, 16) if record.quick else (100, 128)
-    for title, compute, size, base, words in (
+    unet = {"side": 8, "batch": 2} if record.quick else {"side": 28, "batch": 16}
+    networks_of = {f"D = {dim}": {"dim": dim, "seconds": seconds} for dim in dims}
+    image = f"U-Net, D = {unet['side'] ** 2}"
+    training = (
+        f"**The paper: training costs as much as DSM.** Loss and gradients, {batch} samples; "
+        f"U-Net: the library's, one trunk with three heads, {unet['batch']} samples."
+    )
+    for title, base, words, cases in (
         (
             "Microseconds of a chain's step, network included",
-            chain_steps,
-            {"chains": chains},
             "langevin",
             f"**The paper: a step of Ozaki costs about as much as Langevin's.** {chains} chains.",
+            {column: (chain_steps, {**size, "chains": chains})
+             for column, size in networks_of.items()},
         ),
         (
             "Microseconds of a training step",
-            training_steps,
-            {"batch": batch},
             "DSM",
-            f"**The paper: training costs as much as DSM.** Loss and gradients, {batch} samples.",
+            training,
+            {column: (training_steps, {**size, "batch": batch})
+             for column, size in networks_of.items()}
+            | {image: (unet_training_steps, {**unet, "seconds": seconds})},
         ),
-    ):
-        work = [{"dim": dim, **size, "seconds": seconds} for dim in dims]
+    ):  # fmt: skip
         record.text(words)
+        results = {
+            column: record.cells([settings], compute)[0]
+            for column, (compute, settings) in cases.items()
+        }
         rows = []
-        results = record.cells(work, compute)
-        for label in results[0]:
+        for label in results[f"D = {dims[0]}"]:
             row: dict[str, Any] = {"what": label}
-            for dim, result in zip(dims, results, strict=True):
-                row[f"D = {dim}"] = f"{result[label]:,.0f} ({result[label] / result[base]:.2f}x)"
-                record.rows([{"claim": compute.__name__, "what": label, "dim": dim,
-                              "value": result[label]}])  # fmt: skip
+            for column, result in results.items():
+                row[column] = f"{result[label]:,.0f} ({result[label] / result[base]:.2f}x)"
+                record.rows([{"claim": cases[column][0].__name__, "what": label,
+                              "network": column, "value": result[label]}])  # fmt: skip
             rows.append(row)
         record.table(f"{title} (over {base})", rows)
         shown = ("ozaki", "joint, diagonal, plain", "joint, diagonal, VR", "joint, rank 20, VR")
-        record.compare(
-            f"{title}, over {base}, D = {dims[-1]}",
-            "about as much",
-            "; ".join(f"{label} {results[-1][label] / results[-1][base]:.2f}x"
-                      for label in shown if label in results[-1]),
-        )  # fmt: skip
+        for column in list(results)[len(dims) - 1 :]:
+            found = results[column]
+            record.compare(
+                f"{title}, over {base}, {column}",
+                "about as much",
+                "; ".join(f"{label} {found[label] / found[base]:.2f}x"
+                          for label in shown if label in found),
+            )  # fmt: skip
 
 
 def claims(record: Record) -> None:

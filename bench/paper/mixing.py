@@ -394,8 +394,9 @@ def table3(record: Record) -> None:
         "draws (without bias a distance is further off once in a thousand times; with learned "
         "scores a small step has little time to show their error). The two rules differ because "
         "the cut-off counts a chain as mixed that is thrown far out now and then: it makes the "
-        "pooled variance so large that modes are nothing beside it. "
-        "Learned scores: DSM with antithetic noise and the centred second-order loss, rank 2, a "
+        "pooled variance so large that modes are nothing beside it. E of squared norm: its error, "
+        "or how many times the truth it is; inf where a chain was lost. Learned scores: DSM with "
+        "antithetic noise and the centred second-order loss, rank 2, a "
         f"linear map beside the network for s1, {_LEARNING:,} steps, averaged weights. Over L: "
         "over Langevin in the same block. raw: positive curvature as it is, abs: its modulus, "
         "else clamped to 0. Adjusted methods have log p with exact scores, and its estimate from "
@@ -535,15 +536,22 @@ def _line(
     line["ESS, bulk (over L)"] = plus_minus([c["bulk"] for c in whole]) + over("bulk")
     rate = mean_std([c["bulk per second"] for c in whole])[0]
     line["ESS/s, bulk (over L)"] = f"{rate:,.0f}{over('bulk per second')}"
-    spread = mean_std([c.get("spread") for c in whole])[0]
-    line["E of squared norm"] = f"{spread:+.1%}"
-    for title, key in (("Kolmogorov", "kolmogorov"), ("energy", "energy")):
-        line[title] = f"{mean_std([c.get(key) for c in whole])[0]:.3f}"
+    spread, *distances = (
+        mean_std([c.get(key) for c in whole])[0] for key in ("spread", "kolmogorov", "energy")
+    )
+    lost = math.isnan(spread)  # a chain of those that tell the bias diverged
+    line["E of squared norm"] = "inf" if lost else _percent(spread)
+    for title, distance in zip(("Kolmogorov", "energy"), distances, strict=True):
+        line[title] = "" if lost else f"{distance:.3f}" if distance < 10 else f"{distance:.1e}"
     accepted = [c["acceptance"] for c in whole]
     line["accepted"] = "" if None in accepted else f"{mean_std(accepted)[0]:.2f}"
     if "jumps" in whole[0]:
         line["mode changes"] = f"{mean_std([c['jumps'] for c in whole])[0]:.1f}"
     return line
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}" if share < 100 else f"x {share + 1:.1e}"
 
 
 def _full(
@@ -596,7 +604,7 @@ def _trajectories(
         colour = (BLUE, ORANGE, GREEN, GREY)[column]
         path = np.array(result["path"], dtype=float)[:400]
         axes[line, column].plot(*path.T, ".-", color=colour, linewidth=0.3, markersize=1.5)
-        axes[line, column].set_title(f"{label}, h = {h:g}", fontsize=7)
+        axes[line, column].set_title(f"{label}\nh = {h:.3g}", fontsize=7)
         ess = [math.nan if v is None else v for v in result["ess"]]
         axes[line, -1].plot(result["iterations"], ess, color=colour, label=label)
         rows.append(
