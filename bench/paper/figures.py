@@ -120,6 +120,12 @@ def fig1(record: Record) -> None:
         "Above: errors during training (medians over the seeds). Below: two entries of the learned "
         "s2 at 100 noisy points, and the truth, which is the same at all points.",
     )
+    record.compare(
+        f"sigma {levels[0]:g}, relative squared error of s1; of s2",
+        "pictures only",
+        "; ".join(f"{row['loss']}: {row['s1, relative error']}; {row['s2, relative error']}"
+                  for row in table if row["sigma"] == levels[0]),
+    )  # fmt: skip
     record.close("Figure 1: variance reduction")
 
 
@@ -255,6 +261,12 @@ def fig2(record: Record) -> None:
             axis.set_aspect("equal")
             axis.set_title(way, fontsize=7)
     record.figure(figure, "Clean, noisy and denoised points, one draw for each noisy point.")
+    record.compare(
+        "energy distance to the posterior",
+        "pictures only",
+        "; ".join(f"{row['set']}, {row['denoised by']} {row['distance to the posterior']}"
+                  for row in rows if row["denoised by"] in _WAYS[:2]),
+    )  # fmt: skip
     record.close("Figure 2: denoising posteriors")
 
 

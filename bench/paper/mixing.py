@@ -622,6 +622,13 @@ def _trajectories(
     record.table(title, rows)
     record.rows(rows)
     record.figure(figure, caption)
+    for name in sets.PLANE:
+        record.compare(
+            f"{name}: bulk ESS (Kolmogorov distance)",
+            "pictures only",
+            "; ".join(f"{row['chain']} {row['bulk']:.3g} ({row['kolmogorov']:.3f})"
+                      for row in rows if row["set"] == name and not row["diverged chains"]),
+        )  # fmt: skip
     record.close(title)
 
 
