@@ -385,6 +385,21 @@ def test_joint_training_gives_the_s1_that_dsm_alone_gives(rank, second_order):
         assert not torch.allclose(alone, before, rtol=0, atol=1e-2)
 
 
+def test_networks_of_single_coordinates_see_nothing_else():
+    net = networks.Net(3, 0, width=8, head_width=8, alone=4, seed=0)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    parts = [(net.score, net.first, net.first_alone), (lambda x: net(x).diag, net.diag,
+                                                       net.diag_alone)]  # fmt: skip
+    for whole, dense, alone in parts:
+        assert torch.allclose(whole(x), dense(x) + alone(x))
+        assert torch.allclose(alone(x)[2], alone(x[2]), atol=1e-6)
+        jacobian = torch.func.vmap(torch.func.jacrev(alone))(x)
+        own = jacobian.diagonal(dim1=1, dim2=2)
+        assert torch.equal(jacobian, own.diag_embed()) and own.abs().min() > 0
+    same = networks.Net(3, 0, width=8, head_width=8, seed=0)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in same.state_dict().items())
+
+
 def test_the_dense_formulation_has_our_gradients():
     found = table1.dense("normal pairs", 3, 4, 0.1, 0.001)
     assert found["largest difference of gradients"] < 1e-4

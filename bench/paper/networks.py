@@ -61,6 +61,8 @@ class Net(nn.Module):
         depth: hidden layers of each.
         linear: adds a linear map of x to s1: what is left to learn is how far the law is from a
             normal one.
+        alone: hidden units of a network for each coordinate by itself, added to s1 and to the
+            diagonal; 0 for none.
         seed: of the initial weights; those of s1 do not depend on the rank.
     """
 
@@ -73,6 +75,7 @@ class Net(nn.Module):
         head_width: int = 32,
         depth: int = 3,
         linear: bool = False,
+        alone: int = 0,
         seed: int,
     ) -> None:
         super().__init__()
@@ -83,22 +86,50 @@ class Net(nn.Module):
             self.linear = nn.Linear(dim, dim) if linear else None
             self.diag = None if rank is None else _layers(dim, head_width, depth, dim)
             self.factor = None if not rank else _layers(dim, head_width, depth, dim * rank)
+            self.first_alone = _Coordinates(dim, alone) if alone else None
+            self.diag_alone = _Coordinates(dim, alone) if alone and rank is not None else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
     def score(self, x: Tensor) -> Tensor:
         value: Tensor = self.first(x)
-        return value if self.linear is None else value + self.linear(x)
+        if self.linear is not None:
+            value = value + self.linear(x)
+        return value if self.first_alone is None else value + self.first_alone(x)
 
     def second(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The diagonal d and the factor U (B, D, r) of s2 = diag(d) + U U^T."""
         assert self.diag is not None
+        diag = self.diag(x)
+        if self.diag_alone is not None:
+            diag = diag + self.diag_alone(x)
         factor = None if self.factor is None else self.factor(x).reshape(*x.shape, self.rank)
-        return self.diag(x), factor
+        return diag, factor
 
     def forward(self, x: Tensor) -> UnscaledScores:
         return UnscaledScores(self.score(x), *self.second(x))
+
+
+class _Coordinates(nn.Module):
+    """Two hidden layers for each coordinate: what it sees of a law whose coordinates stand alone.
+
+    The first layer's kinks lie about the origin, a few for each unit of length.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(1.5 * torch.randn(dim, 1, width))
+        self.shifts = nn.Parameter(1.5 * torch.randn(dim, 1, width))
+        self.hidden = nn.Parameter(torch.randn(dim, width, width) / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(dim, 1, width))
+        self.out = nn.Parameter(0.3 * torch.randn(dim, width, 1) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.reshape(-1, x.shape[-1]).mT.unsqueeze(-1)
+        first = torch.baddbmm(self.shifts, columns, self.slopes).tanh()
+        second = torch.baddbmm(self.bias, first, self.hidden).tanh()
+        return (second @ self.out).squeeze(-1).mT.reshape(x.shape)
 
 
 def _layers(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
