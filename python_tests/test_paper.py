@@ -476,16 +476,8 @@ def test_distances_between_samples():
     assert mixing.kolmogorov(small, small + 5) == 1
 
 
-def test_isotropic_scores_are_the_same_hessian():
-    law = sets.plane("two modes")
-    x = law.sample(20, seed=3)
-    found = mixing._isotropic(law.score(x), law.hessian(x))
-    rebuilt = found.diag.diag_embed() + found.factor @ found.factor.mT
-    assert (rebuilt - law.hessian(x)).abs().max() < 1e-12
-    assert found.diag[:, 0].eq(found.diag[:, 1]).all()
-
-
-def test_crossing_is_the_last_fall():
+def test_crossing_is_the_first_fall():
+    assert claims.crossing([1, 10, 100, 1000], [100, 1, 100, 1], 10) == pytest.approx(10**0.5)
     assert claims.crossing([1, 10, 100], [100, 10, 1], 10) == pytest.approx(10)
     assert claims.crossing([1, 10, 100], [100, 10, 1], math.sqrt(10)) == pytest.approx(10**1.5)
     assert claims.crossing([1, 10], [100, 50], 10) is None
