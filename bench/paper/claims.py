@@ -93,7 +93,7 @@ def _joint(record: Record) -> None:
     record.compare(
         "error of the joint s1 over that of DSM alone",
         "as good",
-        f"{min(over):.3g}x to {max(over):.3g}x",
+        f"{min(over):.4f}x to {max(over):.4f}x",
     )
 
 

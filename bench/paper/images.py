@@ -198,7 +198,7 @@ def _diagonals(record: Record, name: str, number: int) -> None:
             | {"error of the mean / sigma^2": found["error"],
                "variance that is expected / sigma^2": found["expected"],
                "correlation of variance and squared error": found["correlation"],
-               "predictive (1 is calibrated)": found["predictive"],
+               "predictive, noise of sigma / 2 added (1 is calibrated)": found["predictive"],
                "ms an image": found["milliseconds"]}
         )  # fmt: skip
     axes[0, 0].set_title("clean", fontsize=6)

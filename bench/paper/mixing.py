@@ -431,8 +431,8 @@ def table3(record: Record) -> None:
             colour, shift = (BLUE, -0.15) if scores == "exact" else (ORANGE, 0.15)
             at = np.arange(len(METHODS)) + shift
             for choice, rule, face, label in (
-                ("close", "bulk", colour, f"{scores} scores, close to the law, bulk"),
-                ("paper", "cutoff", "none", f"{scores} scores, the paper's rule, cut-off"),
+                ("close", "bulk", colour, f"{scores} scores, close to the law"),
+                ("paper", "cutoff", "none", f"{scores} scores, the paper's rule"),
             ):
                 both = [
                     mean_std(_values(found[name, scores, method], choice, rule))
