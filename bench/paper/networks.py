@@ -63,7 +63,7 @@ class Net(nn.Module):
             normal one.
         alone: hidden units of a network for each coordinate by itself, added to s1 and to the
             diagonal; 0 for none.
-        seed: of the initial weights; those of s1 do not depend on the rank.
+        seed: of the initial weights; those of `first` and `linear` do not depend on the rank.
     """
 
     def __init__(
