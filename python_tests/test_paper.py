@@ -32,24 +32,22 @@ for _extra in ("matplotlib", "safetensors", "arviz_stats", "accelerate", "sklear
     pytest.importorskip(_extra)
 
 
-def left_over(target: torch.Tensor, rank: int) -> float:
-    """Squared error of the best diagonal plus rank r, by turns, over the square of the target."""
-    diag = target.diagonal().clone()
-    low = torch.zeros_like(target)
-    for _ in range(60):
-        values, vectors = torch.linalg.eigh(target - diag.diag())
-        values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
-        low = (vectors * values) @ vectors.mT
-        diag = (target - low).diagonal()
-    return float((target - low - diag.diag()).square().sum() / target.square().sum())
-
-
 def test_pairs_leave_to_each_rank_what_the_paper_printed():
     hessian = -torch.linalg.inv(sets.normal("pairs").covariance)
     paper = [7.12 / 43.8, 5.24 / 43.8, 1.76 / 43.8]
-    left = [left_over(hessian, rank) for rank in sets.RANKS]
+    whole = float(hessian.square().sum())
+    left = [table1.left_over(hessian, rank) / whole for rank in sets.RANKS]
     assert left == pytest.approx(paper, rel=0.015)
-    assert left_over(hessian, 35) < 1e-12
+    assert table1.left_over(hessian, 35) < 1e-5 * whole
+
+
+def test_least_error_is_that_of_a_known_best():
+    """Two coordinates that depend on one another are a diagonal plus one column."""
+    target = torch.tensor([[-2.0, 0.5, 0.0], [0.5, -1.0, 0.0], [0.0, 0.0, -3.0]]).double()
+    assert table1.left_over(target, 1) < 1e-6
+    # Two separate pairs with one column: the smaller off-diagonal entry stays, twice.
+    pairs = torch.block_diag(target[:2, :2], target[:2, :2] * 0.4)
+    assert table1.left_over(pairs, 1) == pytest.approx(2 * 0.2**2, rel=1e-5)
 
 
 def test_normal_sets_are_what_they_say():
