@@ -92,7 +92,7 @@ wheel: $(BIN)/python
 build/asan/ready: $(READY) $(wildcard hos_ext/*.py)
 	rm -rf build/asan/package
 	HOS_CUDA=OFF HOS_SANITIZE=address,undefined $(PIP) install -c constraints.txt --no-deps \
-	  --target build/asan/package -C install.strip=false .
+	  --target build/asan/package --config-settings=install.strip=false .
 	touch $@
 
 # -S keeps away the hook of the editable install, which would come before PYTHONPATH.
