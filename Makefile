@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test full bench bench-quick bench-report gpu ptxas lint wheel asan clean
@@ -81,7 +81,7 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 
 # 80 A100, 86 RTX 30, 89 RTX 40 and L4, 90 H100, 100 B200, 120 RTX 50 and, as PTX, what follows.
 wheel: $(BIN)/python
@@ -89,7 +89,7 @@ wheel: $(BIN)/python
 	$(PIP) wheel -c constraints.txt --no-deps -w dist .
 
 # The package once more, with an instrumented native module.
-build/asan/ready: $(READY) $(wildcard hos_ext/*.py)
+build/asan/ready: $(READY) $(shell find hos_ext -name "*.py")
 	rm -rf build/asan/package
 	HOS_CUDA=OFF HOS_SANITIZE=address,undefined $(PIP) install -c constraints.txt --no-deps \
 	  --target build/asan/package --config-settings=install.strip=false .

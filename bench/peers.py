@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 import hos_ext
-from hos_ext import native, reference
+from hos_ext.ops import _native as native
+from hos_ext.ops import reference
+from hos_ext.ops._native import queue_of
+from hos_ext.ops.losses import D2SM_VR, _loss_forward
 
 Function = Callable[..., Any]
 
@@ -99,12 +102,12 @@ def d2sm_vr_losses() -> dict[str, Function]:
 def kernels(inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """The kernels of `d2sm_vr_loss` alone: no checks, no autograd, into gradients there are."""
     score, diag, factor, noise, sigma = inputs
-    kind, batch = native.D2SM_VR, len(noise)
+    kind, batch = D2SM_VR, len(noise)
     sigma = sigma.double()
     weights = torch.full((batch,), 1 / batch)
     grads = [torch.empty_like(t) for t in inputs[:3]]
-    loss, saved = native._loss_forward(kind, score, diag, factor, noise, sigma, None)
-    call = (*native._queue(noise), kind, score, diag, factor, noise, sigma, None, saved)
+    loss, saved = _loss_forward(kind, score, diag, factor, noise, sigma, None)
+    call = (*queue_of(noise), kind, score, diag, factor, noise, sigma, None, saved)
 
     def step() -> list[Tensor]:
         native._C.loss(*call, loss, None)

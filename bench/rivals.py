@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hos_ext import Scores, azula_denoiser, guided, normal, prior, second_order_reverse
+from hos_ext import Scores, normal
+from hos_ext.app.data import load_digits
 from hos_ext.checks import require
-from hos_ext.data import load_digits
-from hos_ext.diffusion import Model
+from hos_ext.diffusion import guided, prior, second_order_reverse
+from hos_ext.integrations import azula_denoiser
+from hos_ext.scores import Model
 
 from .memory import extra_mib
 

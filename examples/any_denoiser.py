@@ -15,9 +15,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hos_ext import DPLR, Posterior, calibration, score_from_x0
-from hos_ext.data import dequantise, distort, load_digits
-from hos_ext.hessians import ScoreHessian, posterior_from_score
+from hos_ext import DPLR, Posterior
+from hos_ext.app.data import dequantise, distort, load_digits
+from hos_ext.linalg.jacobian import ScoreHessian
+from hos_ext.tweedie import score_from_x0
+from hos_ext.uncertainty import calibration
+from hos_ext.uncertainty.from_score import posterior_from_score
 
 SIGMA, RANK = 0.4, 4
 MEAN, STD = -0.4, 0.5  # of the data, roughly

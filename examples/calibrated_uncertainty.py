@@ -16,17 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hos_ext import (
-    MLP,
-    CalibrationReport,
-    Posterior,
-    Scores,
-    calibration_report,
-    data,
-    posterior,
-    recalibration_factor,
-    training,
-)
+from hos_ext import MLP, Posterior, Scores, posterior
+from hos_ext.app import data, training
+from hos_ext.uncertainty import CalibrationReport, calibration_report, recalibration_factor
 
 SIGMAS = (0.2, 0.4, 0.8)
 COLOURS = ("#3b75af", "#c8742c", "#a8283c")

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hos_ext import MLP, Posterior, Scores, normal, score_matching_loss, uniform
-from hos_ext.data import SHAPE, dequantise, distort, load_digits
-from hos_ext.diffusion import Model, prior, reverse_sde, second_order_reverse, tweedie_denoise
-from hos_ext.guidance import condition, guided
+from hos_ext.app.data import SHAPE, dequantise, distort, load_digits
+from hos_ext.diffusion.guidance import condition, guided
+from hos_ext.diffusion.reverse import prior, reverse_sde, second_order_reverse, tweedie_denoise
 from hos_ext.schedules import EDM, Schedule
+from hos_ext.scores import Model
 
 DATA_STD, NOISE_STD = 0.7, 0.1
 DRAWS = 39  # per measurement: the truth has one of 40 ranks among them

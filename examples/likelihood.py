@@ -17,8 +17,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hos_ext import MLP, GaussianMixture, Scores, score_matching_loss, uniform
-from hos_ext.likelihood import log_likelihood
+from hos_ext import MLP, Scores, score_matching_loss, uniform
+from hos_ext.densities import GaussianMixture
+from hos_ext.diffusion.likelihood import log_likelihood
 from hos_ext.schedules import EDM, Schedule
 
 SCHEDULE = EDM(sigma_min=0.1, sigma_max=20.0, rho=3.0)

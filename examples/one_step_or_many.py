@@ -15,8 +15,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hos_ext import GaussianMixture, Scores
-from hos_ext.diffusion import (
+from hos_ext import Scores
+from hos_ext.densities import GaussianMixture
+from hos_ext.diffusion.reverse import (
     prior,
     probability_flow_ode,
     reverse_sde,

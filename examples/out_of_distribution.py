@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from hos_ext import MLP, auroc, data, outlier_score, training
+from hos_ext import MLP
+from hos_ext.app import data, training
 from hos_ext.checks import require
+from hos_ext.uncertainty import auroc, outlier_score
 
 SIGMAS = (0.2, 0.4, 0.8)
 KINDS = ("norm", "laplacian", "mahalanobis", "uncertainty")  # the first one is first-order

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_count, check_int, check_tensor, per_sample
-
-_STREAM_SIGMA = 33  # of `draw_sigma`; those of `ops` are below 16
+from .random import STREAM_SIGMA, STREAM_TIME
 
 _Time = TypeVar("_Time", bound=float | Tensor)
 
@@ -141,7 +140,7 @@ class Schedule:
             seed=seed,
             offset=offset,
             first=first,
-            stream=ops.STREAM_TIME,
+            stream=STREAM_TIME,
             dtype=torch.float64,  # 2^-32 steps: float32 would round some to 0 and 1
             device=device,
         )
@@ -472,7 +471,7 @@ def draw_sigma(
     """
     low, high = map(math.log, sigma_range)
     u = ops.uniform(
-        (n,), seed=seed, offset=offset, first=first, stream=_STREAM_SIGMA, dtype=torch.float64
+        (n,), seed=seed, offset=offset, first=first, stream=STREAM_SIGMA, dtype=torch.float64
     )
     return (low + (high - low) * u).exp().float()
 

@@ -23,7 +23,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from hos_ext import native
+from hos_ext.ops import _native as native
+from hos_ext.ops._native import connect
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -72,9 +73,9 @@ def emulated(module: ModuleType) -> Iterator[None]:
     """The operators on CPU tensors by the emulated kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_C", module)
-        patch.setattr(native, "_queue", lambda _: (0, 0))
+        patch.setattr(native, "queue_of", lambda _: (0, 0))
         patch.setattr(module, "direct_step", lambda *_: None)  # it knows the CPU kernels alone
-        native.connect(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+        connect(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
         yield
 
 

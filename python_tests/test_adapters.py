@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hos_ext import MLP, VP, Gaussian, Scores
-from hos_ext.adapters import MeanDenoiser, azula_denoiser
-from hos_ext.losses import ScoreMatchingLoss, score_matching_loss
+from hos_ext import MLP, VP, Scores
+from hos_ext.densities import Gaussian
+from hos_ext.integrations.azula import MeanDenoiser, azula_denoiser
+from hos_ext.losses.module import ScoreMatchingLoss
+from hos_ext.losses.score_matching import score_matching_loss
 from hos_ext.schedules import VE
 
 F64 = torch.float64

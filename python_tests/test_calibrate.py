@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from hos_ext.calibrate import calibration, calibration_report, recalibration_factor
-from hos_ext.densities import Gaussian, GaussianMixture
-from hos_ext.dplr import DPLR
-from hos_ext.tweedie import Posterior, UnscaledScores, posterior
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.linalg.dplr import DPLR
+from hos_ext.scores import UnscaledScores
+from hos_ext.tweedie.posterior import Posterior, posterior
+from hos_ext.uncertainty.calibration import calibration, calibration_report, recalibration_factor
 
 
 def random_posterior(n, d, r, *, sign=None, seed=0):

@@ -19,7 +19,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hos_ext
-from hos_ext import native
+from hos_ext.ops import _native as native
+from hos_ext.ops._native import connect
+from hos_ext.ops.losses import DSM, loss_operator
+from hos_ext.ops.steps import direct_step, step_operator
+from hos_ext.random import fresh_seed
 
 # Forward mode and torch.compile script their decompositions on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -38,9 +42,9 @@ SHAPES = [(10, 2), (1, 7), (5, 1), (3, 2, 4, 5), (40, 1000)]
     ids=["exchange", "attributes"],
 )
 def reading(request) -> Iterator[None]:
-    native.connect(EXCHANGE if request.param else None)
+    connect(EXCHANGE if request.param else None)
     yield
-    native.connect(EXCHANGE)
+    connect(EXCHANGE)
 
 
 def draw(shape=(3, 4), *, dtype=torch.float32, seed=0):
@@ -54,7 +58,7 @@ PLAIN |= {"step_size": 0.1, "seed": 1, "offset": 0, "first": 0, "curvature": 0}
 
 def direct(**changes):
     """`direct_step` of arguments that it takes, with some of them changed."""
-    return native.direct_step(*(PLAIN | changes).values())
+    return direct_step(*(PLAIN | changes).values())
 
 
 def checked(monkeypatch, function, *args, **options):
@@ -137,7 +141,7 @@ def test_a_refused_call_draws_one_seed():
     hos_ext.langevin_step(x.T, x.T, 0.1)
     after = torch.random.get_rng_state()
     torch.manual_seed(3)
-    native.fresh_seed()
+    fresh_seed()
     assert torch.equal(torch.random.get_rng_state(), after)
 
 
@@ -165,7 +169,7 @@ def test_a_wanted_gradient_is_recorded(name):
     out = hos_ext.ozaki_step(**(given | {name: change[name]}), step_size=0.1)
     (got,) = torch.autograd.grad(out.sum(), change[name])
     plain = {key: t.double() for key, t in (given | {name: change[name]}).items()}
-    wanted = hos_ext.reference.ozaki_step(**plain, step_size=0.1).sum()
+    wanted = hos_ext.ops.reference.ozaki_step(**plain, step_size=0.1).sum()
     assert torch.allclose(got, torch.autograd.grad(wanted, change[name])[0], atol=1e-5)
 
 
@@ -358,9 +362,9 @@ def test_no_reference_is_kept_or_lost():
         lambda: direct(x=tracked),
         lambda: direct(x=x, score=score, noise=x),
         lambda: direct(x=x, step_size=torch.tensor(-1.0)),
-        lambda: native.loss.forward(native.DSM, x, None, None, score, sizes, None),
-        lambda: native.loss.backward([True], ones, native.DSM, x, None, None, score, *rest),
-        lambda: native.step.backward([True] * 4, x, x, score, score, x, sizes, 0, 0, 0, 0),
+        lambda: loss_operator.forward(DSM, x, None, None, score, sizes, None),
+        lambda: loss_operator.backward([True], ones, DSM, x, None, None, score, *rest),
+        lambda: step_operator.backward([True] * 4, x, x, score, score, x, sizes, 0, 0, 0, 0),
     )
     for call in calls:
         call()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hos_ext import cli, data, evaluation, options, results, runs, training
+from hos_ext.app import cli, data, evaluation, options, results, runs, training
+from hos_ext.schedules import draw_sigma
 
 SMALL = [
     "--steps=5",
@@ -145,7 +146,7 @@ def test_train_does_not_replace_a_run(run_folder, tmp_path, capsys, monkeypatch)
 def test_a_stopped_run_is_resumed_to_the_same_model(
     run_folder, tmp_path, monkeypatch, capsys, number, code
 ):
-    draw = training.draw_sigma
+    draw = draw_sigma
 
     def stop(n, sigma_range, *, seed, offset=0, first=0):
         if offset == 3:

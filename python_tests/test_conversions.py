@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext import conversions
-from hos_ext.conversions import hessian_from_jacobian, jacobian_from_hessian
-from hos_ext.densities import GaussianMixture
-from hos_ext.dplr import DPLR
+from hos_ext.densities.gaussian import GaussianMixture
+from hos_ext.linalg.dplr import DPLR
+from hos_ext.tweedie import conversions
+from hos_ext.tweedie.conversions import hessian_from_jacobian, jacobian_from_hessian
 
 F64 = torch.float64
 B, DIMS, D = 3, (2, 2), 4

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hos_ext import data, ops, readers
+from hos_ext import ops
+from hos_ext.app import data, readers
 
 # log p of the known densities at (0.25, ..., 0.25).
 PROBES = {

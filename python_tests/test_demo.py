@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from hos_ext import cli, plots, runs
+from hos_ext.app import cli, runs
+from hos_ext.app.report import _meaning, _number, _verdict
 
 SCHEMA = {
     "denoise": {"sigma", "mse_noisy", "mse_denoised"},
@@ -95,17 +96,17 @@ def test_report_shows_the_numbers_of_the_metrics(demo, metrics):
     page = (demo / "report.html").read_text()
     shown = [row[key] for name, keys in SCHEMA.items() for row in metrics[name] for key in keys]
     for value in shown:
-        text = plots._number(value) if isinstance(value, float) else str(value)
+        text = _number(value) if isinstance(value, float) else str(value)
         assert text in page
     assert f"{metrics['train']['recalibration']:.3f}" in page
 
 
 def test_report_says_whether_the_posteriors_are_calibrated():
     good = [{"predictive_recalibrated": 1.0}, {"predictive_recalibrated": 1.24}]
-    text = " ".join(plots._verdict(good).split())
+    text = " ".join(_verdict(good).split())
     assert "Yes: the recalibrated predictive figure lies within 0.8 to 1.25 at every" in text
     for bad in (0.79, 1.26, float("nan")):
-        assert "Not yet" in plots._verdict([*good, {"predictive_recalibrated": bad}])
+        assert "Not yet" in _verdict([*good, {"predictive_recalibrated": bad}])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_report_says_whether_the_posteriors_are_calibrated():
     [(0.0123456, "0.01235"), (9876.5, "9876"), (12345.6, "12346"), (-2e4, "-20000")],
 )
 def test_report_writes_numbers_without_exponents(value, text):
-    assert plots._number(value) == text
+    assert _number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_report_writes_numbers_without_exponents(value, text):
     ],
 )
 def test_report_says_what_the_raw_figures_mean(figures, text):
-    assert text in plots._meaning([{"mahalanobis": value} for value in figures])
+    assert text in _meaning([{"mahalanobis": value} for value in figures])
 
 
 def test_report_commands_and_example_work_as_printed(demo, monkeypatch, capsys):

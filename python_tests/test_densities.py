@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext.densities import (
-    Gaussian,
-    GaussianMixture,
-    JointLogisticMixture,
-    ProductLogisticMixture,
-)
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.densities.logistic import JointLogisticMixture, ProductLogisticMixture
 
 F64 = torch.float64
 KINDS = ["gaussian", "gaussian_mixture", "product_logistic", "joint_logistic"]

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from hos_ext.diagnostics import ess, ess_rate, min_ess, mode_jumps, r_hat
+from hos_ext.sampling.diagnostics import ess, ess_rate, min_ess, mode_jumps, r_hat
 
 
 def ar1(rho, chains, n, *dims, seed=0):

@@ -12,9 +12,10 @@ import torch
 from conftest import BEYOND, WITHIN, assert_near
 from torch import Tensor
 
-from hos_ext import diffusion, ops, samplers
-from hos_ext.densities import Gaussian, GaussianMixture
-from hos_ext.diffusion import (
+from hos_ext import ops
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.diffusion import reverse as diffusion
+from hos_ext.diffusion.reverse import (
     annealed_langevin,
     predictor_corrector,
     prior,
@@ -23,8 +24,10 @@ from hos_ext.diffusion import (
     second_order_reverse,
     tweedie_denoise,
 )
+from hos_ext.sampling import chains as samplers
+from hos_ext.sampling.chains import sample
 from hos_ext.schedules import EDM, VE, VP, CosineVP, Schedule, SubVP, from_alphas_cumprod
-from hos_ext.tweedie import Scores, UnscaledScores
+from hos_ext.scores import Scores, UnscaledScores
 
 F64 = torch.float64
 D = 2
@@ -392,7 +395,7 @@ def test_no_corrections_leave_the_predictor(predictor):
 
 def test_corrections_use_each_step_of_the_chain_noise_once(monkeypatch):
     used = []
-    original = diffusion.sample
+    original = sample
 
     def spy(*args, **options):
         used.extend(range(options["state"]["step"], options["state"]["step"] + options["burn_in"]))
@@ -501,7 +504,7 @@ def test_score_alone_suffices_where_only_the_score_is_used():
 
 def test_adjusted_langevin_corrects_its_ratio_where_there_is_c(monkeypatch):
     seen = []
-    original = diffusion.sample
+    original = sample
 
     def spy(score_fn, *args, **options):
         seen.append(type(score_fn(options["state"]["x"])))
@@ -541,7 +544,7 @@ def test_further_arguments_reach_the_chain():
 
 
 def test_annealed_chains_sum_over_levels_what_can_be_summed(monkeypatch):
-    original = diffusion.sample
+    original = sample
 
     def timed(*args, **options):
         chains = original(*args, **options)

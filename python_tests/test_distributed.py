@@ -12,8 +12,8 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from hos_ext import MLP, sample
-from hos_ext.distributed import sample_sharded, shard
-from hos_ext.tweedie import DenseScores, UnscaledScores
+from hos_ext.sampling.distributed import sample_sharded, shard
+from hos_ext.scores import DenseScores, UnscaledScores
 
 CHAINS, WORLDS = 7, (1, 2, 3)
 OPTIONS = {"step_size": 0.05, "n_steps": 9, "burn_in": 2, "thin": 2, "seed": 11}

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hos_ext
-from hos_ext import reference
+from hos_ext.ops import reference
 
 # Forward mode inside vmap, torch.compile and gradcheck script their decompositions on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hos_ext import ops
-from hos_ext.dplr import DPLR
+from hos_ext.linalg.dplr import DPLR
 
 F64 = torch.float64
 # Well-conditioned float64 problems of size 30: rounding times the condition number (at most 1e4).

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import hos_ext
-from hos_ext import native
+from hos_ext.ops import _native as native
+from hos_ext.ops._native import has_kernels
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 D = torch.linspace(1, 2, 12).reshape(3, 4)
@@ -645,10 +646,10 @@ def test_a_device_without_kernels_is_told_once_with_the_cure(monkeypatch, device
     monkeypatch.setattr(torch.version, "hip", None)
     message = f"hos_ext: device {device} takes the plain-torch path; {cure}"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
-        assert not native.has_kernels(torch.device(device))
+        assert not has_kernels(torch.device(device))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not native.has_kernels(torch.device(device))
+        assert not has_kernels(torch.device(device))
 
 
 def test_unknown_cpu_level_is_named():

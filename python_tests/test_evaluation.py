@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext import MLP, Gaussian, calibration, data, evaluation, ops, recalibration_factor
-from hos_ext.evaluation import Denoised, denoise, denoise_held_out, evaluate, recalibrate
+from hos_ext import MLP, ops
+from hos_ext.app import data, evaluation
+from hos_ext.app.evaluation import Denoised, denoise, denoise_held_out, evaluate, recalibrate
+from hos_ext.densities import Gaussian
 from hos_ext.schedules import draw_sigma
-from hos_ext.tweedie import Scores, posterior
+from hos_ext.scores import Scores
+from hos_ext.tweedie.posterior import posterior
+from hos_ext.uncertainty import calibration, recalibration_factor
 
 
 @pytest.fixture(scope="module")

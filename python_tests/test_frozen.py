@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext.densities import Gaussian
-from hos_ext.frozen import DiffusersScore, SecondOrderHead, from_diffusers
-from hos_ext.losses import score_matching_loss
-from hos_ext.models import MLP, UNet
-from hos_ext.pretrained import load_model, save_model
+from hos_ext.densities.gaussian import Gaussian
+from hos_ext.integrations.diffusers import DiffusersScore, from_diffusers
+from hos_ext.losses.score_matching import score_matching_loss
+from hos_ext.nn.files import load_model, save_model
+from hos_ext.nn.head import SecondOrderHead
+from hos_ext.nn.mlp import MLP
+from hos_ext.nn.unet import UNet
 from hos_ext.schedules import from_alphas_cumprod
-from hos_ext.tweedie import Scores, posterior
+from hos_ext.scores import Scores
+from hos_ext.tweedie.posterior import posterior
 
 DIMS = (1, 2, 4)  # of a tiny image: D = 8
 SIZE = math.prod(DIMS)

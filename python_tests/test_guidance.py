@@ -24,12 +24,13 @@ from test_diffusion import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hos_ext.densities import Gaussian, GaussianMixture
-from hos_ext.diffusion import prior, probability_flow_ode, reverse_sde, second_order_reverse
-from hos_ext.dplr import DPLR
-from hos_ext.guidance import _conjugate_gradients, condition, condition_mean, guided
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.diffusion.guidance import _conjugate_gradients, condition, condition_mean, guided
+from hos_ext.diffusion.reverse import prior, probability_flow_ode, reverse_sde, second_order_reverse
+from hos_ext.linalg.dplr import DPLR
 from hos_ext.schedules import EDM, VE, VP
-from hos_ext.tweedie import Posterior, Scores
+from hos_ext.scores import Scores
+from hos_ext.tweedie.posterior import Posterior
 
 F64 = torch.float64
 DIMS = (3, 4)

@@ -13,18 +13,14 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hos_ext import (
-    DPLR,
-    MLP,
-    GaussianMixture,
-    eps_from_score,
-    from_alphas_cumprod,
-    hessians,
-    posterior_mean,
-    v_from_score,
-)
-from hos_ext.conversions import score_from_eps, score_from_v, score_from_x0, x0_from_score
-from hos_ext.hessians import ScoreHessian, posterior_from_score
+from hos_ext import DPLR, MLP
+from hos_ext.densities import GaussianMixture
+from hos_ext.linalg import jacobian as hessians
+from hos_ext.linalg.jacobian import ScoreHessian
+from hos_ext.schedules import from_alphas_cumprod
+from hos_ext.tweedie import eps_from_score, posterior_mean, v_from_score
+from hos_ext.tweedie.conversions import score_from_eps, score_from_v, score_from_x0, x0_from_score
+from hos_ext.uncertainty.from_score import posterior_from_score
 
 # torch's own use of torch.jit, at the first forward derivative of a process.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

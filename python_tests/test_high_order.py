@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import jacfwd, jvp, vmap
 
 import hos_ext
-from hos_ext.high_order import (
+from hos_ext.losses.high_order import (
     hermite,
     noise_moment_loss,
     order_k_loss,
@@ -20,7 +20,7 @@ from hos_ext.high_order import (
     order_k_vr_loss,
     second_moment_loss,
 )
-from hos_ext.moments import psi_from_scores
+from hos_ext.tweedie.moments import psi_from_scores
 
 F64 = torch.float64
 B, D, M = 3, 2, 4

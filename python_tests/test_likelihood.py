@@ -12,11 +12,11 @@ from test_diffusion import COVARIANCE, GAUSSIAN, MEAN, MIXTURE, WHOLE, D, exact_
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hos_ext.densities import Gaussian
-from hos_ext.diffusion import probability_flow_ode
-from hos_ext.likelihood import log_likelihood
+from hos_ext.densities.gaussian import Gaussian
+from hos_ext.diffusion.likelihood import log_likelihood
+from hos_ext.diffusion.reverse import probability_flow_ode
 from hos_ext.schedules import EDM, VE, VP, Schedule
-from hos_ext.tweedie import Scores
+from hos_ext.scores import Scores
 
 F64 = torch.float64
 VP_ = VP()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext import ops, reference
-from hos_ext.losses import score_matching_loss
-from hos_ext.models import MLP
-from hos_ext.tweedie import Scores, UnscaledScores
+from hos_ext import ops
+from hos_ext.losses.score_matching import score_matching_loss
+from hos_ext.nn.mlp import MLP
+from hos_ext.ops import reference
+from hos_ext.scores import Scores, UnscaledScores
 
 DIMS = (2, 3)
 SIZE = 6

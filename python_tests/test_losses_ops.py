@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hos_ext
-from hos_ext import reference
-from hos_ext.densities import Gaussian, GaussianMixture
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.ops import reference
 
 # name: evaluation points, has a diag, has a factor
 LOSSES = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hos_ext
-from hos_ext import reference
+from hos_ext.ops import reference
 
 # (B, D, r): empty batches and samples, one tile of 64 rows and its neighbours, r = D, a long vector
 SHAPES = [

@@ -10,18 +10,18 @@ import torch
 from conftest import assert_near
 from torch import Tensor
 
-from hos_ext.dplr import DPLR
-from hos_ext.matrix_functions import (
+from hos_ext.linalg.dplr import DPLR
+from hos_ext.linalg.lanczos import lanczos
+from hos_ext.linalg.spectrum import (
     Rows,
     Spectrum,
     dense_spectrum,
     isotropic_spectrum,
-    lanczos,
     matrix_rows,
     spectrum_apply,
     spectrum_logdet,
 )
-from hos_ext.reference import phi1, treat_curvature
+from hos_ext.ops.reference import phi1, treat_curvature
 
 Function = Callable[[Tensor], Tensor]
 

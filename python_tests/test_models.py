@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from hos_ext.losses import score_matching_loss
-from hos_ext.models import MLP, UNet
+from hos_ext.losses.score_matching import score_matching_loss
+from hos_ext.nn.mlp import MLP
+from hos_ext.nn.unet import UNet
 
 SIGMAS = (1e-3, 0.05, 1.0, 7.0, 1e2)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.func import jacfwd, jvp, vmap
 
-from hos_ext.densities import Gaussian, GaussianMixture
-from hos_ext.moments import (
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.tweedie.moments import (
     moment_recurrence,
     moments_from_cumulants,
     noise_cumulants,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hos_ext
-from hos_ext import reference
+from hos_ext.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Philox4x32-10, published with the generator (Salmon et al. 2011): counter, key, words.

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext.densities import Gaussian, GaussianMixture
-from hos_ext.outliers import auroc, outlier_score
-from hos_ext.tweedie import Scores, UnscaledScores
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.scores import Scores, UnscaledScores
+from hos_ext.uncertainty.outliers import auroc, outlier_score
 
 F64 = torch.float64
 KINDS = ("laplacian", "mahalanobis", "uncertainty", "norm")

@@ -18,8 +18,9 @@ from bench import libraries, rows
 from bench.paper import __main__ as paper
 from bench.paper import chains, claims, figures, images, mixing, networks, sets, table1, table2
 from bench.paper.record import Folders, Record, Unfinished, mean_std
-from hos_ext import ScoreHessian, UnscaledScores
-from hos_ext.data import open_source
+from hos_ext import UnscaledScores
+from hos_ext.app.data import open_source
+from hos_ext.linalg import ScoreHessian
 
 # By torch itself, where it differentiates forward.
 pytestmark = pytest.mark.filterwarnings(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext import GaussianMixture, sample
+from hos_ext import sample
+from hos_ext.densities import GaussianMixture
 
 F64 = torch.float64
 CHAINS, STEPS, H = 8000, 20, 0.3

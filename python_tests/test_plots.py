@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from hos_ext import DPLR, ops, plots
-from hos_ext.evaluation import Denoised
-from hos_ext.tweedie import Posterior
+from hos_ext import DPLR, ops
+from hos_ext.app import plots
+from hos_ext.app.evaluation import Denoised
+from hos_ext.tweedie.posterior import Posterior
 
 GREY, COLOUR, SIGNAL = (6, 8), (3, 8, 8), (20,)
 

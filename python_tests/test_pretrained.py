@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hos_ext import storage, weights
-from hos_ext.models import MLP, UNet
-from hos_ext.pretrained import load_model, save_model
+from hos_ext import storage
+from hos_ext.nn import weights
+from hos_ext.nn.files import load_model, save_model
+from hos_ext.nn.mlp import MLP
+from hos_ext.nn.unet import UNet
 
 safetensors = pytest.importorskip("safetensors.torch", reason="models as files need hos_ext[app]")
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hos_ext import models, options, runs, training
+from hos_ext.app import options, runs, training
+from hos_ext.app.training import engine
+from hos_ext.nn.mlp import MLP
+from hos_ext.schedules import draw_sigma
 
 SMALL = {
     "data": "digits",
@@ -142,7 +145,7 @@ def test_digits_have_the_model_of_the_demonstration():
     model = options.build_model(full, source.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        expected = models.MLP(
+        expected = MLP(
             (8, 8),
             16,
             width=384,
@@ -287,7 +290,7 @@ def test_a_finished_run_has_all_its_parts_and_facts(whole):
 
 
 def test_a_stopped_run_resumes_to_the_same_model(whole, tmp_path, monkeypatch):
-    draw = training.draw_sigma
+    draw = draw_sigma
 
     def stop(n, sigma_range, *, seed, offset=0, first=0):
         if offset == 3:
@@ -295,7 +298,7 @@ def test_a_stopped_run_resumes_to_the_same_model(whole, tmp_path, monkeypatch):
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw_sigma", stop)
+        patch.setattr(engine, "draw_sigma", stop)
         with pytest.raises(training.Stopped):
             runs.fit(runs.prepare(SMALL, tmp_path / "a"))
     assert runs.info(tmp_path / "a")["state"] == "not finished"
@@ -307,7 +310,7 @@ def test_a_stopped_run_resumes_to_the_same_model(whole, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_resumes_behind_a_damaged_checkpoint(whole, tmp_path, monkeypatch):
-    draw = training.draw_sigma
+    draw = draw_sigma
 
     def kill(n, sigma_range, *, seed, offset=0, first=0):
         if offset == 5:
@@ -315,7 +318,7 @@ def test_a_killed_run_resumes_behind_a_damaged_checkpoint(whole, tmp_path, monke
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw_sigma", kill)
+        patch.setattr(engine, "draw_sigma", kill)
         with pytest.raises(SystemExit):
             runs.fit(runs.prepare(SMALL, tmp_path))
     newest = tmp_path / "checkpoints" / "step-00000004" / "model.safetensors"
@@ -428,7 +431,7 @@ def test_load_run_names_what_is_missing(whole, tmp_path):
         f"load_run: folder must hold a finished run, got {tmp_path} without model (go on with it "
         f"by hos-ext resume {tmp_path})"
     )
-    models.MLP((2,), 0).save_pretrained(tmp_path / "bare")
+    MLP((2,), 0).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="folder must hold the model of a run, got"):
         runs.load_run(tmp_path / "bare")
 

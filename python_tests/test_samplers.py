@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hos_ext import ops
-from hos_ext.samplers import ADJUSTED, UNADJUSTED, Chains, sample
-from hos_ext.tweedie import DenseScores, UnscaledScores
+from hos_ext.sampling.chains import ADJUSTED, UNADJUSTED, Chains, sample
+from hos_ext.scores import DenseScores, UnscaledScores
 
 SPREAD = torch.tensor([0.05, 0.4, 1.0, 3.0], dtype=torch.float64)  # variances, a diagonal Gaussian
 CORRELATED = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)

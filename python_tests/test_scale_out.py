@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_training import near, run
 
-from hos_ext import data
+from hos_ext.app import data
 
 PROGRAM = """
 import json, os, signal, sys, torch

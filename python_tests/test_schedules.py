@@ -14,7 +14,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from hos_ext import ops
-from hos_ext.losses import score_matching_loss
+from hos_ext.losses.score_matching import score_matching_loss
 from hos_ext.schedules import (
     EDM,
     VE,
@@ -25,7 +25,7 @@ from hos_ext.schedules import (
     SubVP,
     from_alphas_cumprod,
 )
-from hos_ext.tweedie import Scores
+from hos_ext.scores import Scores
 
 F64 = torch.float64
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=F64), 0)

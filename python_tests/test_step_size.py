@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext import GaussianMixture, UnscaledScores
-from hos_ext.samplers import ADJUSTED, sample
-from hos_ext.step_size import adapt_step_size, search_step_size
+from hos_ext import UnscaledScores
+from hos_ext.densities import GaussianMixture
+from hos_ext.sampling.chains import ADJUSTED, sample
+from hos_ext.sampling.step_size import adapt_step_size, search_step_size
 
 F64 = torch.float64
 

@@ -14,8 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hos_ext import MLP, ScoreMatchingLoss, data, ops, schedules, score_matching_loss, training
-from hos_ext.tweedie import Scores
+from hos_ext import MLP, ScoreMatchingLoss, ops, schedules, score_matching_loss
+from hos_ext.app import data, training
+from hos_ext.app.training import engine, precision
+from hos_ext.app.training.engine import _draw, _gradient_variance, _losses
+from hos_ext.app.training.precision import _tf32
+from hos_ext.random import STREAM_TIME
+from hos_ext.scores import Scores
 
 SETTINGS = {"width": 16, "depth": 2, "head_width": 8, "sigma_data": 0.7, "c_min": 0.01}
 
@@ -161,11 +166,9 @@ def test_the_gradient_variance_is_that_of_the_batch(source, rows):
     place = torch.device("cpu")
     estimates, gradients = [], []
     for step in range(150):
-        batch = training._draw(source, rows, rows, "none", (0.3, 0.6), 0, place, step + 1, 0)
-        estimates.append(
-            training._gradient_variance(model, trained, batch, training.OBJECTIVE, 0, step + 1)
-        )
-        loss = training._losses(model, batch, training.OBJECTIVE, 0, step + 1)[0].mean()
+        batch = _draw(source, rows, rows, "none", (0.3, 0.6), 0, place, step + 1, 0)
+        estimates.append(_gradient_variance(model, trained, batch, training.OBJECTIVE, 0, step + 1))
+        loss = _losses(model, batch, training.OBJECTIVE, 0, step + 1)[0].mean()
         flat = [g.flatten() for g in torch.autograd.grad(loss, trained)]
         gradients.append(torch.cat(flat).double())
     spread = torch.stack(gradients).var(0).sum().item()
@@ -354,10 +357,10 @@ if where == "weights":  # model.safetensors of step 8 is written, the rest is no
 elif where == "rename":  # all files of step 8 are there, under the temporary name
     Path.rename = lambda path, to: kill() if second(to) else rename(path, to)
 elif where == "prune":  # step 8 is there, step 4 not yet removed
-    from hos_ext import training
+    import shutil
     def prune(path, **options):
         kill() if Path(path).name == "step-00000004" else rmtree(path, **options)
-    training.shutil.rmtree = prune
+    shutil.rmtree = prune
 run(data.open_source("digits"), log_every=5, out=folder, save_every=4, keep=1)
 """
 
@@ -492,7 +495,7 @@ def test_a_signal_at_the_end_of_a_step_waits_for_the_next(source, tmp_path, monk
     def bar(*_):
         yield lambda step, loss: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
 
-    monkeypatch.setattr(training, "_progress_bar", bar)
+    monkeypatch.setattr(engine, "_progress_bar", bar)
     with pytest.raises(training.Stopped, match=r"after step 7; last checkpoint: .*step-00000007 "):
         run(source, out=tmp_path, save_every=4)
 
@@ -911,7 +914,7 @@ def test_bf16_products_of_the_cpu_are_refused_also_by_the_new_settings(part):
 
 def test_tf32_is_refused_where_it_would_ruin_variance_reduction(monkeypatch):
     monkeypatch.setattr(
-        training, "_tf32", lambda: ["torch.backends.cudnn.allow_tf32"], raising=True
+        precision, "_tf32", lambda: ["torch.backends.cudnn.allow_tf32"], raising=True
     )
     with pytest.raises(
         ValueError,
@@ -928,9 +931,9 @@ def test_the_switches_of_tf32_are_read():
     kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        assert set(training._tf32()) == names
+        assert set(_tf32()) == names
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        assert training._tf32() == []
+        assert _tf32() == []
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
@@ -985,7 +988,7 @@ def test_the_module_for_loops_of_ones_own_draws_as_documented(source):
     """`ScoreMatchingLoss` and the engine are two doors to the same objective."""
     loss = ScoreMatchingLoss((0.1, 1.2), **training.OBJECTIVE)
     x = source.scaling.forward(source.test[:8], seed=0)
-    u = ops.uniform((8,), seed=0, offset=3, stream=ops.STREAM_TIME, dtype=torch.float64)
+    u = ops.uniform((8,), seed=0, offset=3, stream=STREAM_TIME, dtype=torch.float64)
     sigma = (0.1 * 12**u).float()
     model = build()
     expected = score_matching_loss(model, x, sigma, **training.OBJECTIVE, seed=0, offset=3)

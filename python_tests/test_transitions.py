@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from hos_ext import (
-    DenseScores,
-    Gaussian,
-    GaussianMixture,
-    MatrixFreeScores,
-    ScoreHessian,
-    UnscaledScores,
-    ops,
-)
-from hos_ext.samplers import ADJUSTED, sample
-from hos_ext.transitions import Point, log_ratio, transition
+from hos_ext import UnscaledScores, ops
+from hos_ext.densities import Gaussian, GaussianMixture
+from hos_ext.linalg import ScoreHessian
+from hos_ext.sampling.chains import ADJUSTED, sample
+from hos_ext.sampling.transitions import Point, log_ratio, transition
+from hos_ext.scores import DenseScores, MatrixFreeScores
 
 F64 = torch.float64
 EXACT = ("ozaki_full", "ozaki_isotropic", "ozaki_cayley", "ozaki_lanczos")

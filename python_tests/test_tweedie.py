@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hos_ext import tweedie
-from hos_ext.dplr import DPLR
-from hos_ext.tweedie import Posterior, Scores, UnscaledScores, posterior
+from hos_ext.linalg.dplr import DPLR
+from hos_ext.scores import Scores, UnscaledScores
+from hos_ext.tweedie.posterior import (
+    Posterior,
+    posterior,
+    posterior_covariance,
+    posterior_mean,
+    second_moment,
+)
 
 F64 = torch.float64
 B, DIMS, D, R = 3, (2, 3), 6, 2
@@ -74,12 +80,10 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 def test_moments_of_a_gaussian_are_exact(sign: int) -> None:
     case = gaussian(sign)
     s = case.scores
-    close(tweedie.posterior_mean(case.x, s.score, case.sigma, case.alpha).flatten(1), case.mean)
-    covariance = tweedie.posterior_covariance(s.diag, s.factor, case.sigma, case.alpha, sign=s.sign)
+    close(posterior_mean(case.x, s.score, case.sigma, case.alpha).flatten(1), case.mean)
+    covariance = posterior_covariance(s.diag, s.factor, case.sigma, case.alpha, sign=s.sign)
     close(covariance.dense(), case.covariance)
-    moment = tweedie.second_moment(
-        case.x, s.score, s.diag, s.factor, case.sigma, case.alpha, sign=s.sign
-    )
+    moment = second_moment(case.x, s.score, s.diag, s.factor, case.sigma, case.alpha, sign=s.sign)
     outer = case.mean.unsqueeze(-1) * case.mean.unsqueeze(-2)
     close(moment.dense(), case.covariance + outer)
     assert moment.rank == R + 1
@@ -90,7 +94,7 @@ def test_second_moment_is_not_the_form_without_the_factor_on_the_mean() -> None:
     # sigma^4 = alpha^2.
     case = gaussian()
     s = case.scores
-    moment = tweedie.second_moment(case.x, s.score, s.diag, s.factor, case.sigma, case.alpha)
+    moment = second_moment(case.x, s.score, s.diag, s.factor, case.sigma, case.alpha)
     j = s.score.flatten(1) + case.x.flatten(1) / case.sigma[:, None] ** 2
     wrong = case.covariance + j.unsqueeze(-1) * j.unsqueeze(-2)
     right = case.covariance + case.mean.unsqueeze(-1) * case.mean.unsqueeze(-2)
@@ -99,9 +103,9 @@ def test_second_moment_is_not_the_form_without_the_factor_on_the_mean() -> None:
     assert float(distance.min()) > 0.5
     level = 0.6
     sigma = torch.full((B,), level, dtype=F64)
-    same = tweedie.second_moment(case.x, s.score, s.diag, s.factor, level, level**2)
+    same = second_moment(case.x, s.score, s.diag, s.factor, level, level**2)
     j = s.score.flatten(1) + case.x.flatten(1) / level**2
-    plain = tweedie.posterior_covariance(s.diag, s.factor, sigma, level**2).dense()
+    plain = posterior_covariance(s.diag, s.factor, sigma, level**2).dense()
     close(same.dense(), plain + j.unsqueeze(-1) * j.unsqueeze(-2))
 
 
@@ -126,7 +130,7 @@ def test_numbers_and_tensors_are_the_same_level() -> None:
         assert torch.equal(got.covariance.diag, want.covariance.diag)
         assert torch.equal(got.covariance.factor, want.covariance.factor)
     default = posterior(case.x, s.scaled(0.5), 0.5)
-    assert torch.equal(default.mean, tweedie.posterior_mean(case.x, 2 * (0.5 * s.score), 0.5))
+    assert torch.equal(default.mean, posterior_mean(case.x, 2 * (0.5 * s.score), 0.5))
 
 
 def test_scores_without_a_factor_have_rank_zero() -> None:
@@ -136,7 +140,7 @@ def test_scores_without_a_factor_have_rank_zero() -> None:
     assert got.covariance.rank == 0
     close(got.covariance.diag, 0.25 * (1 + 0.25 * case.scores.diag.flatten(1)))
     assert scores.scaled(0.5).unscaled(0.5).factor is None
-    moment = tweedie.second_moment(case.x, scores.score, scores.diag, None, 0.5)
+    moment = second_moment(case.x, scores.score, scores.diag, None, 0.5)
     assert moment.rank == 1
     values, vectors = got.principal_components(1)
     close(values[:, 0], got.covariance.diag.max(-1).values)
@@ -162,7 +166,7 @@ def test_c_keeps_small_posterior_variances_in_float32() -> None:
     got = posterior(torch.zeros(1, 4), Scores(torch.zeros(1, 4), c), 0.01)
     torch.testing.assert_close(got.covariance.diag, torch.full((1, 4), 1e-11), rtol=1e-6, atol=0)
     diag = ((c.double() - 1) / 0.01**2).float()
-    lost = tweedie.posterior_covariance(diag, None, 0.01).diag
+    lost = posterior_covariance(diag, None, 0.01).diag
     assert float((lost / 1e-11 - 1).abs().min()) > 0.05
 
 
@@ -173,7 +177,7 @@ def test_an_empty_batch_passes_through() -> None:
     assert got.mean.shape == got.std.shape == (0, *DIMS)
     assert got.log_prob(x).shape == (0,)
     assert got.sample(2, seed=0).shape == (2, 0, *DIMS)
-    assert tweedie.second_moment(x, x, x, scores.factor, 1.0).dense().shape == (0, D, D)
+    assert second_moment(x, x, x, scores.factor, 1.0).dense().shape == (0, D, D)
 
 
 def test_moments_pass_gradients_to_the_scores() -> None:
@@ -508,37 +512,37 @@ FIT = posterior(X, SCORES, 1.0)
             "Posterior.log_prob: x must have dtype torch.float32, got torch.float64",
         ),
         (
-            lambda: tweedie.posterior_mean(X, 1.0, 1.0),
+            lambda: posterior_mean(X, 1.0, 1.0),
             TypeError,
             "posterior_mean: score must be a Tensor, got float",
         ),
         (
-            lambda: tweedie.posterior_mean(X, X, 1.0, 0.0),
+            lambda: posterior_mean(X, X, 1.0, 0.0),
             ValueError,
             "posterior_mean: alpha must be positive, got 0.0",
         ),
         (
-            lambda: tweedie.posterior_covariance(torch.ones(2), None, 1.0),
+            lambda: posterior_covariance(torch.ones(2), None, 1.0),
             ValueError,
             "posterior_covariance: diag must have shape (B, *dims), got (2,)",
         ),
         (
-            lambda: tweedie.posterior_covariance(X, None, -1.0),
+            lambda: posterior_covariance(X, None, -1.0),
             ValueError,
             "posterior_covariance: sigma must be positive, got -1.0",
         ),
         (
-            lambda: tweedie.second_moment(X, X, torch.ones(2, 4), None, 1.0),
+            lambda: second_moment(X, X, torch.ones(2, 4), None, 1.0),
             ValueError,
             "second_moment: diag must have shape (2, 3), got (2, 4)",
         ),
         (
-            lambda: tweedie.posterior_mean(INTS, INTS, 0.5),
+            lambda: posterior_mean(INTS, INTS, 0.5),
             ValueError,
             "posterior_mean: x must have dtype float32, float64, got torch.int64",
         ),
         (
-            lambda: tweedie.posterior_covariance(INTS, None, 0.5),
+            lambda: posterior_covariance(INTS, None, 0.5),
             ValueError,
             "posterior_covariance: diag must have dtype float32, float64, got torch.int64",
         ),
@@ -553,12 +557,12 @@ FIT = posterior(X, SCORES, 1.0)
             "UnscaledScores.scaled: score must have dtype float32, float64, got torch.int64",
         ),
         (
-            lambda: tweedie.posterior_mean([1.0], X, 0.5),
+            lambda: posterior_mean([1.0], X, 0.5),
             TypeError,
             "posterior_mean: x must be a Tensor, got list",
         ),
         (
-            lambda: tweedie.posterior_covariance(X, [1.0], 0.5),
+            lambda: posterior_covariance(X, [1.0], 0.5),
             TypeError,
             "posterior_covariance: factor must be a Tensor, got list",
         ),

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hos_ext import UnscaledScores, normal, sample
+from hos_ext.app.data import Scaling, open_source
+from hos_ext.app.readers import open_rows
 from hos_ext.checks import require
-from hos_ext.data import Scaling, open_source
-from hos_ext.readers import open_rows
 from hos_ext.storage import write_whole
 
 from . import images

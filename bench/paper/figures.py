@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from hos_ext import UnscaledScores, normal, posterior
-from hos_ext.densities import GaussianMixture
+from hos_ext.densities.gaussian import GaussianMixture
 
 from . import networks, sets
 from .record import BLUE, GREY, ORANGE, Record, mean_std, panels, plus_minus

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hos_ext import ScoreHessian, data, evaluation, runs
-from hos_ext.options import complete, open_source, read_config
+from hos_ext.app import data, evaluation, runs
+from hos_ext.app.options import complete, open_source, read_config
+from hos_ext.linalg import ScoreHessian
 
 from .networks import ROOT
 from .record import Folders, Record, Unfinished, panels

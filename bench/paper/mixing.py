@@ -21,16 +21,11 @@ import torch
 from torch import Tensor
 
 from bench import libraries
-from hos_ext import (
-    DenseScores,
-    UnscaledScores,
-    ess_rate,
-    min_ess,
-    mode_jumps,
-    sample,
-)
-from hos_ext.densities import GaussianMixture
-from hos_ext.samplers import ADJUSTED, Chains
+from hos_ext import UnscaledScores, sample
+from hos_ext.densities.gaussian import GaussianMixture
+from hos_ext.sampling import ess_rate, min_ess, mode_jumps
+from hos_ext.sampling.chains import ADJUSTED, Chains
+from hos_ext.scores import DenseScores
 
 from . import networks, sets
 from .figures import energy_distance

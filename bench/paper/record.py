@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 from matplotlib.figure import Figure
 
 from bench import rows
-from hos_ext.evaluation import plain_json
+from hos_ext.app.evaluation import plain_json
 from hos_ext.storage import write_whole
 
 WIDTH = 7.0

@@ -40,12 +40,8 @@ import zlib
 import torch
 from torch import Tensor
 
-from hos_ext.densities import (
-    Gaussian,
-    GaussianMixture,
-    JointLogisticMixture,
-    ProductLogisticMixture,
-)
+from hos_ext.densities.gaussian import Gaussian, GaussianMixture
+from hos_ext.densities.logistic import JointLogisticMixture, ProductLogisticMixture
 
 NORMALS = ("pairs", "factors", "random")
 RANKS = (15, 20, 30)

@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from bench import peers, timer
-from hos_ext import (
-    MLP,
-    UnscaledScores,
-    assemble_hessian,
-    d2sm_vr_loss,
-    normal,
-    score_matching_loss,
-)
+from hos_ext import MLP, UnscaledScores, assemble_hessian, d2sm_vr_loss, normal, score_matching_loss
 from hos_ext.schedules import draw_sigma
 
 from . import networks, sets

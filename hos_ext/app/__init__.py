@@ -1,0 +1,1 @@
+"""The application: training, data, files, pictures and the command line."""

@@ -1,0 +1,165 @@
+"""Checkpoints of a training: written whole, found again, loaded only into what they came from."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+
+from ... import storage
+from ...checks import require
+
+
+class History(NamedTuple):
+    """Means over the steps up to `step`; the EMA weights there on the validation part.
+
+    gradient_norm is the mean norm before clipping; gradient_variance the trace of the covariance of
+    the gradient of one step, from two halves of one batch (None where a process has one row).
+    """
+
+    step: int
+    loss: float
+    first: float
+    second: float
+    learning_rate: float
+    validation: float
+    validation_first: float
+    gradient_norm: float
+    gradient_variance: float | None
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+class State(NamedTuple):
+    """Where a run stands: steps done, its curve, the sums since its last row, its checkpoint."""
+
+    step: int
+    history: list[History]
+    sums: list[float]
+    kept: Path | None
+
+
+def checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
+    """The checkpoints of a run, oldest first, each with what is wrong with it or None."""
+    return [(path, storage.damage(path)) for path in found_checkpoints(Path(out) / "checkpoints")]
+
+
+def found_checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def named(path: Path | None) -> str:
+    return "none was written" if path is None else f"{path} (step {int(path.name[5:])})"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    ema: swa_utils.AveragedModel,
+    optimizer: Any,
+    content: dict[str, Any],
+    keep: int,
+    kept: Path | None,
+) -> None:
+    """Writes step-00000500/ whole, and only then removes all but the newest `keep` whole ones.
+
+    Args:
+        kept: the checkpoint before. What lies between it and this one, or behind this one, was
+            damaged when the run went on.
+    """
+    path = checkpoint_path(folder, content["step"])
+    text = json.dumps(content, allow_nan=False) + "\n"
+    if path.exists():
+        shutil.rmtree(path)
+    storage.write_folder(
+        path,
+        {
+            "model.safetensors": partial(_write_weights, model),
+            "ema.safetensors": partial(_write_weights, ema),
+            "optimizer.pt": partial(_write_optimizer, optimizer),
+            "state.json": lambda file: file.write_text(text),
+        },
+    )
+    last = "" if kept is None else kept.name
+    found = found_checkpoints(folder)
+    damaged = [old for old in found if last < old.name < path.name]
+    whole = [old for old in found if old.name <= path.name and old not in damaged]
+    for old in [*damaged, *whole[:-keep]]:
+        shutil.rmtree(old)
+
+
+# As bytes and then by Python: of a full disk both libraries only say that something is wrong.
+def _write_weights(module: nn.Module, file: Path) -> None:
+    # Copies: safetensors refuses tensors that share memory.
+    state = {name: v.to("cpu", copy=True) for name, v in _trained_state(module).items()}
+    file.write_bytes(require("train", "safetensors.torch").save(state))
+
+
+def _write_optimizer(optimizer: Any, file: Path) -> None:
+    content = io.BytesIO()
+    torch.save(optimizer.state_dict(), content)
+    file.write_bytes(content.getbuffer())
+
+
+def _trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers but for the parameters that are not trained."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    state = module.state_dict()
+    return {name: v.contiguous() for name, v in state.items() if name not in frozen}
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    ema: swa_utils.AveragedModel,
+    optimizer: Any,
+    deciding: dict[str, Any],
+) -> State:
+    """Restores the newest whole checkpoint into model, ema and optimizer."""
+    for path in reversed(found_checkpoints(folder)):
+        wrong = storage.damage(path)
+        if wrong is not None:
+            warnings.warn(
+                f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=3
+            )
+            continue
+        state = json.loads((path / "state.json").read_bytes())
+        _check_same(path, state["options"], deciding)
+        load_file = require("train", "safetensors.torch").load_file
+        for module, name in ((model, "model"), (ema, "ema")):
+            weights = load_file(path / f"{name}.safetensors")
+            wanted = _trained_state(module)
+            kinds, wanted_kinds = (
+                {k: (v.shape, v.dtype) for k, v in each.items()} for each in (weights, wanted)
+            )
+            if kinds != wanted_kinds:
+                raise ValueError(f"train: model must be the one of the checkpoint, got {path}")
+            module.load_state_dict(weights, strict=False)
+        # On the CPU first: the device that it was saved from may be another's, or not there.
+        moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(moments)
+        history = [History(*row) for row in state["history"]]
+        return State(state["step"], history, state["sums"], path)
+    return State(0, [], [0.0] * 5, None)
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        longer = name == "steps" and now["decay"] == "constant" and value >= before[name]
+        if before[name] != value and not longer:
+            raise ValueError(
+                f"train: {name} must be {before[name]!r} to go on from {path}, got {value!r}"
+            )

@@ -1,0 +1,27 @@
+"""Along a noise schedule: reverse processes, guidance, likelihood."""
+
+from .guidance import condition, condition_mean, guided
+from .likelihood import log_likelihood
+from .reverse import (
+    annealed_langevin,
+    predictor_corrector,
+    prior,
+    probability_flow_ode,
+    reverse_sde,
+    second_order_reverse,
+    tweedie_denoise,
+)
+
+__all__ = [
+    "annealed_langevin",
+    "condition",
+    "condition_mean",
+    "guided",
+    "log_likelihood",
+    "predictor_corrector",
+    "prior",
+    "probability_flow_ode",
+    "reverse_sde",
+    "second_order_reverse",
+    "tweedie_denoise",
+]

@@ -1,0 +1,227 @@
+"""Log densities along the probability-flow ODE, its divergence taken from the learned trace.
+
+The ODE is dx = [-(beta / 2) x - (g^2 / 2) s1] dt. With w = x / scale, scale^2 = alpha^2 data_std^2
++ sigma^2, and q = sigma^2 / scale^2 it reads, for every schedule,
+    dw / d log(sigma / alpha) = -sqrt(q) (sigma s1) - q w,   divergence D (1 - q) - tr kappa,
+kappa = I + sigma^2 s2: both are zero for N(0, data_std^2 I) data. tr kappa is the sum of c and of
+the squared factor of a second-order model: no division by sigma, no vector products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import (
+    check_count,
+    check_first,
+    check_like,
+    check_number,
+    check_samples,
+    check_tensor,
+    one_of,
+    refuse_dropout,
+)
+from ..linalg.dplr import DPLR
+from ..random import STREAM_PROBE
+from ..schedules import Schedule, check_schedule
+from ..scores import Model
+from .reverse import Run, given_seed, time_grid
+
+_METHODS = ("heun", "rk4")
+_TRACES = ("learned", "hutchinson", "exact")
+
+
+def log_likelihood(
+    model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    n_steps: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    method: str = "heun",
+    trace: str = "learned",
+    data_std: float = 1.0,
+    log_prior: Callable[[Tensor], Tensor] | None = None,
+    n_probes: int = 1,
+    seed: int | None = None,
+    first: int = 0,
+) -> Tensor:
+    """log p(x) of the noisy density at t_min, by the probability-flow ODE from x up to t_max.
+
+    With v = -(beta / 2) x - (g^2 / 2) s1 the velocity of the ODE,
+
+        log p_0(x_0) = log p_T(x_T) + integral of div v dt
+                     = log p_T(x_T) + D log(scale_T / scale_0)
+                       + integral of [D (1 - q) - tr kappa] d log(sigma / alpha);
+
+    the second form (top of the file), smooth for all schedules, is integrated together with x. The
+    learned trace costs no more than the score; it gives the log density of the ODE's own law if
+    kappa is I + sigma times the Jacobian of the model's score, as it is for exact scores.
+    "hutchinson" is unbiased for that law, with a variance; "exact" is that law.
+
+    Args:
+        model: `model(x, sigma) -> Scores`; for "learned" of second order, else differentiable in x.
+        x: points, with the noise sigma(t_min). Shape (B, *dims), float32 or float64.
+        schedule: a `Schedule`.
+        n_steps: steps of equal length in log(sigma / alpha) from t_min to t_max; or else `times`.
+        times: a descending grid as the samplers take it; here it is gone up.
+        method: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
+        trace: "learned": sum of c and sign * factor^2; "hutchinson": z^T (d score / d x) z by
+            n_probes vector-Jacobian products a call, z of +-1 and the same all along the path;
+            "exact": D such products, one after the other.
+        data_std: standard deviation of the data, >= 0: p_T is N(0, scale_T^2 I), the law of
+            `prior`. Steps are exact for N(0, data_std^2 I) data. Units of the data.
+        log_prior: log p_T itself instead: (B, *dims) -> (B,).
+        n_probes: for "hutchinson", >= 1.
+        seed: key of the probes; None draws one from torch's default generator.
+        first: global index of row 0: the probes of a row are the same in any batch.
+
+    Returns:
+        Shape (B,), natural logarithm, density in units data^-D; without a graph. Bits per
+        dimension are -value / (D log 2), less log2 of the width of a grey level in data units.
+
+    Raises:
+        TypeError: an argument or a result of the model of the wrong kind.
+        ValueError: an argument out of range; a model with active dropout; scores that do not fit x
+            or are not finite; a score that is not differentiable in x where it has to be.
+
+    Reference:
+        Song et al. 2021, arXiv:2011.13456, Eq. 39 (with Hutchinson's trace).
+    """
+    where = "log_likelihood"
+    refuse_dropout(where, model)
+    check_samples(where, "x", x)
+    check_schedule(where, schedule)
+    one_of(where, "method", method, _METHODS)
+    one_of(where, "trace", trace, _TRACES)
+    std = check_number(where, "data_std", data_std, positive=False)
+    check_count(where, "n_probes", n_probes)
+    check_first(where, first, x.shape)
+    grid = time_grid(where, schedule, n_steps, times)[::-1]
+    low, high, size = grid[0], grid[-1], x.shape[1:].numel()
+    levels = _log_ratio(schedule, torch.tensor(grid, dtype=torch.float64))
+    if times is None:
+        part = torch.linspace(0, 1, len(grid), dtype=torch.float64)
+        levels = levels[0] + part * (levels[-1] - levels[0])
+    middle = _times(schedule, (levels[:-1] + levels[1:]) / 2, grid)
+    ends = [low, *_times(schedule, levels[1:-1], grid), high]
+    steps = zip(levels.diff().tolist(), ends[:-1], middle, ends[1:], strict=True)
+    scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
+
+    run = Run(where, model, schedule, 0, first)
+    # A caller's inference mode would keep the traces from differentiating the score. Leaving it
+    # turns gradients on, so no_grad comes second; the copy of x is no inference tensor.
+    with torch.inference_mode(False), torch.no_grad():
+        probes = _probes(x, n_probes, seed, first) if trace == "hutchinson" else None
+        slope_at = partial(_slope, run, std, trace, probes)
+        w = x.detach().clone() / scale_0
+        value = w.new_full((len(w),), size * math.log(scale_t / scale_0))
+        for h, start, half, end in steps:
+            slope, rate = slope_at(w, start)
+            if method == "heun":
+                slope_2, rate_2 = slope_at(w + h * slope, end)
+                slope, rate = (slope + slope_2) / 2, (rate + rate_2) / 2
+            else:
+                slope_2, rate_2 = slope_at(w + h / 2 * slope, half)
+                slope_3, rate_3 = slope_at(w + h / 2 * slope_2, half)
+                slope_4, rate_4 = slope_at(w + h * slope_3, end)
+                slope = (slope + 2 * slope_2 + 2 * slope_3 + slope_4) / 6
+                rate = (rate + 2 * rate_2 + 2 * rate_3 + rate_4) / 6
+            w, value = w + h * slope, value + h * rate
+            run.refuse_non_finite("x after a step", w, end)
+        if log_prior is None:
+            return value + _log_normal(w) - size * math.log(scale_t)
+        log_end = log_prior(scale_t * w)
+        check_tensor(where, "log_prior(x)", log_end, like=x, shape=(len(x),))
+        return value + log_end
+
+
+def _slope(
+    run: Run, std: float, trace: str, probes: Tensor | None, w: Tensor, t: float
+) -> tuple[Tensor, Tensor]:
+    """dw / d log(sigma / alpha), and its divergence, (B,)."""
+    alpha, sigma = run.schedule.alpha(t), run.schedule.sigma(t)
+    scale, size = math.hypot(alpha * std, sigma), w.shape[1:].numel()
+    x, noise, data = scale * w, sigma / scale, (alpha * std / scale) ** 2  # data = 1 - q
+    if trace == "learned":
+        scores = run.scores(x, t, "score", "c", "factor")
+        check_like(run.where, "c from model", scores.c, x)
+        kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+        return -noise * (scores.score + noise * w), size * data - kappa.trace()
+    with torch.enable_grad():
+        x.requires_grad_()
+        score = run.scores(x, t, "score").score
+        total = torch.zeros_like(x.detach().flatten(1)[:, 0])
+        count = size if probes is None else len(probes)
+        for k in range(count):
+            probe = _unit(x, k) if probes is None else probes[k]
+            product = _pull_back(run.where, trace, score, x, probe, k + 1 < count)
+            total = total + (product * probe).flatten(1).sum(1)
+    mean = total if probes is None else total / count
+    return -noise * (score.detach() + noise * w), -size * noise**2 - sigma * mean.detach()
+
+
+def _pull_back(
+    where: str, trace: str, score: Tensor, x: Tensor, probe: Tensor, again: bool
+) -> Tensor:
+    """probe^T d score / d x."""
+    product = None
+    if score.requires_grad:
+        products = torch.autograd.grad(score, x, probe, retain_graph=again, allow_unused=True)
+        product = products[0]
+    if product is None:
+        raise ValueError(
+            f"{where}: score from model must be differentiable in x for trace={trace!r}, got one "
+            "without a graph"
+        )
+    return product
+
+
+def _unit(x: Tensor, k: int) -> Tensor:
+    """The k-th unit vector for every row, as x."""
+    unit = torch.zeros_like(x, requires_grad=False).flatten(1)
+    unit[:, k] = 1
+    return unit.reshape(x.shape)
+
+
+def _probes(x: Tensor, n_probes: int, seed: int | None, first: int) -> Tensor:
+    """Vectors of +-1 at random, (n_probes, B, *dims)."""
+    key = given_seed("log_likelihood", seed)
+    draws = [
+        ops.uniform(
+            x.shape,
+            seed=key,
+            offset=k,
+            first=first,
+            stream=STREAM_PROBE,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        for k in range(n_probes)
+    ]
+    return torch.where(torch.stack(draws) < 0.5, -1.0, 1.0).to(x.dtype)
+
+
+def _log_normal(w: Tensor) -> Tensor:
+    """log N(w; 0, I), (B,)."""
+    return -(w.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+
+
+# ------------------------------------------------------------------------------------------- grid
+
+
+def _log_ratio(schedule: Schedule, t: Tensor) -> Tensor:
+    """log(sigma / alpha), which rises with t."""
+    return (schedule.sigma(t) / schedule.alpha(t)).log()
+
+
+def _times(schedule: Schedule, levels: Tensor, grid: list[float]) -> list[float]:
+    """The times at which log(sigma / alpha) has these values, within the grid."""
+    times: list[float] = schedule.t_of_ratio(levels.exp()).clamp(grid[0], grid[-1]).tolist()
+    return times

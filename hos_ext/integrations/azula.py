@@ -1,0 +1,144 @@
+"""A score model as the denoiser that other libraries expect, its covariance still at hand.
+
+`MeanDenoiser` is a plain module: deepinv and loops of one's own take it as it is. azula has classes
+of its own: `azula_denoiser` makes one, for its samplers and its guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_number, check_samples, positive, require
+from ..schedules import Schedule, check_schedule
+from ..scores import Scores, model_scores
+from ..tweedie.posterior import Posterior, posterior
+
+Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
+
+
+class MeanDenoiser(nn.Module):
+    """`denoiser(x, sigma)` -> E[x0 | x], for x = x0 + sigma z, as deepinv's denoisers are called.
+
+    deepinv draws its priors from such a module, `deepinv.optim.ScorePrior(MeanDenoiser(model))`:
+    the prior's score is then the model's. Its images lie in [0, 1]: where the model was trained on
+    other units, `shift` and `scale` say how, x_model = (x - shift) / scale.
+
+    Args:
+        model: `model(x, sigma) -> Scores`, trained with alpha = 1, or with the schedule's alpha.
+        schedule: of a model trained with alpha: it is called with alpha x at the time at which
+            sigma(t) / alpha(t) is the sigma asked for, which must lie within the schedule.
+        shift, scale: numbers, scale > 0.
+
+    Raises:
+        TypeError: the model returns something else; an argument of the wrong kind.
+        ValueError: x, sigma or what the model returns does not fit, or scale is not positive.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        schedule: Schedule | None = None,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        where = "MeanDenoiser"
+        if schedule is not None:
+            check_schedule(where, schedule)
+        self.model, self.schedule = model, schedule
+        self.scale = check_number(where, "scale", scale)
+        if not isinstance(shift, (int, float)) or not math.isfinite(shift):
+            raise ValueError(f"{where}: shift must be a finite number, got {shift!r}")
+        self.shift = float(shift)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, **options: Any) -> Tensor:
+        """The posterior mean. x (B, *dims); sigma a float, or any shape with 1 or B elements.
+
+        Further options of the caller, such as deepinv's, are not used.
+        """
+        return self.posterior(x, sigma).mean
+
+    def posterior(self, x: Tensor, sigma: float | Tensor) -> Posterior:
+        """Mean and covariance of the clean sample, in the units of x."""
+        where = "MeanDenoiser"
+        check_samples(where, "x", x)
+        level = _levels(where, sigma, x) / self.scale
+        inside = (x - self.shift) / self.scale
+        alpha = torch.ones_like(level)
+        if self.schedule is not None:
+            t = self.schedule.t_of_ratio(level.double())
+            level, alpha = self.schedule.sigma(t).to(x), self.schedule.alpha(t).to(x)
+            inside = alpha.reshape(-1, *[1] * (x.dim() - 1)) * inside
+        scores = model_scores(where, self.model, inside, level)
+        answer = posterior(inside, scores, level, alpha)
+        covariance = answer.covariance.scale(self.scale**2)
+        return Posterior(answer.mean * self.scale + self.shift, covariance)
+
+
+def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
+    """An `azula.denoise.Denoiser` whose posterior is Gaussian with the model's own moments.
+
+    It returns azula's `GaussianPosterior` (mean, and the variance of each entry), with the whole
+    `hos_ext.Posterior` beside it as `posterior`.
+
+    Args:
+        model: `model(x, sigma) -> Scores`.
+        schedule: a `Schedule` of this package, whose [t_min, t_max] becomes azula's [0, 1], or one
+            of azula. The model must have been trained with its (alpha, sigma).
+
+    Returns:
+        A module: `denoiser(x_t, t)` for azula's samplers.
+
+    Raises:
+        TypeError: schedule is none.
+        RuntimeError: azula is not installed.
+    """
+    azula = require("azula_denoiser", "azula.denoise", "adapters")
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(
+            "azula_denoiser: schedule must be a Schedule, or one of azula, got "
+            f"{type(schedule).__name__}"
+        )
+
+    class SecondOrderDenoiser(azula.Denoiser):  # type: ignore[misc, name-defined]
+        """Made by `hos_ext.azula_denoiser`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.schedule = _levels_of(schedule) if isinstance(schedule, Schedule) else schedule
+
+        def forward(self, x_t: Tensor, t: Tensor, **options: Any) -> Any:
+            alpha, sigma = (v.expand(len(x_t)).to(x_t) for v in self.schedule(t))
+            answer = posterior(
+                x_t, model_scores("azula_denoiser", self.model, x_t, sigma), sigma, alpha
+            )
+            variance = answer.covariance.diagonal().reshape(x_t.shape)
+            result = azula.GaussianPosterior(mean=answer.mean, var=variance)
+            result.posterior = answer
+            return result
+
+    return SecondOrderDenoiser()
+
+
+def _levels_of(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """azula's schedule: a time in [0, 1] -> alpha, sigma."""
+
+    def levels(t: Tensor) -> tuple[Tensor, Tensor]:
+        inside = schedule.t_min + t.clamp(0, 1) * (schedule.t_max - schedule.t_min)
+        return schedule.alpha(inside), schedule.sigma(inside)
+
+    return levels
+
+
+def _levels(where: str, sigma: float | Tensor, x: Tensor) -> Tensor:
+    """sigma as (B,), from a float or from any shape with one element for all or for each."""
+    if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.numel() in (1, len(x)):
+        sigma = sigma.reshape(-1).expand(len(x))
+    return positive(where, "sigma", sigma, x).reshape(-1).expand(len(x))

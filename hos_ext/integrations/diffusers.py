@@ -1,0 +1,190 @@
+"""Pretrained networks of diffusers as scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_tensor, one_of, positive, require
+from ..nn.weights import part_of_folder
+from ..schedules import from_alphas_cumprod
+
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+# Entries of a diffusers config that ask for more than a sample and a time.
+_CONDITIONS = ("class_embed_type", "num_class_embeds", "cross_attention_dim", "encoder_hid_dim")
+
+
+class DiffusersScore(nn.Module):
+    """The scaled score sigma * s1 of a diffusers network, in variance-exploding coordinates.
+
+    Args:
+        unet: `unet(x_t, t).sample` for x_t (B, C, ...) and times (B,), which are not whole numbers:
+            a `UNet2DModel` with positional embeddings, or any module with this call. float32 or
+            float64. With 2 C channels out (a learned variance) the first C count. Not conditional.
+        scheduler: that it was trained with: `alphas_cumprod`, and `config.prediction_type`
+            "epsilon", "sample" or "v_prediction". Only these two are used.
+
+    Attributes:
+        sigma_range: least and greatest sigma that the scheduler has. Units of the data, which for
+            diffusers' images is [-1, 1].
+
+    Raises:
+        TypeError, ValueError: unet or scheduler is of another kind.
+
+    Reference:
+        Ho et al. 2020, arXiv:2006.11239 (epsilon); Salimans and Ho 2022, arXiv:2202.00512 (v).
+    """
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        where = "DiffusersScore"
+        if not isinstance(unet, nn.Module):
+            raise TypeError(f"{where}: unet must be a module, got {type(unet).__name__}")
+        table = getattr(scheduler, "alphas_cumprod", None)
+        if table is None:
+            raise ValueError(
+                f"{where}: scheduler must have alphas_cumprod, got {type(scheduler).__name__}"
+            )
+        kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+        self.prediction = one_of(where, "scheduler.config.prediction_type", kind, _PREDICTIONS)
+        config = getattr(unet, "config", None)
+        config = config if isinstance(config, Mapping) else {}
+        for name in _CONDITIONS:
+            if config.get(name) is not None:
+                raise ValueError(
+                    f"{where}: unet must be unconditional, got {name} = {config[name]!r}"
+                )
+        embedding = config.get("time_embedding_type", "positional")
+        if embedding != "positional":
+            raise ValueError(
+                f"{where}: unet must have time_embedding_type 'positional', which takes times "
+                f"between the whole numbers, got {embedding!r}"
+            )
+        for dtype in {p.dtype for p in unet.parameters()}:
+            if dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{where}: unet must be float32 or float64, got {dtype}")
+        # No signal, hence no score, at the last time; Euler's scheduler puts 2^-24 there.
+        if table[-1] == 0 or (len(table) > 1 and table[-1] == 2**-24 > table[-2]):
+            table = table[:-1]
+        self.unet, self.scheduler = unet, scheduler
+        self.schedule = from_alphas_cumprod(table)
+        ends = (self.schedule.t_min, self.schedule.t_max)
+        low, high = (self.schedule.sigma(t) / self.schedule.alpha(t) for t in ends)
+        self.sigma_range = (low, high)
+
+    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """sigma * s1 at x = x0 + sigma z.
+
+        Args:
+            x: noisy samples. Shape (B, C, ...), float32 or float64. Data units.
+            sigma: noise standard deviation within `sigma_range`. Float or shape (B,). Data units.
+
+        Returns:
+            As x. No units.
+
+        Raises:
+            ValueError: x or sigma does not fit, or the network returns another shape.
+            TypeError: the network does not return an object with a Tensor `sample`.
+        """
+        where = "DiffusersScore"
+        check_tensor(where, "x", x)
+        if x.dim() < 2:
+            raise ValueError(f"{where}: x must have shape (B, C, ...), got {tuple(x.shape)}")
+        level = positive(where, "sigma", sigma, x)
+        # On the CPU: the bisection for t is hundreds of tiny operations.
+        ratio = level.flatten().cpu()
+        low, high = ratio.new_tensor(self.sigma_range)
+        bad = (ratio < low) | (ratio > high)
+        if bool(bad.any()):
+            raise ValueError(
+                f"{where}: sigma must be in [{low:g}, {high:g}], the noise levels of the "
+                f"scheduler, got {ratio[bad][0]:g}"
+            )
+        t = self.schedule.t_of_ratio(ratio).to(x.device).expand(len(x))
+        alpha = (1 + level.square()).rsqrt()
+        x_t = alpha * x
+        dtype = next((p.dtype for p in self.unet.parameters()), x.dtype)
+        output = getattr(self.unet(x_t.to(dtype), t), "sample", None)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{where}: unet must return an object with a Tensor 'sample', got "
+                f"{type(output).__name__}"
+            )
+        if output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]
+        if output.shape != x.shape:
+            raise ValueError(
+                f"{where}: unet must return shape {tuple(x.shape)}, got {tuple(output.shape)}"
+            )
+        output = output.to(x.dtype)
+        # With alpha^2 + (alpha sigma)^2 = 1, z = (x - x0) / sigma = alpha sigma x_t + alpha v.
+        if self.prediction == "epsilon":
+            return -output
+        if self.prediction == "sample":
+            return (output - x) / level
+        return -alpha * (level * x_t + output)
+
+
+def from_diffusers(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DiffusersScore:
+    """The score of an unconditional diffusers pipeline on the disk; nothing is downloaded.
+
+    Args:
+        folder: with the sub-folders unet and scheduler, or with the files of both in itself, as
+            the oldest DDPM pipelines have them. Weights as safetensors: pickles are not read.
+        device: for the weights.
+        dtype: of the weights, float32 or float64, whatever they are stored in.
+
+    Returns:
+        `DiffusersScore`, in eval mode.
+
+    Raises:
+        ValueError: the folder holds no such pipeline. Names what is missing.
+        RuntimeError: diffusers is missing.
+    """
+    where = "from_diffusers"
+    diffusers = require(where, "diffusers")
+    unet = part_of_folder(folder, "unet", "config.json")
+    name = class_name(unet / "config.json")
+    if name != "UNet2DModel":
+        raise ValueError(f"{where}: folder must hold a UNet2DModel, got {name!r} in {unet}")
+    scheduler = part_of_folder(folder, "scheduler", "scheduler_config.json")
+    name = class_name(scheduler / "scheduler_config.json")
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"{where}: folder must hold a scheduler, got {name!r} in {scheduler}")
+    try:
+        network = diffusers.UNet2DModel.from_pretrained(
+            unet, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        plan = kind.from_pretrained(scheduler, local_files_only=True)  # type: ignore[attr-defined]
+    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and others
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where}: folder must hold a whole pipeline, got {folder}: {reason}"
+        ) from None
+    return DiffusersScore(network, plan).to(device).eval()
+
+
+def as_list(value: object) -> object:
+    """JSON makes lists of tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def class_name(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError(
+            f"from_diffusers: folder must hold JSON in {path.name}, got {path}"
+        ) from None
+    return content.get("_class_name") if isinstance(content, dict) else None

@@ -1,0 +1,23 @@
+"""Losses for training: first, second and higher order."""
+
+from .high_order import (
+    hermite,
+    noise_moment_loss,
+    order_k_loss,
+    order_k_matching_loss,
+    order_k_vr_loss,
+    second_moment_loss,
+)
+from .module import ScoreMatchingLoss
+from .score_matching import score_matching_loss
+
+__all__ = [
+    "ScoreMatchingLoss",
+    "hermite",
+    "noise_moment_loss",
+    "order_k_loss",
+    "order_k_matching_loss",
+    "order_k_vr_loss",
+    "score_matching_loss",
+    "second_moment_loss",
+]

@@ -1,0 +1,130 @@
+"""nn.weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import require
+from ..storage import write_whole
+
+
+def part_of_folder(folder: Path | str, name: str, config: str) -> Path:
+    """The sub-folder of a pipeline's part, or the folder itself."""
+    for place in (Path(folder) / name, Path(folder)):
+        if (place / config).is_file():
+            return place
+    raise ValueError(f"from_diffusers: folder must hold {name}/{config}, got {folder} without it")
+
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CLASSES = ("MLP", "UNet", "SecondOrderHead")
+HOLD = "load_model: folder must hold"
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def write_weights(
+    folder: Path | str, config: dict[str, Any], state: Mapping[str, Tensor], extra: dict[str, Any]
+) -> None:
+    """Writes model.safetensors with the config in its metadata, then config.json."""
+    safetensors = require("save_model", "safetensors.torch")
+    for name in extra:
+        if name in config or name.startswith("_"):
+            raise ValueError(
+                f"save_model: extra must have names that the model's config has not, got {name!r}"
+            )
+    content = config | extra | {"_extra": sorted(extra)}
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        bad = [name for name, value in content.items() if not _finite(value)]
+        raise ValueError(f"save_model: {bad[0]} must be finite, got {content[bad[0]]!r}") from None
+    except TypeError as error:
+        raise TypeError(f"save_model: extra must be plain JSON, got: {error}") from None
+    # Copies: safetensors refuses tensors that share memory or are not contiguous.
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()
+    }
+    metadata = {"format": "pt", "config": text}
+    write_whole(Path(folder) / WEIGHTS, safetensors.save(tensors, metadata))
+    write_whole(Path(folder) / CONFIG, text.encode())
+
+
+def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config of a folder, with a known "_class_name", and its weights as they are."""
+    safetensors = require("load_model", "safetensors")
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for p in Path(folder).glob("*") if p.suffix in _PICKLES)
+        if pickles:
+            raise ValueError(
+                f"{HOLD} {WEIGHTS} (a pickle can run code and is not read), got {folder} with "
+                f"{pickles[0]}"
+            )
+        raise ValueError(f"{HOLD} {WEIGHTS}, got {folder} without it")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{HOLD} a whole {WEIGHTS}, got {path}: {error}") from None
+    config = _config(path, metadata.get("config"))
+    if config.get("_class_name") not in CLASSES:
+        raise ValueError(
+            f"{HOLD} a model of class {', '.join(CLASSES)}, got {config.get('_class_name')!r} in "
+            f"{path}"
+        )
+    return config, state
+
+
+def _config(path: Path, text: str | None) -> dict[str, Any]:
+    """The config in the metadata of the weights, or else in the file beside them."""
+    beside = path.with_name(CONFIG)
+    if text is None:
+        if not beside.is_file():
+            raise ValueError(f"{HOLD} {CONFIG} (no config in {path}), got {path.parent} without it")
+        found = _parsed(beside.read_bytes())
+        if found is None:
+            raise ValueError(f"{HOLD} a {CONFIG} of JSON, got {beside}")
+        return found
+    config = _parsed(text)
+    if config is None:
+        raise ValueError(f"{HOLD} a config of JSON in its {WEIGHTS}, got {text[:40]!r} in {path}")
+    other = _parsed(beside.read_bytes()) if beside.is_file() else config
+    if other != config:
+        older = beside.stat().st_mtime_ns < path.stat().st_mtime_ns
+        killed = older and other is not None and arguments_of(other) == arguments_of(config)
+        if not killed:
+            warnings.warn(
+                f"load_model: {beside} is not used: it disagrees with the config in {path}",
+                stacklevel=4,
+            )
+    return config
+
+
+def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What the class of a config is called with."""
+    extra = config.get("_extra", [])
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in extra}
+
+
+def _parsed(text: bytes | str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _finite(value: Any) -> bool:
+    """Whether JSON can hold the numbers of a value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,108 @@
+"""What operators ask of their arguments: signs, counters, and memory to write into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATING, check_int, check_tensor, show
+from ._operator import functorch_active, needs_library
+
+
+def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
+    """`(r,)` of +-1, made contiguous; the values are read on the CPU only, where nothing waits."""
+    if sign is None:
+        return None
+    check_tensor(where, "sign", sign, like=like, shape=(rank,), because=" (one for each column)")
+    if sign.requires_grad:
+        raise ValueError(f"{where}: sign must not require grad, got requires_grad=True")
+    plain = not needs_library([sign]) and not functorch_active()
+    if plain and sign.device.type == "cpu" and not bool((sign.abs() == 1).all()):
+        raise ValueError(f"{where}: sign must hold +1 or -1, got {sign.tolist()}")
+    contiguous: Tensor = sign.resolve_neg().contiguous()
+    return contiguous
+
+
+def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:
+    """A seed or offset: an int, or a 0-d int64 tensor on the CPU or on the device."""
+    if value.__class__ is int and 0 <= value < limit:
+        return
+    if not isinstance(value, Tensor):
+        check_int(where, name, value, limit)
+    elif value.dtype != torch.int64 or value.dim() != 0:
+        raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
+    elif value.device.type != "cpu":
+        if value.device != device:
+            raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
+    elif limit < 2**63 and not needs_library([value]) and not functorch_active():
+        check_int(where, name, int(value), limit)  # a seed may be any 64 bits
+
+
+def check_out(
+    where: str,
+    out: Any,
+    x: Tensor,
+    inputs: dict[str, Tensor | None],
+    *,
+    shape: tuple[int, ...] | None = None,
+    apart: bool = False,
+) -> None:
+    """`out` is as x (or of a shape), needs no gradient, and overlaps an input wholly or not at all.
+
+    `apart`: not at all.
+    """
+    shape = tuple(x.shape) if shape is None else shape
+    check_tensor(where, "out", out, like=x, shape=shape, dtypes=FLOATING)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (out, *inputs.values())
+    ):
+        raise ValueError(
+            f"{where}: out must not be combined with inputs that require grad, got one"
+        )
+    if _overlaps_itself(out):
+        raise ValueError(f"{where}: out must not overlap itself, got strides {out.stride()}")
+    if needs_library([out]) or functorch_active():
+        return  # no addresses to compare: the result is copied into out
+    for name, value in inputs.items():
+        if apart and value is not None and _spans_meet(out, value):
+            raise ValueError(f"{where}: out must not overlap {name}, got shared memory")
+        if value is not None and not apart and _overlaps_partly(out, value):
+            raise ValueError(
+                f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
+                " other strides"
+            )
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    reach = 0
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return t.numel() > 0
+        reach += stride * (n - 1)
+    return False
+
+
+def _spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte lies between the first and the last one of both."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    spans = [
+        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+        for t in (a, b)
+    ]
+    return start_a + spans[0] > start_b and start_b + spans[1] > start_a
+
+
+def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if not _spans_meet(a, b) or (start_a == start_b and a.stride() == b.stride()):
+        return False
+    # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
+    row, size = a.stride(0), a.numel() // a.shape[0]
+    if a.stride()[0] == b.stride()[0] and a[0].is_contiguous() and b[0].is_contiguous():
+        gap = (start_b - start_a) // a.element_size() % max(row, 1)
+        return not (gap >= size and row - gap >= size)
+    return True

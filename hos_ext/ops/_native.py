@@ -1,0 +1,160 @@
+"""The only importer of `_C`: devices, layouts, addresses.
+
+Tensors come as `(B, D)`, points stacked in a leading axis, factors as `(B, D, r)` in either memory
+order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C as _C
+from ..checks import WIDE
+from ..random import fresh_seed
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+_warned: set[str] = set()
+
+
+def module_info() -> dict[str, Any]:
+    """What the native module says of itself."""
+    return dict(_C.build_info())
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels serve a device; where not, one warning names the cure."""
+    if device.type == "cpu" or device.type == "meta":
+        return True
+    if device.type == "cuda" and torch.version.hip is None:
+        if not _C.build_info()["cuda_built"]:
+            cure = "reinstall where nvcc is on PATH (HOS_CUDA=ON makes a missing nvcc an error)"
+        elif _C.cuda_driver_too_old() == 0:
+            return True
+        else:
+            cure = (
+                f"update the CUDA driver ({_C.cuda_driver_too_old()}), older than the runtime here"
+            )
+    else:
+        cure = "no native kernel exists for it: CPU and CUDA have one"
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"hos_ext: device {device.type} takes the plain-torch path; {cure}", stacklevel=4
+        )
+    return False
+
+
+# GNU OpenMP waits for ever in a forked child for the threads of its parent: run serially there.
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
+def connect(exchange: Any) -> None:
+    """Gives the native module what it asks of torch, which it is not linked to.
+
+    `exchange` is DLPack's C interface to tensors, new in torch 2.10; None: by attributes.
+    """
+    _C.connect(
+        exchange,
+        Tensor,
+        tuple(DTYPES),
+        (
+            torch._C._are_functorch_transforms_active,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._get_tracing_state,
+        ),
+        torch.is_grad_enabled,
+        torch.empty_like,
+        torch.autograd.graph.increment_version,
+        fresh_seed,
+        _threads,
+    )
+
+
+connect(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def queue_of(t: Tensor) -> tuple[int, int]:
+    """Device index (-1: CPU) and thread count or stream, as the native functions take them."""
+    if t.is_cpu:
+        return -1, _threads()
+    stream = torch.cuda.current_stream(t.device)
+    return stream.device.index, stream.cuda_stream
+
+
+def address_of(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def view_of(t: Tensor | None, stacked: bool) -> tuple[int, int, int, int, int]:
+    """Address and strides (point, batch, row, column) of `([points], B, D[, r])`."""
+    if t is None:
+        return (0, 0, 0, 0, 0)
+    strides = t.stride()
+    point = strides[0] if stacked else 0
+    batch, *inner = strides[1:] if stacked else strides
+    if len(inner) == 2:
+        return (t.data_ptr(), point, batch, inner[0], inner[1])
+    return (t.data_ptr(), point, batch, 1, 1)
+
+
+def flat_rows(t: Tensor, start: int) -> Tensor:
+    """`(..., *dims)` as `(..., D)`, each row contiguous; a copy only where no view has that."""
+    t = t.resolve_neg()  # a lazy minus sign is not in memory
+    if t.dim() != start + 1:
+        t = t.reshape(*t.shape[:start], math.prod(t.shape[start:]))
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def flat_factor(factor: Tensor) -> Tensor:
+    """A factor in either memory order (r or D fastest) as it is; any other order copied."""
+    factor = factor.resolve_neg()
+    if factor.stride(-1) == 1 or factor.stride(-2) == 1 or factor.shape[-1] == 0:
+        return factor
+    return factor.contiguous()
+
+
+def row_values(where: str, name: str, value: Tensor | float, rows: int) -> Tensor | float:
+    """sigma or step_size for the kernel: a number, or one a row, in float64 off the CPU."""
+    if value.__class__ is float:
+        return value
+    if isinstance(value, Tensor) and (value.dim() > 0 or not value.is_cpu):
+        if value.is_cpu and value.dtype in WIDE and not value.is_neg():
+            return value
+        return value.detach().to(torch.float64).resolve_neg().expand(rows).contiguous()
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{where}: {name} must be positive and finite, got {number}")
+    return number
+
+
+def build_info() -> dict[str, Any]:
+    """What the native module was built with and runs on.
+
+    Returns:
+        version, compiler, cpu_level (instruction set in use), openmp, threads, cuda_built (bool),
+        cuda_archs and the version of torch.
+    """
+    info = module_info()
+    info["threads"] = torch.get_num_threads()
+    info["torch"] = torch.__version__
+    return info

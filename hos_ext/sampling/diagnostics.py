@@ -1,0 +1,217 @@
+"""How good chains are: effective sample size, R-hat, mode jumps.
+
+Chains come with the chain axis first, as `sample` returns them; `ess` (but for its "cutoff") and
+`r_hat` hand each dimension to arviz-stats (extra `app`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import FLOATING, check_tensor, one_of, positive, require
+
+_ESS_METHODS = ("bulk", "tail", "mean", "sd", "cutoff")
+_CUTOFF = 0.05
+
+
+def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
+    """Effective sample size of every dimension, all chains together.
+
+    "bulk", "tail", "mean" and "sd" are those of Vehtari et al. 2021: chains are split in two, so
+    that a chain that drifts counts for little. "cutoff" is the lag cut-off rule used with the
+    figures of score-matching papers: for C chains of N draws with pooled mean m and variance v,
+
+        ESS = C N / (1 + 2 sum_{s=1}^{S} (1 - s/N) rho_s),
+        rho_s = mean over chains and t = 1 ... N-s of (x_t - m) (x_{t+s} - m) / v,
+
+    where S is the last lag before rho first falls below 0.05. Since m and v are pooled, chains in
+    different modes count as correlated. Negative rho do not count: ESS is at most C N.
+
+    Args:
+        draws: shape (chain, draw, *dims), floating point, at least 4 draws.
+        method: "bulk" (rank-normalised, for means and medians), "tail" (the smaller one of the 5%
+            and 95% quantiles), "mean" or "sd" (of the values as they are), "cutoff" (for the mean).
+
+    Returns:
+        Shape dims, float64, on the CPU. NaN where it is undefined: a dimension with non-finite
+        draws (select the chains first: `draws[~stats["diverged"]]`) or with all draws equal.
+
+    Raises:
+        ValueError: too few chains or draws, an unknown method.
+        TypeError: draws is not a floating-point tensor.
+        RuntimeError: arviz-stats is missing ("cutoff" does without).
+
+    Reference:
+        Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
+    """
+    one_of("ess", "method", method, _ESS_METHODS)
+    _check_draws("ess", draws)
+    if method == "cutoff":
+        return _per_dimension(draws, _cutoff_ess)
+    prob = (0.05, 0.95) if method == "tail" else None
+    engine = require("ess", "arviz_stats.base").array_stats
+    return _per_dimension(draws, lambda values: engine.ess(values, 0, 1, method=method, prob=prob))
+
+
+def min_ess(draws: Tensor, *, method: str = "bulk") -> float:
+    """The smallest `ess` over the dimensions; NaN if it is undefined in any of them."""
+    return float(ess(draws, method=method).min())
+
+
+def ess_rate(draws: Tensor, cost: float | Tensor, *, method: str = "bulk") -> float:
+    """min_ess(draws) / cost: effective draws, of the worst dimension, per unit of cost.
+
+    Args:
+        draws: shape (chain, draw, *dims), as for `ess`.
+        cost: what all of these chains cost together, burn-in included: seconds, or score
+            evaluations (`sample` counts those of one chain). A float or a 0-d tensor on the CPU,
+            > 0.
+        method: as for `ess`.
+
+    Returns:
+        In units of 1 / cost; NaN where `min_ess` is.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `ess`; cost is not positive or not a number.
+    """
+    value = positive("ess_rate", "cost", cost, torch.empty((), dtype=torch.float64))
+    return min_ess(draws, method=method) / float(value)
+
+
+def r_hat(draws: Tensor) -> Tensor:
+    """Rank-normalised split R-hat of every dimension, bulk and tail (Vehtari et al. 2021).
+
+    Close to 1 (below 1.01) when the chains, and the two halves of each, agree.
+
+    Args:
+        draws: shape (chain, draw, *dims), floating point, at least 2 chains of at least 4 draws.
+
+    Returns:
+        Shape dims, float64, on the CPU. NaN where it is undefined (see `ess`); infinite for chains
+        that each stand still at different places.
+
+    Raises:
+        ValueError: too few chains or draws.
+        TypeError: draws is not a floating-point tensor.
+        RuntimeError: arviz-stats is missing.
+
+    Reference:
+        Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
+    """
+    _check_draws("r_hat", draws, min_chains=2)
+    engine = require("r_hat", "arviz_stats.base").array_stats
+    return _per_dimension(draws, lambda values: engine.rhat(values, 0, 1, method="rank"))
+
+
+@torch.no_grad()
+def mode_jumps(draws: Tensor, modes: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+    """How often each chain goes from one mode to another, between successive draws.
+
+    Non-finite draws belong to no mode and are left out: a chain that diverged has the jumps that
+    it made before.
+
+    Args:
+        draws: shape (chain, draw, *dims), floating point.
+        modes: centres of the modes, shape (K, *dims), finite, dtype and device of draws: a draw
+            belongs to the nearest one (Euclidean distance; the first of equals). Or a function,
+            such as a classifier, called once for each chain with its finite draws (n, *dims), in
+            order and without gradients, that returns their labels: shape (n,), int64 or int32.
+
+    Returns:
+        Shape (chain,), int64, on the device of draws.
+
+    Raises:
+        ValueError: no chains or draws; centres or labels of another shape or dtype, centres on
+            another device or not finite.
+        TypeError: draws is not a floating-point tensor; modes is neither a Tensor nor a function,
+            or returns no Tensor.
+    """
+    caller = "mode_jumps"
+    _check_draws(caller, draws, min_draws=1)
+    if isinstance(modes, Tensor):
+        _check_modes(caller, modes, draws)
+    elif not callable(modes):
+        raise TypeError(
+            f"{caller}: modes must be a Tensor or a function, got {type(modes).__name__}"
+        )
+    finite = draws.isfinite().reshape(*draws.shape[:2], -1).all(2)
+    jumps = []
+    for chain, usable in zip(draws, finite, strict=True):
+        kept = chain[usable]
+        if len(kept) < 2:
+            jumps.append(0)
+            continue
+        if isinstance(modes, Tensor):
+            labels = _nearest(kept, modes)
+        else:
+            labels = modes(kept)
+            kinds = (torch.int64, torch.int32)
+            check_tensor(caller, "modes(draws)", labels, shape=(len(kept),), dtypes=kinds)
+        jumps.append(int((labels[1:] != labels[:-1]).sum()))
+    return torch.tensor(jumps, dtype=torch.int64, device=draws.device)
+
+
+def _check_modes(caller: str, modes: Tensor, draws: Tensor) -> None:
+    check_tensor(caller, "modes", modes, like=draws, dtypes=FLOATING)
+    dims = draws.shape[2:]
+    if modes.dim() == 0 or modes.shape[0] == 0 or modes.shape[1:] != dims:
+        want = ", ".join(str(n) for n in ("K", *dims))
+        raise ValueError(
+            f"{caller}: modes must have shape ({want}), K >= 1, got {tuple(modes.shape)}"
+        )
+    bad = ~modes.isfinite()
+    if bool(bad.any()):
+        raise ValueError(f"{caller}: modes must be finite, got {modes[bad][0].item()}")
+
+
+def _nearest(x: Tensor, modes: Tensor) -> Tensor:
+    """Index of the nearest of modes (K, *dims) for each of x (n, *dims)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    points, centres = (t.to(wide).reshape(len(t), -1) for t in (x, modes))
+    # By differences: |x|^2 - 2 x.m + |m|^2 cancels for modes that are close but far from zero.
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(points, centres, compute_mode=exact).argmin(1)
+
+
+def _check_draws(caller: str, draws: Tensor, *, min_chains: int = 1, min_draws: int = 4) -> None:
+    if not isinstance(draws, Tensor) or not draws.is_floating_point():
+        kind = draws.dtype if isinstance(draws, Tensor) else type(draws).__name__
+        raise TypeError(f"{caller}: draws must be a floating-point tensor, got {kind}")
+    if draws.dim() < 2 or draws.shape[0] < min_chains or draws.shape[1] < min_draws:
+        raise ValueError(
+            f"{caller}: draws must have shape (chain, draw, *dims), chain >= {min_chains}, "
+            f"draw >= {min_draws}, got {tuple(draws.shape)}"
+        )
+
+
+def _per_dimension(draws: Tensor, figure: Callable[[Any], Any]) -> Tensor:
+    """`figure` of the draws (chain, draw, n) of the n dimensions where it means something."""
+    dims = draws.shape[2:]
+    values = draws.detach().to("cpu", torch.float64).reshape(*draws.shape[:2], -1)
+    # arviz-stats calls every draw of a constant effective; a chain that never moves deserves NaN.
+    usable = values.isfinite().all(0).all(0) & (values.amax((0, 1)) > values.amin((0, 1)))
+    result = torch.full((values.shape[2],), torch.nan, dtype=torch.float64)
+    if usable.any():
+        # Chains that stand still have no variance within: R-hat is then 1 / 0 = inf, on purpose.
+        with np.errstate(divide="ignore"):
+            result[usable] = torch.from_numpy(np.asarray(figure(values[:, :, usable].numpy())))
+    return result.reshape(dims)
+
+
+def _cutoff_ess(values: Any) -> Any:
+    """The rule "cutoff" of `ess` for draws (chain, draw, n), none of the n constant."""
+    chains, length = values.shape[:2]
+    z = values - values.mean((0, 1))
+    z /= np.abs(z).max((0, 1))  # a variance of 1e-200 squared would be zero
+    # Wiener-Khinchin; padded to twice the length, so that the ends do not meet.
+    power = sum(np.abs(np.fft.rfft(chain, 2 * length, axis=0)) ** 2 for chain in z)
+    lag = np.arange(length)[:, None]
+    covariance = np.fft.irfft(power, 2 * length, axis=0)[:length] / (chains * (length - lag))
+    rho = covariance[1:] / covariance[0]
+    kept = np.logical_and.accumulate(rho >= _CUTOFF, axis=0)
+    return chains * length / (1 + 2 * (kept * rho * (1 - lag[1:] / length)).sum(0))

@@ -1,0 +1,227 @@
+"""Chains over several processes: each rank runs its share, and every rank gets all of them.
+
+The noise of a step is a function of (seed, step, global chain), so that shares draw what one
+process draws: bitwise if the score of a row does not depend on the rows beside it (analytic
+densities), to rounding for networks, for any number of ranks. Works in any initialised
+`torch.distributed`, such as under torchrun, and without one in a single process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..checks import check_count
+from .chains import Chains, ChainState, begin_chains, sample
+from .transitions import LogDensity, ScoreFunction
+
+_Result = TypeVar("_Result")
+_Told = TypeVar("_Told")
+
+
+def shard(n: int, rank: int, world: int) -> slice:
+    """The rows of n that belong to a rank: contiguous, in order, sizes apart by at most one.
+
+    Args:
+        n: rows in all, >= 0.
+        rank: 0 ... world - 1.
+        world: ranks.
+
+    Returns:
+        slice(start, stop), 0 <= start <= stop <= n; empty where there are more ranks than rows.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind.
+    """
+    check_count("shard", "n", n, least=0, limit=2**63)
+    check_count("shard", "world", world)
+    check_count("shard", "rank", rank, least=0)
+    if rank >= world:
+        raise ValueError(f"shard: rank must be below world {world}, got {rank}")
+    return slice(n * rank // world, n * (rank + 1) // world)
+
+
+def sample_sharded(
+    score_fn: ScoreFunction,
+    init: Tensor | None = None,
+    *,
+    step_size: float | Tensor,
+    n_steps: int,
+    log_prob: LogDensity | None = None,
+    seed: int | None = None,
+    first_chain: int = 0,
+    state: ChainState | None = None,
+    progress: bool = False,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> Chains:
+    """`samplers.sample` with the chains shared out over the ranks of a process group.
+
+    Every rank calls this with the same arguments, `init` or `state` whole, and its own copy of the
+    score function; each runs its chains, with `first_chain` set to the first of them. If that
+    fails on one rank, all ranks raise.
+
+    Args:
+        score_fn, init, step_size, n_steps, log_prob, first_chain: as in `sample`, for all chains.
+        seed: as in `sample`. None: that of rank 0 is used by all.
+        state: as in `sample`. It may come from a run on any number of ranks.
+        progress: on rank 0, for its own share.
+        group: of ranks that take part; None is all. With NCCL, `torch.cuda.set_device` must have
+            chosen the device of the process.
+        options: further arguments of `sample`: method, burn_in, thin, chunk_size, curvature, ...
+
+    Returns:
+        On every rank the Chains of all, as one process gives them: draws and statistics in the
+        order of the chains, on the device of init, and a state to go on from. "seconds" is the
+        longest of any rank.
+
+    Raises:
+        ValueError, TypeError: as `sample`; arguments that differ between ranks; this process is not
+            in group.
+        RuntimeError: another rank failed; the message has its error.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if group is not None:
+            raise ValueError(
+                "sample_sharded: group must be None where torch.distributed is not initialised, "
+                f"got {group}"
+            )
+        return sample(
+            score_fn,
+            init,
+            step_size=step_size,
+            n_steps=n_steps,
+            log_prob=log_prob,
+            seed=seed,
+            first_chain=first_chain,
+            state=state,
+            progress=progress,
+            **options,
+        )
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(
+            f"sample_sharded: group must hold this process, got one without rank {dist.get_rank()}"
+        )
+    fresh = state is None and seed is None
+
+    def tell(start: ChainState) -> tuple[int, dict[str, str]]:
+        given: dict[str, object] = {"init": start["x"], "seed": None if fresh else start["seed"]}
+        given |= {name: start[name] for name in ("step", "since_draw", "first_chain")}
+        given |= {"step_size": step_size, "n_steps": n_steps, "log_prob": log_prob, **options}
+        return start["seed"], {name: _mark(value) for name, value in given.items()}
+
+    start, told = _together(group, lambda: begin_chains(init, seed, first_chain, state), tell)
+    _refuse_differences([given for _, given in told])
+    chains = len(start["x"])
+    shares = [shard(chains, each, world) for each in range(world)]
+    mine = shares[rank]
+    share = start.copy()
+    share["x"] = start["x"][mine]
+    # A seed that is not given was drawn on every rank, so that their generators stay together.
+    share["seed"] = told[0][0]
+    share["first_chain"] += mine.start
+    per_chain = isinstance(step_size, Tensor) and step_size.shape == (chains,)
+    own_step_size = step_size[mine] if isinstance(step_size, Tensor) and per_chain else step_size
+
+    def run() -> Chains:
+        return sample(
+            score_fn,
+            step_size=own_step_size,
+            n_steps=n_steps,
+            log_prob=log_prob,
+            state=share,
+            progress=progress and rank == 0,
+            **options,
+        )
+
+    part, seconds = _together(group, run, lambda done: done.stats["seconds"])
+    sizes = [each.stop - each.start for each in shares]
+    stats = {
+        name: _gather(value, sizes, group)
+        if isinstance(value, Tensor) and name != "step_size"
+        else value
+        for name, value in part.stats.items()
+    }
+    stats |= {"step_size": step_size, "seconds": max(seconds)}
+    end = part.state.copy()
+    end["x"] = _gather(part.state["x"], sizes, group)
+    end["first_chain"] = start["first_chain"]
+    return Chains(_gather(part.draws, sizes, group), stats, end)
+
+
+def _together(
+    group: dist.ProcessGroup | None,
+    work: Callable[[], _Result],
+    tell: Callable[[_Result], _Told],
+) -> tuple[_Result, list[_Told]]:
+    """Own result of the work, and what each rank tells of its own; raises on all if on one."""
+    failure, told = None, None
+    try:
+        result = work()
+        told = tell(result)
+    except Exception as error:  # the others wait for an answer, whatever went wrong
+        failure = error
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (message, told), group=group)
+    if failure is not None:
+        raise failure
+    for rank, (message, _) in enumerate(everyone):
+        if message is not None:
+            raise RuntimeError(
+                f"sample_sharded: every rank must finish its part, got {message} on rank {rank}"
+            )
+    return result, [each for _, each in everyone]
+
+
+def _mark(value: object) -> str:
+    """What an argument is, in words that are equal on all ranks if it is."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
+        return f"shape {tuple(value.shape)} {value.dtype} of hash {digest}"
+    return "a function" if callable(value) else repr(value)
+
+
+def _refuse_differences(given: list[dict[str, str]]) -> None:
+    for rank, others in enumerate(given):
+        for name in given[0] | others:
+            first, other = (each.get(name, "nothing") for each in (given[0], others))
+            if first != other:
+                raise ValueError(
+                    f"sample_sharded: {name} must be the same on every rank, got {first} on rank 0 "
+                    f"and {other} on rank {rank}"
+                )
+
+
+def _gather(part: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all ranks in order, on every rank; sizes are their numbers of rows."""
+    if 0 in (max(sizes), *part.shape[1:]):
+        return part.new_empty((sum(sizes), *part.shape[1:]))
+    # Backends gather equal sizes: shares are filled up. As bytes: every dtype, every bit.
+    padded = part.new_zeros((max(sizes), *part.shape[1:]))
+    padded[: len(part)] = part
+    raw = padded.reshape(-1).view(torch.uint8).to(_device(part, group))
+    everyone = [torch.empty_like(raw) for _ in sizes]
+    dist.all_gather(everyone, raw, group=group)
+    rows = [
+        each.view(part.dtype).reshape(padded.shape)[:size]
+        for each, size in zip(everyone, sizes, strict=True)
+    ]
+    return torch.cat(rows).to(part.device)
+
+
+def _device(x: Tensor, group: dist.ProcessGroup | None) -> torch.device:
+    """Where the backend can gather x: its own device if it can, or else the one it works on."""
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if x.device.type in kinds:
+        return x.device
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.cuda.current_device())

@@ -1,0 +1,132 @@
+"""The values that networks and densities return, and the protocols that they meet.
+
+The words of the package: everything else speaks in them and none of them imports a room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .checks import check_like, check_tensor, positive
+
+
+class Scores(NamedTuple):
+    """What a network returns at noise level sigma, in scaled quantities (all of order one).
+
+    Fields:
+        score: sigma * s1. Shape (B, *dims).
+        c: 1 + sigma^2 * diag, the diagonal part of alpha^2 Cov[x0 | x] / sigma^2. Shape (B, *dims).
+        factor: sigma * U with s2 = diag + U diag(sign) U^T. Shape (B, D, r), D in row-major order
+            of dims; None is rank 0.
+        sign: +1 or -1 for each column of factor. Shape (r,); None is all +1.
+    """
+
+    score: Tensor
+    c: Tensor
+    factor: Tensor | None = None
+    sign: Tensor | None = None
+
+    def unscaled(self, sigma: float | Tensor) -> UnscaledScores:
+        """s1, the diagonal of s2 and U. sigma: float or (B,), > 0."""
+        where = "Scores.unscaled"
+        check_tensor(where, "score", self.score)
+        check_tensor(where, "c", self.c, like=self.score, shape=tuple(self.score.shape))
+        s = positive(where, "sigma", sigma, self.score)
+        factor = scaled_factor(where, self.factor, self.score, 1 / s)
+        return UnscaledScores(self.score / s, (self.c - 1) / s.square(), factor, self.sign)
+
+
+class UnscaledScores(NamedTuple):
+    """The scores themselves.
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        diag: d with s2 = diag(d) + U diag(sign) U^T. Shape (B, *dims). Units 1/data^2.
+        factor: U. Shape (B, D, r), D in row-major order of dims; None is rank 0. Units 1/data.
+        sign: +1 or -1 for each column of factor. Shape (r,); None is all +1.
+    """
+
+    score: Tensor
+    diag: Tensor
+    factor: Tensor | None = None
+    sign: Tensor | None = None
+
+    def scaled(self, sigma: float | Tensor) -> Scores:
+        """sigma s1, 1 + sigma^2 diag, sigma U. sigma: float or (B,), > 0."""
+        where = "UnscaledScores.scaled"
+        check_tensor(where, "score", self.score)
+        check_tensor(where, "diag", self.diag, like=self.score, shape=tuple(self.score.shape))
+        s = positive(where, "sigma", sigma, self.score)
+        factor = scaled_factor(where, self.factor, self.score, s)
+        return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
+
+
+class SymmetricOperator(Protocol):
+    """A batch of symmetric matrices (B, D, D) by what can be asked of it."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def matvec(self, v: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor: ...
+
+
+class DenseScores(NamedTuple):
+    """The scores themselves with the whole Hessian, for small D or an analytic density.
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        hessian: s2, symmetric. Shape (B, D, D), D in row-major order of dims. Units 1/data^2.
+    """
+
+    score: Tensor
+    hessian: Tensor
+
+
+def model_scores(
+    where: str, model: Callable[[Tensor, Tensor], Scores], x: Tensor, sigma: Tensor
+) -> Scores:
+    """What `model(x, sigma)` returns: `Scores`, their score of the shape, dtype and device of x."""
+    scores = model(x, sigma)
+    if not isinstance(scores, Scores):
+        raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
+    check_like(where, "score from model", scores.score, x)
+    return scores
+
+
+def scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
+    """factor times a value of `positive`."""
+    if factor is None:
+        return None
+    check_tensor(where, "factor", factor, like=like)
+    return factor * times.reshape(-1, 1, 1)
+
+
+class MatrixFreeScores(NamedTuple):
+    """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
+
+        def score_fn(x):
+            hessian = ScoreHessian(score, x, symmetrize=True, check=False)
+            return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
+    """
+
+    score: Tensor
+    hessian: SymmetricOperator
+
+
+Model: TypeAlias = Callable[[Tensor, Tensor], Scores]

@@ -1,0 +1,43 @@
+"""Tweedie's formula: moments of the clean sample given the noisy one."""
+
+from .conversions import (
+    eps_from_score,
+    hessian_from_jacobian,
+    jacobian_from_hessian,
+    score_from_eps,
+    score_from_v,
+    score_from_x0,
+    v_from_score,
+    x0_from_score,
+)
+from .moments import (
+    moment_recurrence,
+    moments_from_cumulants,
+    noise_cumulants,
+    posterior_cumulants,
+    posterior_moments,
+    psi_from_scores,
+)
+from .posterior import Posterior, posterior, posterior_covariance, posterior_mean, second_moment
+
+__all__ = [
+    "Posterior",
+    "eps_from_score",
+    "hessian_from_jacobian",
+    "jacobian_from_hessian",
+    "moment_recurrence",
+    "moments_from_cumulants",
+    "noise_cumulants",
+    "posterior",
+    "posterior_covariance",
+    "posterior_cumulants",
+    "posterior_mean",
+    "posterior_moments",
+    "psi_from_scores",
+    "score_from_eps",
+    "score_from_v",
+    "score_from_x0",
+    "second_moment",
+    "v_from_score",
+    "x0_from_score",
+]

@@ -1,0 +1,299 @@
+"""Posterior moments of the clean sample, from scores of the noisy density (Tweedie's formula).
+
+Setting: x = alpha * x0 + sigma * z with z standard normal; s1 and s2 are the gradient and the
+Hessian of log p(x), the density of the noisy sample. The formulas are equations 4, 7-10 and 18 of
+Meng et al. 2021 (arXiv:2111.04726) with alpha. Networks speak in scaled quantities (`Scores`), all
+of order one at every noise level; `UnscaledScores` are s1 and s2 themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal
+
+from ..checks import check_like, check_number, check_samples, check_tensor, positive
+from ..linalg.dplr import DPLR
+from ..scores import Scores, scaled_factor
+
+
+class Posterior(NamedTuple):
+    """The first two moments of the clean sample given the noisy one, read as a Gaussian.
+
+    Fields:
+        mean: E[x0 | x]. Shape (B, *dims). Units of the data.
+        covariance: Cov[x0 | x] of the flattened sample, a DPLR (B, D, D). Units data^2.
+
+    Drawing from it, its density and its principal components treat the posterior as N(mean,
+    covariance); mean and covariance themselves are those of the true posterior if the scores are.
+    """
+
+    mean: Tensor
+    covariance: DPLR
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each entry. Shape (B, *dims). NaN where the model's variance is
+        negative, which an unconstrained head may produce."""
+        return self.covariance.diagonal().sqrt().reshape(self.mean.shape)
+
+    def credible_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The central interval of each entry by itself: mean -+ q std, q a normal quantile.
+
+        Args:
+            level: its probability under the Gaussian, in (0, 1).
+
+        Returns:
+            low and high, each of shape (B, *dims). Units of the data. NaN where `std` is.
+
+        Raises:
+            TypeError: level is not a number.
+            ValueError: level is not in (0, 1).
+        """
+        where = "Posterior.credible_interval"
+        number = check_number(where, "level", level)
+        if number >= 1:
+            raise ValueError(f"{where}: level must be in (0, 1), got {number:g}")
+        quantile = math.sqrt(2) * torch.erfinv(torch.tensor(number, dtype=torch.float64)).item()
+        reach = quantile * self.std
+        return self.mean - reach, self.mean + reach
+
+    def correlation(self, index: int | tuple[int, ...]) -> Tensor:
+        """The correlation of one entry with every entry: a row of the covariance, O(D r).
+
+        Args:
+            index: the entry: its place in the flattened sample, or a tuple with one index for each
+                of dims. Not negative.
+
+        Returns:
+            Shape (B, *dims), in [-1, 1] to rounding, 1 at index. NaN for entries whose variance is
+            not positive, and everywhere if that of index is not.
+
+        Raises:
+            TypeError: index is neither an int nor a tuple of ints.
+            ValueError: index is outside the sample.
+        """
+        flat = _flat_index("Posterior.correlation", index, tuple(self.mean.shape[1:]))
+        diag, factor, sign = self.covariance.diag, self.covariance.factor, self.covariance.sign
+        row = factor[:, flat] if sign is None else factor[:, flat] * sign
+        covariance = (factor @ row.unsqueeze(-1)).squeeze(-1)
+        at = torch.arange(diag.shape[1], device=diag.device) == flat
+        covariance = torch.where(at, covariance + diag, covariance).reshape(self.mean.shape)
+        std = self.std
+        own = std.flatten(1)[:, flat].reshape(-1, *[1] * (std.dim() - 1))
+        return covariance / (std * own)
+
+    def sample(self, n: int, *, seed: int | None = None, offset: int = 0, first: int = 0) -> Tensor:
+        """n draws of N(mean, covariance). Shape (n, B, *dims); arguments as `DPLR.sample`."""
+        draws = self.covariance.sample(n, seed=seed, offset=offset, first=first)
+        return self.mean + draws.reshape(n, *self.mean.shape)
+
+    def principal_components(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (B, k) of the covariance and their eigenvectors (B, D, k)."""
+        return self.covariance.eigh(k)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, covariance), natural logarithm.
+
+        Args:
+            x: a clean sample for each posterior. Shape (B, *dims), dtype and device of mean.
+
+        Returns:
+            Shape (B,). NaN where x or mean holds NaN, or the covariance NaN or inf.
+
+        Raises:
+            ValueError: x does not fit, or a finite covariance is not positive definite.
+        """
+        where = "Posterior.log_prob"
+        check_tensor(where, "x", x, like=self.mean, shape=tuple(self.mean.shape))
+        diag, factor = self.covariance.diag, self.covariance.factor
+        finite = diag.isfinite().all(-1) & factor.isfinite().flatten(1).all(-1)
+        covariance = DPLR(
+            diag.where(finite[:, None], 1.0),
+            factor.where(finite[:, None, None], 0.0),
+            self.covariance.sign,
+        )
+        bad = ~covariance.is_positive_definite()
+        if bool(bad.any()):
+            item = int(bad.nonzero()[0])
+            raise ValueError(
+                "Posterior.log_prob: covariance must be positive definite, "
+                f"got one that is not at batch {item}"
+            )
+        error = (x - self.mean).flatten(1)
+        distance = (error * covariance.solve(error)).sum(-1)
+        constant = error.shape[1] * math.log(2 * math.pi)
+        value = -(distance + covariance.logdet() + constant) / 2
+        return value.where(finite, torch.nan)
+
+    def recalibrated(self, factor: float | Tensor) -> Posterior:
+        """The posterior with its covariance times factor: a float or (B,), > 0."""
+        positive("Posterior.recalibrated", "factor", factor, self.mean)
+        return Posterior(self.mean, self.covariance.scale(factor))
+
+    def to_distribution(self) -> LowRankMultivariateNormal:
+        """The posterior as a torch distribution over the flattened sample (event shape (D,)).
+
+        Raises:
+            ValueError: the covariance has a sign -1 or a diagonal part that is not positive, which
+                that class cannot hold.
+        """
+        diag, sign = self.covariance.diag, self.covariance.sign
+        if sign is not None and bool((sign < 0).any()):
+            raise ValueError(
+                f"Posterior.to_distribution: signs must all be +1, got {sign.tolist()}"
+            )
+        bad = ~(diag > 0)
+        if bool(bad.any()):
+            raise ValueError(
+                "Posterior.to_distribution: the diagonal part of the covariance must be positive, "
+                f"got {diag[bad][0].item()}"
+            )
+        factor = self.covariance.factor
+        if self.covariance.rank == 0:  # that class needs a column
+            factor = torch.zeros_like(diag).unsqueeze(-1)
+        return LowRankMultivariateNormal(self.mean.flatten(1), factor, diag)
+
+
+def posterior(
+    x: Tensor, scores: Scores, sigma: float | Tensor, alpha: float | Tensor = 1.0
+) -> Posterior:
+    """Mean and covariance of the clean sample given the noisy one, from a network's output.
+
+    E[x0 | x] = (x + sigma (sigma s1)) / alpha,
+    Cov[x0 | x] = (sigma^2 / alpha^2) (diag(c) + F diag(sign) F^T) with F = sigma U.
+    Since c is 1 + sigma^2 diag itself, small posterior variances carry no cancellation.
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64.
+        scores: a `Scores` at x and sigma, dtype and device of x.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0; a tensor is taken
+            in x's dtype.
+        alpha: signal scale. float or (B,), > 0.
+
+    Returns:
+        A `Posterior`.
+
+    Raises:
+        TypeError: scores is not a `Scores`.
+        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+    """
+    if not isinstance(scores, Scores):
+        raise TypeError(f"posterior: scores must be a Scores, got {type(scores).__name__}")
+    check_samples("posterior", "x", x)
+    check_like("posterior", "scores.score", scores.score, x)
+    check_like("posterior", "scores.c", scores.c, x)
+    s = positive("posterior", "sigma", sigma, x)
+    a = positive("posterior", "alpha", alpha, x)
+    ratio = s / a
+    factor = scaled_factor("posterior", scores.factor, x, ratio)
+    covariance = DPLR((ratio.square() * scores.c).flatten(1), factor, scores.sign)
+    return Posterior((x + s * scores.score) / a, covariance)
+
+
+def posterior_mean(
+    x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+) -> Tensor:
+    """E[x0 | x] = (x + sigma^2 s1) / alpha (Eq. 4).
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64.
+        score: s1 at x, same shape, dtype and device. Units 1/data.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+        alpha: signal scale. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims). Units of the data.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+    """
+    check_like("posterior_mean", "score", score, x)
+    s = positive("posterior_mean", "sigma", sigma, x)
+    return (x + s.square() * score) / positive("posterior_mean", "alpha", alpha, x)
+
+
+def posterior_covariance(
+    diag: Tensor,
+    factor: Tensor | None,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    sign: Tensor | None = None,
+) -> DPLR:
+    """Cov[x0 | x] = (sigma^4 / alpha^2) (s2 + I / sigma^2), s2 = diag + U diag(sign) U^T.
+
+    Where diag is near -1/sigma^2 (a sharp posterior at small sigma) the sum cancels; `posterior`
+    takes c = 1 + sigma^2 diag from a network and does not.
+
+    Args:
+        diag: diagonal part of s2. Shape (B, *dims). float32 or float64. Units 1/data^2.
+        factor: U. Shape (B, D, r), or None. Units 1/data.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+        alpha: signal scale. float or (B,), > 0.
+        sign: +1 or -1 for each column of U. Shape (r,); None is all +1.
+
+    Returns:
+        DPLR (B, D, D). Units data^2.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+    """
+    check_samples("posterior_covariance", "diag", diag)
+    s = positive("posterior_covariance", "sigma", sigma, diag)
+    a = positive("posterior_covariance", "alpha", alpha, diag)
+    factor = scaled_factor("posterior_covariance", factor, diag, s.square() / a)
+    return DPLR(((s / a).square() * (1 + s.square() * diag)).flatten(1), factor, sign)
+
+
+def second_moment(
+    x: Tensor,
+    score: Tensor,
+    diag: Tensor,
+    factor: Tensor | None,
+    sigma: float | Tensor,
+    alpha: float | Tensor = 1.0,
+    *,
+    sign: Tensor | None = None,
+) -> DPLR:
+    """E[x0 x0^T | x] = (sigma^4 / alpha^2) (s2 + I / sigma^2 + J J^T), J = s1 + x / sigma^2.
+
+    The mean is one more column beside the scaled factor, with sign +1.
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64.
+        score: s1 at x. Shape (B, *dims). Units 1/data.
+        diag, factor, sigma, alpha, sign: as `posterior_covariance`.
+
+    Returns:
+        DPLR (B, D, D) of rank r + 1. Units data^2.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+    """
+    check_samples("second_moment", "x", x)
+    check_like("second_moment", "diag", diag, x)
+    mean = posterior_mean(x, score, sigma, alpha).flatten(1)
+    covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
+    return covariance + DPLR(torch.zeros_like(mean), mean.unsqueeze(-1))
+
+
+def _flat_index(where: str, index: int | tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """The place of an entry in the flattened sample."""
+    if isinstance(index, tuple):
+        parts, sizes = index, dims
+    else:
+        parts, sizes = (index,), (math.prod(dims),)
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in parts):
+        raise TypeError(f"{where}: index must be an int or a tuple of ints, got {index!r}")
+    inside = len(parts) == len(sizes) and all(0 <= i < n for i, n in zip(parts, sizes, strict=True))
+    if not inside:
+        raise ValueError(f"{where}: index must be inside {sizes}, got {index!r}")
+    flat = 0
+    for i, n in zip(parts, sizes, strict=True):
+        flat = flat * n + int(i)
+    return flat

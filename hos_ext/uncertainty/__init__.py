@@ -1,0 +1,15 @@
+"""Is the covariance right, and what is it good for."""
+
+from .calibration import CalibrationReport, calibration, calibration_report, recalibration_factor
+from .from_score import posterior_from_score
+from .outliers import auroc, outlier_score
+
+__all__ = [
+    "CalibrationReport",
+    "auroc",
+    "calibration",
+    "calibration_report",
+    "outlier_score",
+    "posterior_from_score",
+    "recalibration_factor",
+]

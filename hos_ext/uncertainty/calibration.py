@@ -1,0 +1,358 @@
+"""Does the covariance of a posterior tell the truth: are the errors of its mean as it says.
+
+With residuals e = x - m, the law N(m, C) is calibrated where E[e e^T] = C, in all and in every
+direction. `calibration` gives two figures, `calibration_report` these with error bars, variances
+along directions and coverage curves, and `recalibration_factor` the scalar that mends the size of
+C. Everything is O(D r^2) in float64 and asks for the true x: use samples not trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import check_number, check_tensor
+from ..linalg.dplr import DPLR
+from ..random import STREAM_REPORT
+from ..tweedie.posterior import Posterior
+
+_BAND = 1.959964  # normal quantile of a two-sided 95%
+
+
+class CalibrationReport(NamedTuple):
+    """What `calibration_report` found; 1 is calibrated and above 1 overconfident.
+
+    Fields:
+        samples: B, how many posteriors.
+        size: D, entries of a sample.
+        tau: standard deviation of the added noise, units of the data.
+        mahalanobis, trace_ratio: as `calibration` gives them.
+        mahalanobis_error, trace_ratio_error: their standard errors.
+        recalibration: as `recalibration_factor` gives it.
+        z_squared: mean of (v^T e)^2 / (v^T C v) for each direction v. Shape (k,), float64.
+        z_squared_error: standard errors of these. Shape (k,).
+        levels: nominal probabilities. Shape (L,), float64.
+        entries: share of the entries of x inside their central interval of that probability, and
+            the ends of a 95% confidence band. Shape (L, 3): share, low, high.
+        ellipsoid: likewise the share of samples inside the ellipsoid e^T C^-1 e = the quantile of
+            chi^2_D. Shape (L, 3).
+
+    `str(report)` is a table to print.
+    """
+
+    samples: int
+    size: int
+    tau: float
+    mahalanobis: float
+    mahalanobis_error: float
+    trace_ratio: float
+    trace_ratio_error: float
+    recalibration: float
+    z_squared: Tensor
+    z_squared_error: Tensor
+    levels: Tensor
+    entries: Tensor
+    ellipsoid: Tensor
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.samples} samples of {self.size} entries, tau {self.tau:g}",
+            f"Mahalanobis / D  {self.mahalanobis:.3f} +- {self.mahalanobis_error:.3f}",
+            f"trace ratio      {self.trace_ratio:.3f} +- {self.trace_ratio_error:.3f}",
+            f"recalibration    {self.recalibration:.3f}",
+        ]
+        directions = zip(self.z_squared.tolist(), self.z_squared_error.tolist(), strict=True)
+        for k, (value, error) in enumerate(directions):
+            lines.append(f"direction {k:<6} {value:.3f} +- {error:.3f}")
+        lines.append("coverage         entries                 ellipsoid")
+        rows = zip(
+            self.levels.tolist(), self.entries.tolist(), self.ellipsoid.tolist(), strict=True
+        )
+        for level, *shares in rows:
+            cells = [f"{share:.3f} ({low:.3f} ... {high:.3f})" for share, low, high in shares]
+            lines.append(f"{level:<16g} " + "  ".join(cells))
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[str, float]:
+    """How well posteriors N(m, C) cover the clean samples: 1 is calibrated, above overconfident.
+
+    With the residual e = x - m and A = (C + tau^2 I)^-1, over the batch:
+
+        mahalanobis = mean (e^T A e + tau^2 tr A) / D
+        trace_ratio = (mean |e|^2 + D tau^2) / (mean tr C + D tau^2)
+
+    tau > 0 is the predictive check: noise of standard deviation tau is added to both sides, and the
+    figure is its exact expectation over that noise, E (e + tau n)^T A (e + tau n), so that nothing
+    is drawn. E[e e^T] = C gives 1 for every tau. At tau = 0 `mahalanobis` hangs on the smallest
+    eigenvalues of C, where a learned covariance is weakest; tau lifts them to tau^2. `trace_ratio`
+    sees the total variance alone. A `mahalanobis` below 0 means that C is not positive definite.
+
+    Args:
+        x: the clean samples. Shape (B, *dims), dtype and device of the posterior.
+        posterior: posteriors of x given noisy samples: mean (B, *dims) and covariance (a DPLR).
+        tau: standard deviation of the added noise, in units of the data, >= 0.
+
+    Returns:
+        {"mahalanobis", "trace_ratio"}, computed in float64. NaN in the data gives NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an empty batch, tau negative or not finite,
+            C singular at tau = 0.
+        TypeError: x is not a tensor, posterior not a Posterior, or tau not a number.
+    """
+    residual = _residual("calibration", x, posterior, tau)
+    tau = float(tau)
+    covariance = posterior.covariance.to(torch.float64)
+    squares, expected = _sizes(residual, covariance, tau)
+    return {
+        "mahalanobis": float(_distances(residual, covariance, tau).mean()) / residual.shape[1],
+        "trace_ratio": float(squares.mean() / expected.mean()),
+    }
+
+
+@torch.no_grad()
+def calibration_report(
+    x: Tensor,
+    posterior: Posterior,
+    *,
+    directions: Tensor | None = None,
+    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
+    tau: float = 0.0,
+    seed: int = 0,
+) -> CalibrationReport:
+    """Figures, variances along directions and coverage of posteriors N(m, C), with error bars.
+
+    One report is for one noise level: a mean over levels hides what is wrong with each.
+
+        reports = {s: calibration_report(x, denoise(x, s)) for s in (0.2, 0.4, 0.8)}
+
+    Figures and variances along directions are right for every posterior whose first two moments
+    are; coverage asks for Gaussian posteriors as well, so that a true C of a skewed or bounded
+    posterior covers other shares than the nominal ones.
+
+    Args:
+        x: the clean samples. Shape (B, *dims), B >= 2, dtype and device of the posterior.
+        posterior: posteriors of x given noisy samples: mean (B, *dims) and a positive definite
+            covariance.
+        directions: columns v, of any length but zero: (D, k), or (B, D, k) for each sample its
+            own, dtype and device of x. Choose them on OTHER DATA or by another model. Along the
+            leading eigenvectors of C itself z^2 reads low, and along the last ones high, even if
+            C is right on average in every fixed direction: they are where its errors are largest.
+        levels: nominal probabilities of the coverage curves, each in (0, 1).
+        tau: standard deviation of added noise, in units of the data, >= 0: the predictive check
+            of `calibration`. Coverage draws that noise; everything else is its exact mean.
+        seed: key of the noise that coverage draws at tau > 0.
+
+    Returns:
+        A CalibrationReport; its tensors are on the device of x. The entries of one sample are no
+        independent trials: their band is Wilson's for as many trials as would have the variance
+        seen between the samples, at most B D. Samples are taken as independent.
+
+    Raises:
+        ValueError: as `recalibration_factor`; B < 2; directions do not fit, or one is zero or not
+            finite; a level is not in (0, 1), or there is none.
+        TypeError: as `recalibration_factor`; directions is not a tensor; a level not a number.
+    """
+    where = "calibration_report"
+    residual = _residual(where, x, posterior, tau)
+    tau = float(tau)
+    batch, size = residual.shape
+    if batch < 2:
+        raise ValueError(f"{where}: x must have at least 2 samples, got {batch}")
+    nominal = torch.tensor(_levels(where, levels), dtype=torch.float64, device=x.device)
+    covariance = posterior.covariance.to(torch.float64)
+    recalibration = _factor(where, residual, covariance, tau)
+
+    distances = _distances(residual, covariance, tau) / size
+    squares, expected = _sizes(residual, covariance, tau)
+    ratio = squares.mean() / expected.mean()
+    if directions is None:
+        directions = x.new_empty(size, 0)
+    z_squared = _along(where, directions, x, residual, covariance, tau)
+
+    shifted = covariance + tau**2
+    if tau > 0:
+        drawn = ops.normal(
+            residual.shape,
+            seed=seed,
+            stream=STREAM_REPORT,
+            dtype=residual.dtype,
+            device=residual.device,
+        )
+        residual = residual + tau * drawn
+    # A point is inside where its own probability is at most the level: no quantile is needed.
+    interval = torch.erf((residual.square() / (2 * shifted.diagonal())).sqrt())
+    radius = (residual * shifted.solve(residual)).sum(1)
+    inside = torch.special.gammainc(torch.full_like(radius, size / 2), radius / 2)
+    return CalibrationReport(
+        samples=batch,
+        size=size,
+        tau=float(tau),
+        mahalanobis=float(distances.mean()),
+        mahalanobis_error=float(_standard_error(distances)),
+        trace_ratio=float(ratio),
+        trace_ratio_error=float(_standard_error(squares - ratio * expected) / expected.mean()),
+        recalibration=recalibration,
+        z_squared=z_squared.mean(0),
+        z_squared_error=_standard_error(z_squared),
+        levels=nominal,
+        entries=_coverage(interval, nominal),
+        ellipsoid=_coverage(inside.unsqueeze(1), nominal),
+    )
+
+
+@torch.no_grad()
+def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> float:
+    """The scalar a > 0 for which a * C is calibrated on (x, posterior), a validation split.
+
+    Defined by calibration(x, N(m, a C), tau=tau)["mahalanobis"] = 1. At tau = 0 that is
+    a = mean e^T C^-1 e / D, which also maximises the Gaussian likelihood of the residuals over a.
+    For tau > 0 the equation is solved as it stands rather than by likelihood: it is the figure
+    that is reported, and it falls strictly from above 1 (a -> 0) to 0 (a -> infinity), so that the
+    root exists and is unique whenever C is positive definite and the residuals are not all zero.
+
+    Args:
+        x, posterior, tau: as in `calibration`. Use `posterior.recalibrated(a)` afterwards, with
+            the tau it was fitted for: one scalar cannot calibrate every tau of a misshapen C.
+
+    Returns:
+        a, to a relative 1e-6.
+
+    Raises:
+        ValueError: as in `calibration`; residuals all zero or not finite; C not positive definite;
+            a outside 1e-27 ... 1e27 for tau > 0.
+        TypeError: as in `calibration`.
+    """
+    where = "recalibration_factor"
+    residual = _residual(where, x, posterior, tau)
+    return _factor(where, residual, posterior.covariance.to(torch.float64), float(tau))
+
+
+def _factor(caller: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
+    """`recalibration_factor` of float64 residuals (B, D) and covariances."""
+    size = float(residual.square().mean())
+    if not 0 < size < math.inf:
+        raise ValueError(
+            f"{caller}: x - posterior.mean must be finite and not all zero, got mean square {size}"
+        )
+    indefinite = int((~covariance.is_positive_definite()).sum())
+    if indefinite:
+        raise ValueError(
+            f"{caller}: posterior.covariance must be positive definite, got {indefinite} of "
+            f"{len(residual)} that are not"
+        )
+    if tau == 0:
+        return float(_distances(residual, covariance, 0.0).mean()) / residual.shape[1]
+
+    def excess(log_a: float) -> float:
+        distances = _distances(residual, covariance.scale(math.exp(log_a)), tau)
+        return float(distances.mean()) / residual.shape[1] - 1
+
+    low, high = -64.0, 64.0
+    if not excess(low) > 0 > excess(high):
+        raise ValueError(
+            f"{caller}: x must be calibrated by a factor in 1e-27 ... 1e27, got mean square {size} "
+            "of x - posterior.mean"
+        )
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def _residual(caller: str, x: Tensor, posterior: Posterior, tau: float) -> Tensor:
+    """x - m in float64, flat (B, D), after checking the arguments."""
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"{caller}: posterior must be a tweedie.Posterior, got {type(posterior).__name__}"
+        )
+    mean = posterior.mean
+    because = " like posterior.mean"
+    check_tensor(caller, "x", x, like=mean, shape=tuple(mean.shape), because=because)
+    if x.dim() < 2 or x.shape[0] == 0:
+        raise ValueError(f"{caller}: x must have shape (B, *dims), B >= 1, got {tuple(x.shape)}")
+    check_number(caller, "tau", tau, positive=False)
+    return (x - mean).flatten(1).double()
+
+
+def _distances(residual: Tensor, covariance: DPLR, tau: float) -> Tensor:
+    """e^T A e + tau^2 tr A with A = (C + tau^2 I)^-1. Shape (B,)."""
+    shifted = covariance + tau**2
+    quadratic = (residual * shifted.solve(residual)).sum(1)
+    if tau > 0:
+        # A = d^-1 - d^-1 U S U^T A, so tr A needs only the r columns of A U.
+        solved = shifted.solve(shifted.factor) * shifted.factor
+        low_rank = (solved if shifted.sign is None else solved * shifted.sign).sum(2)
+        quadratic = quadratic + tau**2 * ((1 - low_rank) / shifted.diag).sum(1)
+    return quadratic
+
+
+def _sizes(residual: Tensor, covariance: DPLR, tau: float) -> tuple[Tensor, Tensor]:
+    """|e|^2 + D tau^2 and its expectation tr C + D tau^2. Shapes (B,)."""
+    noise = residual.shape[1] * tau**2
+    return residual.square().sum(1) + noise, covariance.trace() + noise
+
+
+def _along(
+    where: str, directions: Tensor, x: Tensor, residual: Tensor, covariance: DPLR, tau: float
+) -> Tensor:
+    """((v^T e)^2 + tau^2 |v|^2) / (v^T C v + tau^2 |v|^2) for each column v. Shape (B, k)."""
+    check_tensor(where, "directions", directions, like=x)
+    batch, size = residual.shape
+    if directions.dim() not in (2, 3) or directions.shape[:-1] not in ((size,), (batch, size)):
+        want = f"({size}, k) or ({batch}, {size}, k)"
+        raise ValueError(
+            f"{where}: directions must have shape {want}, got {tuple(directions.shape)}"
+        )
+    length = directions.double().norm(dim=-2, keepdim=True)
+    bad = ~((length > 0) & length.isfinite())
+    if bool(bad.any()):
+        raise ValueError(
+            f"{where}: directions must be finite and not zero, got one of length "
+            f"{length[bad][0].item()}"
+        )
+    v = directions.double() / length
+    low_rank = (covariance.factor.mT @ v).square()  # (B, r, k)
+    if covariance.sign is not None:
+        low_rank = low_rank * covariance.sign.unsqueeze(-1)
+    variance = (covariance.diag.unsqueeze(1) @ v.square()).squeeze(1) + low_rank.sum(1)
+    found = (residual.unsqueeze(1) @ v).squeeze(1).square()
+    ratio: Tensor = (found + tau**2) / (variance + tau**2)
+    return ratio
+
+
+def _levels(where: str, levels: Sequence[float]) -> list[float]:
+    numbers = [check_number(where, "levels", level) for level in levels]
+    if not numbers or max(numbers) >= 1:
+        raise ValueError(f"{where}: levels must be in (0, 1), at least one, got {levels}")
+    return numbers
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Of the mean over the batch."""
+    batch = len(values)
+    squares = (values - values.mean(0)).square().sum(0)  # `std` warns where there is no column
+    return (squares / (batch * (batch - 1))).sqrt()
+
+
+def _coverage(probability: Tensor, levels: Tensor) -> Tensor:
+    """Share of probability (B, n) at or below each level, with Wilson's 95% band. Shape (L, 3)."""
+    batch = probability.shape[0]
+    # Level by level: all at once would hold B x n x L numbers.
+    shares = torch.stack([(probability <= level).double().mean(1) for level in levels])
+    share = shares.mean(1)
+    spread = share * (1 - share)
+    variance = shares.var(1, correction=0) / batch
+    # Trials worth: B D if entries are independent, B if those of a sample go together, and B where
+    # all or none are inside, which says nothing of it.
+    worth = (spread / variance).clamp_max(probability.numel()).where(spread > 0, batch)
+    centre = (share + _BAND**2 / (2 * worth)) / (1 + _BAND**2 / worth)
+    reach = _BAND * (spread / worth + (_BAND / (2 * worth)) ** 2).sqrt() / (1 + _BAND**2 / worth)
+    return torch.stack([share, centre - reach, centre + reach], 1)
