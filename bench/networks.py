@@ -219,7 +219,7 @@ def dense_matching_loss(scores_of: Callable[..., Scores], x: Tensor, noise: Tens
     shift = SIGMA * noise
     scores = scores_of(torch.cat([x + shift, x - shift, x]), SIGMA)
     z = noise.flatten(1)
-    score = scores.score.reshape(3, *z.shape)
+    score = scores.scaled_score.reshape(3, *z.shape)
     diag = scores.c.reshape(3, *z.shape) - 1
     assert scores.factor is not None
     factor = scores.factor.reshape(3, *z.shape, -1)

@@ -18,14 +18,14 @@ class Scores(NamedTuple):
     """What a network returns at noise level sigma, in scaled quantities (all of order one).
 
     Fields:
-        score: sigma * s1. Shape (B, *dims).
+        scaled_score: sigma * s1. Shape (B, *dims).
         c: 1 + sigma^2 * diag, the diagonal part of alpha^2 Cov[x0 | x] / sigma^2. Shape (B, *dims).
         factor: sigma * U with s2 = diag + U diag(sign) U^T. Shape (B, D, r), D in row-major order
             of dims; None is rank 0.
         sign: +1 or -1 for each column of factor. Shape (r,); None is all +1.
     """
 
-    score: Tensor
+    scaled_score: Tensor
     c: Tensor
     factor: Tensor | None = None
     sign: Tensor | None = None
@@ -33,11 +33,13 @@ class Scores(NamedTuple):
     def unscaled(self, sigma: float | Tensor) -> UnscaledScores:
         """s1, the diagonal of s2 and U. sigma: float or (B,), > 0."""
         where = "Scores.unscaled"
-        check_tensor(where, "score", self.score)
-        check_tensor(where, "c", self.c, like=self.score, shape=tuple(self.score.shape))
-        s = positive(where, "sigma", sigma, self.score)
-        factor = scaled_factor(where, self.factor, self.score, 1 / s)
-        return UnscaledScores(self.score / s, (self.c - 1) / s.square(), factor, self.sign)
+        check_tensor(where, "scaled_score", self.scaled_score)
+        check_tensor(
+            where, "c", self.c, like=self.scaled_score, shape=tuple(self.scaled_score.shape)
+        )
+        s = positive(where, "sigma", sigma, self.scaled_score)
+        factor = scaled_factor(where, self.factor, self.scaled_score, 1 / s)
+        return UnscaledScores(self.scaled_score / s, (self.c - 1) / s.square(), factor, self.sign)
 
 
 class UnscaledScores(NamedTuple):
@@ -97,11 +99,11 @@ class DenseScores(NamedTuple):
 def model_scores(
     where: str, model: Callable[[Tensor, Tensor], Scores], x: Tensor, sigma: Tensor
 ) -> Scores:
-    """What `model(x, sigma)` returns: `Scores`, their score of the shape, dtype and device of x."""
+    """What `model(x, sigma)` returns: `Scores`, their scaled score of the shape, dtype and device of x."""
     scores = model(x, sigma)
     if not isinstance(scores, Scores):
         raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
-    check_like(where, "score from model", scores.score, x)
+    check_like(where, "scaled_score from model", scores.scaled_score, x)
     return scores
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hos_ext.app import cli, data, evaluation, options, results, runs, training
+from hos_ext.app.training import engine
 from hos_ext.schedules import draw_sigma
 
 SMALL = [
@@ -154,7 +155,7 @@ def test_a_stopped_run_is_resumed_to_the_same_model(
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw_sigma", stop)
+        patch.setattr(engine, "draw_sigma", stop)
         assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == code
     error = _one_line(capsys)
     assert "stopped it after step 3; last checkpoint: " in error

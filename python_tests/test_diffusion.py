@@ -190,7 +190,7 @@ def test_signed_low_rank_parts_are_drawn_from(monkeypatch):
         values, vectors = torch.linalg.eigh(kappa)
         most = values[:, -1:]
         factor = vectors[..., :1] * (most - values[:, :1]).sqrt().unsqueeze(1)
-        return Scores(scores.score, most.expand_as(x), factor, -torch.ones(1, dtype=F64))
+        return Scores(scores.scaled_score, most.expand_as(x), factor, -torch.ones(1, dtype=F64))
 
     start, end = (marginal(GAUSSIAN, schedule, t) for t in (schedule.t_max, schedule.t_min))
     reached = pushed(second_order_reverse, model, schedule, schedule.times(3), start, monkeypatch)
@@ -754,7 +754,7 @@ def with_value(name: str, value: float, row: int, before: float):
     return model
 
 
-@pytest.mark.parametrize("name", ["score", "c", "factor"])
+@pytest.mark.parametrize("name", ["scaled_score", "c", "factor"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_not_finite_name_time_and_sample(name, value):
     schedule = VP()
@@ -766,12 +766,14 @@ def test_scores_that_are_not_finite_name_time_and_sample(name, value):
         second_order_reverse(model, x, schedule, **options)
     # rows 0 ... 2 are one chunk, whose row 1 is bad: sample 11
     assert str(caught.value) == f"second_order_reverse: {message}".replace("14", "11")
-    if name == "score":
+    if name == "scaled_score":
         for sampler in (reverse_sde, predictor_corrector):  # corrector "langevin"
             with pytest.raises(ValueError, match=r"must be finite, got (nan|inf) at t = 0\.25 for"):
                 sampler(model, x, schedule, **options)
         del options["seed"]
-        with pytest.raises(ValueError, match=r"^probability_flow_ode: score from model must be"):
+        with pytest.raises(
+            ValueError, match=r"^probability_flow_ode: scaled_score from model must be"
+        ):
             probability_flow_ode(model, x, schedule, **options)
     else:
         for sampler in (reverse_sde, predictor_corrector):
@@ -943,7 +945,7 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
         ),
         (
             lambda: reverse_sde(lambda x, s: Scores(x[:1], x), X, VP(), n_steps=1),
-            "reverse_sde: score from model must have shape (2, 3), got (1, 3)",
+            "reverse_sde: scaled_score from model must have shape (2, 3), got (1, 3)",
         ),
         (
             lambda: annealed_langevin(rowwise, X, [1.0, 0.0], n_steps=1),

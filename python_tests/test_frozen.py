@@ -629,7 +629,7 @@ def test_autocast_does_not_reach_the_score():
     x = torch.randn(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = model(x, 0.5)
-    assert torch.equal(scores.score, model(x, 0.5).score)
+    assert torch.equal(scores.scaled_score, model(x, 0.5).scaled_score)
     assert scores.factor.dtype == torch.bfloat16
 
 

@@ -237,7 +237,7 @@ def test_an_empty_batch_is_conditioned():
     for operator in (FIRST, ROW):
         model = guided(lambda x, _: Scores(x, x), VP(), Y, operator, STD)
         scores = model(torch.zeros(0, D, dtype=F64), torch.ones(0))
-        assert scores.score.shape == scores.c.shape == (0, D)
+        assert scores.scaled_score.shape == scores.c.shape == (0, D)
 
 
 # ----------------------------------------------------------------------------- single precision
@@ -283,7 +283,7 @@ def check_single(posterior: Posterior, y: Tensor, operator: Tensor, matrix: Tens
         return Scores(torch.zeros_like(x), c.diag, c.factor)
 
     scores = guided(model, schedule, y, operator, std)(x, torch.full((len(x),), sigma))
-    assert (scores.score - (mean - posterior.mean)).abs().max() < 2e-5
+    assert (scores.scaled_score - (mean - posterior.mean)).abs().max() < 2e-5
     kappa = DPLR(scores.c.double(), scores.factor.double(), scores.sign).dense()
     assert (kappa - covariance).abs().max() < 2e-6
 
@@ -429,7 +429,7 @@ def test_guided_scores_are_those_of_the_conditional_law_of_noisy_samples():
         sigma = schedule.sigma(t)
         scores = model(x, torch.full((5,), sigma, dtype=F64)).unscaled(sigma)
         noisy = law.noisy(sigma, schedule.alpha(t))
-        assert scores.score.allclose(noisy.score(x), rtol=1e-9, atol=1e-9)
+        assert scores.scaled_score.allclose(noisy.score(x), rtol=1e-9, atol=1e-9)
         hessian = DPLR(scores.diag, scores.factor, scores.sign).dense()
         assert hessian.allclose(noisy.hessian(x), rtol=1e-8, atol=1e-8)
 
@@ -454,7 +454,7 @@ def test_guided_images_match_the_dense_moments(kind, signed):
     shift = mean.reshape(x.shape) - law.mean
     for moments in (True, False):
         ours = guided(lambda *_: head, schedule, y, operator, 0.2, covariance=moments)(x, sigma)
-        assert (ours.score - score - a / s * shift).abs().max() < 1e-9
+        assert (ours.scaled_score - score - a / s * shift).abs().max() < 1e-9
         assert ours.c.shape == x.shape
         if moments:
             dense = DPLR(ours.c.flatten(1), ours.factor, ours.sign).dense()
@@ -514,7 +514,9 @@ def test_guidance_is_moment_matching_by_backprop_where_scores_are_exact(schedule
         sigma = schedule.sigma(t)
         x = MIXTURE.noisy(sigma, schedule.alpha(t)).sample(50, seed=1)
         levels = torch.full((50,), sigma, dtype=F64)
-        assert ours(x, levels).score.allclose(peer(x, levels).score, rtol=1e-6, atol=1e-7)
+        assert ours(x, levels).scaled_score.allclose(
+            peer(x, levels).scaled_score, rtol=1e-6, atol=1e-7
+        )
 
 
 def test_on_a_mixture_moment_matching_beats_an_isotropic_covariance_over_many_y():

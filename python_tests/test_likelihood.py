@@ -204,7 +204,7 @@ def test_a_trace_without_its_factor_is_seen():
         kappa = torch.diag_embed(scores.c) + scores.factor @ scores.factor.mT
         values, vectors = torch.linalg.eigh(kappa)
         factor = vectors[..., :1] * (values[:, -1:] - values[:, :1]).sqrt().unsqueeze(1)
-        return Scores(scores.score, values[:, -1:].expand_as(x), factor, -torch.ones(1))
+        return Scores(scores.scaled_score, values[:, -1:].expand_as(x), factor, -torch.ones(1))
 
     right, wrong, other = (log_likelihood(m, x, VP_, n_steps=40) for m in (full, no_factor, signed))
     assert (right - wrong).abs().min() > 0.1
@@ -298,7 +298,7 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
         (
             {"model": lambda x, _: Scores(x / 0, torch.ones_like(x))},
             ValueError,
-            r"score from model must be finite, got nan at t = 0.001 for sample 0",
+            r"scaled_score from model must be finite, got nan at t = 0.001 for sample 0",
         ),
         (
             {"model": lambda x, _: Scores(x, torch.ones_like(x) / 0)},
@@ -313,7 +313,7 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
         (
             {"model": lambda x, _: Scores(x.detach(), x), "trace": "hutchinson"},
             ValueError,
-            r"score from model must be differentiable in x for trace='hutchinson', got one without",
+            r"scaled_score from model must be differentiable in x for trace='hutchinson', got one without",
         ),
         (
             {
@@ -321,7 +321,7 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
                 "trace": "exact",
             },
             ValueError,
-            r"score from model must be differentiable in x for trace='exact', got one without",
+            r"scaled_score from model must be differentiable in x for trace='exact', got one without",
         ),
         (
             {"log_prior": lambda x: x},

@@ -203,7 +203,7 @@ def centred_term(model, x, noise, sigma, alpha, points, variance_reduction, diag
         if scores.factor is not None:
             weight = 1.0 if model.sign is None else model.sign
             kappa = kappa + (scores.factor * weight) @ scores.factor.mT
-        e = (z + scores.score.detach()).flatten(1)
+        e = (z + scores.scaled_score.detach()).flatten(1)
         return kappa, e.unsqueeze(2) * e.unsqueeze(1)
 
     mask, made = eye if diagonal else torch.ones_like(eye), []
@@ -530,7 +530,7 @@ def test_empty_batch_sums_to_zero(variance_reduction):
 def half_outputs(x, sigma, dtype=torch.bfloat16):
     model = Field()
     scores = model(x.double(), sigma)
-    return Scores(scores.score.to(dtype), scores.c.to(dtype), scores.factor.to(dtype))
+    return Scores(scores.scaled_score.to(dtype), scores.c.to(dtype), scores.factor.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -585,7 +585,7 @@ def test_variance_reduction_refuses_half_precision(options):
     with pytest.raises(ValueError, match=exactly(f"{rule}x torch.bfloat16")):
         score_matching_loss(half_outputs, half, 0.3, **options)
     if not options.get("diagonal"):
-        with pytest.raises(ValueError, match=exactly(f"{rule}score torch.bfloat16")):
+        with pytest.raises(ValueError, match=exactly(f"{rule}scaled_score torch.bfloat16")):
             score_matching_loss(half_outputs, x, 0.3, noise=noise, **options)
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
@@ -681,7 +681,7 @@ RULE = "score_matching_loss: "
         ),
         (
             {"model": lambda x, sigma: Scores(x[:5], x)},
-            "model must return score of shape (15, 2, 3), got (5, 2, 3)",
+            "model must return scaled_score of shape (15, 2, 3), got (5, 2, 3)",
         ),
         (
             {"model": lambda x, sigma: Scores(x, x.flatten(1))},
@@ -714,7 +714,7 @@ def test_loss_refuses_bad_arguments(options, message):
         ({"gamma": "1"}, "gamma must be a float, got str"),
         (
             {"model": lambda x, sigma: Scores([0.0], x)},
-            "model must return score as a Tensor, got list",
+            "model must return scaled_score as a Tensor, got list",
         ),
     ],
 )

@@ -74,8 +74,8 @@ def test_model_returns_the_contract_shapes_and_dtype(build, rank, dtype):
     model = build(rank=rank).to(dtype)
     x = inputs(model, 4, 0.3)
     scores = model(x, 0.3)
-    assert scores.score.shape == scores.c.shape == x.shape
-    assert scores.score.dtype == scores.c.dtype == dtype
+    assert scores.scaled_score.shape == scores.c.shape == x.shape
+    assert scores.scaled_score.dtype == scores.c.dtype == dtype
     assert scores.sign is None
     if rank == 0:
         assert scores.factor is None
@@ -88,7 +88,7 @@ def test_model_returns_the_contract_shapes_and_dtype(build, rank, dtype):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_mlp_accepts_an_empty_batch(build, rank):
     scores = build(rank=rank)(torch.zeros(0, 3, 4), torch.ones(0))
-    assert scores.score.shape == scores.c.shape == (0, 3, 4)
+    assert scores.scaled_score.shape == scores.c.shape == (0, 3, 4)
     assert rank == 0 or scores.factor.shape == (0, 12, rank)
 
 
@@ -101,7 +101,7 @@ def test_model_starts_at_the_scores_of_gaussian_data(build, sigma, constrained):
     x = inputs(model, 3, sigma)
     scores = model(x, sigma)
     variance = sd**2 + sigma**2  # of x; s1 = -x / variance, s2 = -I / variance
-    torch.testing.assert_close(scores.score, sigma * -x / variance, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(scores.scaled_score, sigma * -x / variance, rtol=1e-12, atol=1e-15)
     c = 1 - sigma**2 / variance + (c_min if constrained else 0)
     torch.testing.assert_close(scores.c, torch.full_like(x, c), rtol=1e-9, atol=1e-12)
     low_rank = scores.factor.norm(dim=1) / (sd / variance**0.5)
@@ -120,7 +120,7 @@ def test_model_outputs_stay_of_order_one_at_every_noise_level(build, sigma):
         assert value.square().mean().sqrt() < 20
     # the exact score of pure noise is -z / sigma: what is learned must fade as 1 / sigma
     if sigma == 1e2:
-        assert (scores.score + x / sigma).abs().max() < 0.5
+        assert (scores.scaled_score + x / sigma).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -245,10 +245,12 @@ def test_factor_starts_off_its_saddle_point(build):
 def test_mlp_works_under_torch_func():
     model = randomised(mlp()).double()
     x = inputs(model, 3, 0.5)
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda row: model(row[None], 0.5).score[0]))(x)
+    jacobian = torch.func.vmap(
+        torch.func.jacrev(lambda row: model(row[None], 0.5).scaled_score[0])
+    )(x)
     assert jacobian.shape == (3, 3, 4, 3, 4)
     step = 1e-6 * torch.randn_like(x)
-    change = (model(x + step, 0.5).score - model(x - step, 0.5).score) / 2
+    change = (model(x + step, 0.5).scaled_score - model(x - step, 0.5).scaled_score) / 2
     torch.testing.assert_close(
         torch.einsum("bijkl,bkl->bij", jacobian, step), change, rtol=1e-5, atol=1e-11
     )
@@ -321,7 +323,11 @@ def test_model_refuses_another_dtype_than_its_parameters(build):
 
 def test_mlp_leaves_dtypes_to_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert mlp()(torch.zeros(5, 3, 4, dtype=torch.bfloat16), 0.1).score.shape == (5, 3, 4)
+        assert mlp()(torch.zeros(5, 3, 4, dtype=torch.bfloat16), 0.1).scaled_score.shape == (
+            5,
+            3,
+            4,
+        )
 
 
 @pytest.mark.parametrize(
@@ -471,7 +477,7 @@ def test_config_is_plain_json_that_makes_the_model_again(build):
     assert again.config == config
     again.load_state_dict(model.state_dict())
     x = inputs(model, 2, 0.3)
-    assert torch.equal(again(x, 0.3).score, model(x, 0.3).score)
+    assert torch.equal(again(x, 0.3).scaled_score, model(x, 0.3).scaled_score)
     assert torch.equal(again(x, 0.3).c, model(x, 0.3).c)
 
 
@@ -503,7 +509,7 @@ def test_unet_takes_any_size(dims, options):
     model = unet(dims, 2, **options)
     x = inputs(model, 2, 0.3)
     scores = model(x, 0.3)
-    assert scores.score.shape == scores.c.shape == (2, *dims)
+    assert scores.scaled_score.shape == scores.c.shape == (2, *dims)
     assert scores.factor.shape == (2, math.prod(dims), 2)
     assert all(value.isfinite().all() for value in scores[:3])
 
@@ -516,7 +522,7 @@ def test_unet_image_of_two_sizes_is_an_image_of_one_channel():
     randomised(flat), randomised(deep)
     x = inputs(flat, 2, 0.3)
     two, three = flat(x, 0.3), deep(x.unsqueeze(1), 0.3)
-    assert torch.equal(two.score, three.score.squeeze(1))
+    assert torch.equal(two.scaled_score, three.scaled_score.squeeze(1))
     assert torch.equal(two.c, three.c.squeeze(1))
     assert torch.equal(two.factor, three.factor)
 
@@ -529,7 +535,7 @@ def test_separate_unets_share_nothing():
         for parameter in model.bodies[1].parameters():
             parameter.mul_(1.1)
     after = model(x, 0.3)
-    assert torch.equal(before.score, after.score)
+    assert torch.equal(before.scaled_score, after.scaled_score)
     assert not torch.equal(before.c, after.c)
     assert not torch.equal(before.factor, after.factor)
 
@@ -573,7 +579,7 @@ def test_head_takes_the_score_and_uses_every_parameter(build, rank):
     x = inputs(model, 4, 0.3)
     score = torch.randn_like(x)
     scores = model(x, 0.3, score)
-    assert scores.score is score
+    assert scores.scaled_score is score
     k2 = 0.7**2 / (0.7**2 + 0.3**2)
     torch.testing.assert_close(scores.c, torch.full_like(x, k2 + 0.01))
     randomised(model)
@@ -664,7 +670,7 @@ def test_model_runs_under_bfloat16_autocast(build, sigma):
         loss = score_matching_loss(model, x, sigma, seed=0, variance_reduction=False, centred=True)
     loss.backward()
     assert loss.isfinite()
-    assert half.score.dtype == half.c.dtype == torch.float32
+    assert half.scaled_score.dtype == half.c.dtype == torch.float32
     for value, wanted in zip(half[:3], exact[:3], strict=True):
         error = (value.float() - wanted).norm() / wanted.norm()
         assert error < 0.02

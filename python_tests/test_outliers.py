@@ -157,11 +157,13 @@ def test_float32_agrees_and_shapes_are_free() -> None:
     scores = exact_scores(law.noisy(0.5), law.sample(30, seed=1), 0.5)
     for kind in KINDS:
         want = outlier_score(scores, kind=kind)
-        narrow = Scores(scores.score.float(), scores.c.float(), scores.factor.float())
+        narrow = Scores(scores.scaled_score.float(), scores.c.float(), scores.factor.float())
         got = outlier_score(narrow, kind=kind)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=1e-4)
-        shaped = Scores(scores.score.view(-1, 2, 3), scores.c.reshape(-1, 2, 3), scores.factor)
+        shaped = Scores(
+            scores.scaled_score.view(-1, 2, 3), scores.c.reshape(-1, 2, 3), scores.factor
+        )
         assert torch.equal(outlier_score(shaped, kind=kind), want)
 
 
@@ -279,7 +281,7 @@ SCORES = Scores(ONE, ONE, torch.ones(2, 3, 1))
         (
             lambda: outlier_score(Scores(ONE[0], ONE[0])),
             ValueError,
-            "outlier_score: scores.score must have shape (B, *dims), got (3,)",
+            "outlier_score: scores.scaled_score must have shape (B, *dims), got (3,)",
         ),
         (
             lambda: outlier_score(Scores(ONE, ONE[:1])),

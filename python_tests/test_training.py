@@ -707,7 +707,11 @@ class _OverflowApart(nn.Module):
 
     def forward(self, x, sigma):
         scores = self.body(x, sigma)
-        return scores if torch.is_grad_enabled() else scores._replace(score=scores.score / 0)
+        return (
+            scores
+            if torch.is_grad_enabled()
+            else scores._replace(scaled_score=scores.scaled_score / 0)
+        )
 
 
 def test_a_curve_that_is_not_finite_stops_the_run(source, tmp_path):

@@ -155,7 +155,7 @@ def test_scaled_and_unscaled_are_inverse() -> None:
     assert back.sign is case.scores.sign
     scaled = case.scores.scaled(case.sigma)
     level = case.sigma[:, None, None]
-    close(scaled.score, level * case.scores.score)
+    close(scaled.scaled_score, level * case.scores.scaled_score)
     close(scaled.c, 1 + level**2 * case.scores.diag)
     close(scaled.factor, level * case.scores.factor)
 
@@ -429,7 +429,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X, Scores(torch.ones(2, 4), X), 1.0),
             ValueError,
-            "posterior: scores.score must have shape (2, 3), got (2, 4)",
+            "posterior: scores.scaled_score must have shape (2, 3), got (2, 4)",
         ),
         (
             lambda: posterior(X, Scores(X, X.double()), 1.0),

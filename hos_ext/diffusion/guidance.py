@@ -202,7 +202,7 @@ def guided(
         else:
             dims = tuple(x.shape[1:])
             shift = _iterate(where, problem, spread, residual, dims, tolerance, max_iterations)
-        return Scores(scores.score + ratio * shift.reshape(x.shape), c, factor, sign)
+        return Scores(scores.scaled_score + ratio * shift.reshape(x.shape), c, factor, sign)
 
     return conditioned
 

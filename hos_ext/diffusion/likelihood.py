@@ -150,13 +150,13 @@ def _slope(
     scale, size = math.hypot(alpha * std, sigma), w.shape[1:].numel()
     x, noise, data = scale * w, sigma / scale, (alpha * std / scale) ** 2  # data = 1 - q
     if trace == "learned":
-        scores = run.scores(x, t, "score", "c", "factor")
+        scores = run.scores(x, t, "scaled_score", "c", "factor")
         check_like(run.where, "c from model", scores.c, x)
         kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
-        return -noise * (scores.score + noise * w), size * data - kappa.trace()
+        return -noise * (scores.scaled_score + noise * w), size * data - kappa.trace()
     with torch.enable_grad():
         x.requires_grad_()
-        score = run.scores(x, t, "score").score
+        score = run.scores(x, t, "scaled_score").scaled_score
         total = torch.zeros_like(x.detach().flatten(1)[:, 0])
         count = size if probes is None else len(probes)
         for k in range(count):
@@ -177,7 +177,7 @@ def _pull_back(
         product = products[0]
     if product is None:
         raise ValueError(
-            f"{where}: score from model must be differentiable in x for trace={trace!r}, got one "
+            f"{where}: scaled_score from model must be differentiable in x for trace={trace!r}, got one "
             "without a graph"
         )
     return product

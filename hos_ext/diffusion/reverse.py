@@ -253,7 +253,7 @@ def predictor_corrector(
     check_int(where, "corrector_steps", corrector_steps, 2**31)
     relative = check_number(where, "corrector_step_size", corrector_step_size)
     _check_options(where, options)
-    used = ("score",) if corrector == "langevin" else ("score", "c", "factor")
+    used = ("scaled_score",) if corrector == "langevin" else ("scaled_score", "c", "factor")
 
     def step(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
         x = predict(run, x, t, s, number)
@@ -448,7 +448,7 @@ _Step: TypeAlias = Callable[[Run, Tensor, float, float, int], Tensor]
 def _velocity(run: Run, x: Tensor, t: float, part: float) -> Tensor:
     """-(beta / 2) x - part g^2 s1: part 1 for the SDE, 1/2 for the ODE."""
     sigma, g = run.schedule.sigma(t), run.schedule.diffusion(t)
-    score = run.scores(x, t, "score").score  # sigma s1
+    score = run.scores(x, t, "scaled_score").scaled_score  # sigma s1
     return -run.schedule.beta(t) / 2 * x - part * g**2 / sigma * score
 
 
@@ -483,10 +483,10 @@ def _second_order(covariance: str) -> _Step:
         alpha_s, sigma_s = run.schedule.alpha(s), run.schedule.sigma(s)
         kept = (sigma_s / alpha_s * (alpha_t / sigma_t)) ** 2  # w
         if covariance == "none":
-            clean = (x + sigma_t * run.scores(x, t, "score").score) / alpha_t
+            clean = (x + sigma_t * run.scores(x, t, "scaled_score").scaled_score) / alpha_t
             spread = DPLR(torch.zeros_like(x).flatten(1))
         else:
-            scores = run.scores(x, t, "score", "c", "factor")
+            scores = run.scores(x, t, "scaled_score", "c", "factor")
             clean, spread = posterior(x, scores, sigma_t, alpha_t)
             run.refuse_negative("posterior variance", spread.diagonal(), t)
             if covariance == "diagonal":
@@ -549,7 +549,7 @@ def _chain_scores(scores: Scores, sigma: float, method: str) -> Tensor | Unscale
     """What `sample` needs at a noise level: s1 alone for Langevin steps, and where there is no c
     for MALA, whose acceptance is nearer to the truth with s2."""
     if method == "langevin" or (method == "mala" and scores.c is None):
-        return scores.score / sigma
+        return scores.scaled_score / sigma
     return scores.unscaled(sigma)
 
 

@@ -209,7 +209,11 @@ def score_matching_loss(
     levels = sigma.expand(x.shape[:1]).repeat(count) if isinstance(sigma, Tensor) else sigma
     scores = model(points, levels)
     _check_scores(name, scores, points, diagonal)
-    for key, value in (("score", scores.score), ("c", scores.c), ("factor", scores.factor)):
+    for key, value in (
+        ("scaled_score", scores.scaled_score),
+        ("c", scores.c),
+        ("factor", scores.factor),
+    ):
         if reduced and value is not None and value.dtype in HALF:
             raise ValueError(
                 f"{name}: variance reduction needs float32 or float64, got {key} {value.dtype}"
@@ -217,7 +221,7 @@ def score_matching_loss(
 
     with torch.autocast(x.device.type, enabled=False):
         z = _wide(noise).flatten(1)
-        score = _wide(scores.score).reshape(count, *z.shape)
+        score = _wide(scores.scaled_score).reshape(count, *z.shape)
         diag = _wide(scores.c).reshape(count, *z.shape) - 1
         factor = None
         if scores.factor is not None:
@@ -356,12 +360,16 @@ def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> 
     if not isinstance(scores, Scores):
         raise TypeError(f"{name}: model must return Scores, got {type(scores).__name__}")
     shape = tuple(points.shape)
-    for key, value in (("score", scores.score), ("c", scores.c), ("factor", scores.factor)):
+    for key, value in (
+        ("scaled_score", scores.scaled_score),
+        ("c", scores.c),
+        ("factor", scores.factor),
+    ):
         if not isinstance(value, Tensor) and not (key == "factor" and value is None):
             raise TypeError(
                 f"{name}: model must return {key} as a Tensor, got {type(value).__name__}"
             )
-    for key, value in (("score", scores.score), ("c", scores.c)):
+    for key, value in (("scaled_score", scores.scaled_score), ("c", scores.c)):
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{name}: model must return {key} of shape {shape}, got {tuple(value.shape)}"

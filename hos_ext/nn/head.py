@@ -116,14 +116,14 @@ class SecondOrderHead(nn.Module):
         ):
             first = self.first_order(x, sigma)
             if isinstance(first, Scores):
-                first = first.score
+                first = first.scaled_score
             elif not self.scaled and isinstance(first, Tensor):
                 first = positive(where, "sigma", sigma, x) * first
         check_like(where, "score from the first-order model", first, x)
         second = self.head(x, sigma, first)
         if not isinstance(second, Scores):
             raise TypeError(f"{where}: head must return Scores, got {type(second).__name__}")
-        return second._replace(score=first)
+        return second._replace(scaled_score=first)
 
     @property
     def config(self) -> dict[str, Any]:

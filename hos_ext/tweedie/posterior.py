@@ -185,14 +185,14 @@ def posterior(
     if not isinstance(scores, Scores):
         raise TypeError(f"posterior: scores must be a Scores, got {type(scores).__name__}")
     check_samples("posterior", "x", x)
-    check_like("posterior", "scores.score", scores.score, x)
+    check_like("posterior", "scores.scaled_score", scores.scaled_score, x)
     check_like("posterior", "scores.c", scores.c, x)
     s = positive("posterior", "sigma", sigma, x)
     a = positive("posterior", "alpha", alpha, x)
     ratio = s / a
     factor = scaled_factor("posterior", scores.factor, x, ratio)
     covariance = DPLR((ratio.square() * scores.c).flatten(1), factor, scores.sign)
-    return Posterior((x + s * scores.score) / a, covariance)
+    return Posterior((x + s * scores.scaled_score) / a, covariance)
 
 
 def posterior_mean(

@@ -76,9 +76,9 @@ def outlier_score(
     floor = check_number(where, "floor", floor)
     if floor > 1:
         raise ValueError(f"{where}: floor must be in (0, 1], got {floor:g}")
-    check_samples(where, "scores.score", scores.score)
-    check_like(where, "scores.c", scores.c, scores.score)
-    score = scores.score.flatten(1)
+    check_samples(where, "scores.scaled_score", scores.scaled_score)
+    check_like(where, "scores.c", scores.c, scores.scaled_score)
+    score = scores.scaled_score.flatten(1)
     kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
     finite = (score + kappa.diagonal()).isfinite().all(1)
     if kind == "laplacian":
