@@ -99,7 +99,7 @@ class DenseScores(NamedTuple):
 def model_scores(
     where: str, model: Callable[[Tensor, Tensor], Scores], x: Tensor, sigma: Tensor
 ) -> Scores:
-    """What `model(x, sigma)` returns: `Scores`, their scaled score of the shape, dtype and device of x."""
+    """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x."""
     scores = model(x, sigma)
     if not isinstance(scores, Scores):
         raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")

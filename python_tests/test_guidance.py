@@ -429,7 +429,7 @@ def test_guided_scores_are_those_of_the_conditional_law_of_noisy_samples():
         sigma = schedule.sigma(t)
         scores = model(x, torch.full((5,), sigma, dtype=F64)).unscaled(sigma)
         noisy = law.noisy(sigma, schedule.alpha(t))
-        assert scores.scaled_score.allclose(noisy.score(x), rtol=1e-9, atol=1e-9)
+        assert scores.score.allclose(noisy.score(x), rtol=1e-9, atol=1e-9)
         hessian = DPLR(scores.diag, scores.factor, scores.sign).dense()
         assert hessian.allclose(noisy.hessian(x), rtol=1e-8, atol=1e-8)
 

@@ -177,8 +177,8 @@ def _pull_back(
         product = products[0]
     if product is None:
         raise ValueError(
-            f"{where}: scaled_score from model must be differentiable in x for trace={trace!r}, got one "
-            "without a graph"
+            f"{where}: scaled_score from model must be differentiable in x for "
+            f"trace={trace!r}, got one without a graph"
         )
     return product
 
