@@ -5,8 +5,7 @@ The words of the package: everything else speaks in them and none of them import
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +66,12 @@ class UnscaledScores(NamedTuple):
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
+class Model(Protocol):
+    """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,)."""
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
+
+
 class SymmetricOperator(Protocol):
     """A batch of symmetric matrices (B, D, D) by what can be asked of it."""
 
@@ -96,9 +101,7 @@ class DenseScores(NamedTuple):
     hessian: Tensor
 
 
-def model_scores(
-    where: str, model: Callable[[Tensor, Tensor], Scores], x: Tensor, sigma: Tensor
-) -> Scores:
+def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor) -> Scores:
     """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x."""
     scores = model(x, sigma)
     if not isinstance(scores, Scores):
@@ -129,6 +132,3 @@ class MatrixFreeScores(NamedTuple):
 
     score: Tensor
     hessian: SymmetricOperator
-
-
-Model: TypeAlias = Callable[[Tensor, Tensor], Scores]

@@ -8,7 +8,7 @@ sees the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +21,11 @@ from ..random import STREAM_EVALUATION
 from ..sampling import diagnostics
 from ..sampling.chains import sample
 from ..schedules import draw_sigma
-from ..scores import Scores, UnscaledScores
+from ..scores import Model, UnscaledScores
 from ..tweedie.posterior import Posterior, posterior
 from ..uncertainty.calibration import calibration, recalibration_factor
 from . import data
 
-Model = Callable[[Tensor, Tensor | float], Scores]
 _OFFSETS = {"test": 2, "validation": 1}
 _TRUTH_OFFSET = 3
 # Entries of x at a time, and rows: the factor of a posterior is r times that.

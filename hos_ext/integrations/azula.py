@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, check_samples, positive, require
 from ..schedules import Schedule, check_schedule
-from ..scores import Scores, model_scores
+from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
-
-Model: TypeAlias = Callable[[Tensor, Tensor], Scores]
 
 
 class MeanDenoiser(nn.Module):

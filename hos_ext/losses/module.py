@@ -11,7 +11,8 @@ from .. import ops
 from ..checks import check_int, check_number
 from ..random import STREAM_TIME
 from ..schedules import Schedule, check_schedule
-from .score_matching import Model, score_matching_loss
+from ..scores import Model
+from .score_matching import score_matching_loss
 
 _OPTIONS = {
     "gamma",

@@ -7,7 +7,6 @@ factor), without a rescaling pass over the factor. Equation numbers are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -17,11 +16,9 @@ from .. import ops
 from ..checks import HALF, check_level, refuse_dropout, refuse_half
 from ..ops._operator import functorch_active, is_plain
 from ..random import STREAM_TRAINING
-from ..scores import Scores
+from ..scores import Model, Scores
 
 _NAME = "score_matching_loss"
-
-Model = Callable[[Tensor, Tensor | float], Scores]
 
 
 @overload

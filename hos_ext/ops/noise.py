@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATING, check_first, check_int
-from ..random import fresh_seed
+from ..random import Key, fresh_seed
 from . import _native, reference
 from ._checks import check_counter
 from ._operator import LIBRARY, functorch_active, needs_library, vmap_active
@@ -194,3 +194,31 @@ def uniform(
 ) -> Tensor:
     """Uniforms (k + 1/2) / 2^32 in (0, 1), rounded to dtype (maybe to an end); see `normal`."""
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
+
+
+def draw_normal(key: Key, stream: int, shape: Sequence[int], like: Tensor) -> Tensor:
+    """`normal` for a key, in the dtype and on the device of a tensor."""
+    seed, offset, first = key
+    return normal(
+        shape,
+        seed=seed,
+        offset=offset,
+        first=first,
+        stream=stream,
+        dtype=like.dtype,
+        device=like.device,
+    )
+
+
+def draw_uniform(key: Key, stream: int, shape: Sequence[int], like: Tensor) -> Tensor:
+    """`uniform` for a key, in the dtype and on the device of a tensor."""
+    seed, offset, first = key
+    return uniform(
+        shape,
+        seed=seed,
+        offset=offset,
+        first=first,
+        stream=stream,
+        dtype=like.dtype,
+        device=like.device,
+    )

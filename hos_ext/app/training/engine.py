@@ -29,7 +29,7 @@ from ... import storage
 from ...checks import check_count, check_int, check_number, one_of, refuse_dropout, require
 from ...losses.score_matching import score_matching_loss
 from ...schedules import draw_sigma
-from ...scores import Scores
+from ...scores import Model
 from .. import data
 from .checkpoints import (
     History,
@@ -42,7 +42,6 @@ from .checkpoints import (
 )
 from .precision import check_precision
 
-Model = Callable[[Tensor, Tensor | float], Scores]
 # Scalars and images (uint8 arrays (n, H, W, 3)) of a model, for a tracker.
 Report = Callable[[nn.Module, int], tuple[dict[str, float], dict[str, Any]]]
 
