@@ -1,6 +1,15 @@
-"""Checks of user input: one clear error that names the argument, the rule and what came.
+"""Checks of user input, and the words for them.
 
-Every public operator checks once, here; the native functions only trust what has been checked.
+A public function checks its arguments once; what it calls trusts them. Every message reads
+`function: argument rule, got value`. `where` is the name of the public function, and comes first.
+
+    check(where, 0 < floor < 1, "floor must be in (0, 1)", floor)         any rule, in one line
+    check_kind(where, "posterior", posterior, Posterior)                  a TypeError
+    check_tensor(where, "factor", factor, like=x, shape=(len(x), size, "r"))
+    check_shape(where, "x", x, ("B", "C", "*dims"))                       a letter fits any length
+    check_samples(where, "x", x), check_like(where, "score", score, x)    (B, *dims), and as x
+    check_int, check_count, check_number, one_of                          numbers and names
+    positive(where, "sigma", sigma, x), per_sample(...)                   shaped to broadcast
 """
 
 from __future__ import annotations
@@ -9,7 +18,7 @@ import importlib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +28,15 @@ WIDE = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = (*WIDE, *HALF)
 
-_DROPOUT = nn.modules.dropout._DropoutNd
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+Kind = TypeVar("Kind")
 
 
 def show(value: Any) -> str:
@@ -29,34 +46,121 @@ def show(value: Any) -> str:
     return repr(value)
 
 
+# ------------------------------------------------------------------------------------- any rule
+
+
+def check(
+    where: str, condition: object, rule: str, got: object, kind: type[Exception] = ValueError
+) -> None:
+    """Raises `where: rule, got got` where the condition is false.
+
+    Args:
+        where: the public function.
+        condition: what must hold.
+        rule: the argument and its rule, as "floor must be in (0, 1)". Under torch.compile a size
+            must not be written into it: a string of a symbolic size would fix that size.
+        got: what came. A tensor is shown by its shape, dtype and device; a function is called for
+            it, so that a search for the worst entry costs nothing while all is well.
+        kind: the class of the error.
+    """
+    if condition:
+        return
+    if isinstance(got, Tensor):
+        got = show(got)
+    elif callable(got) and not isinstance(got, type):
+        got = got()
+    raise kind(f"{where}: {rule}, got {got}")
+
+
+def check_kind(
+    where: str, name: str, value: object, kind: type[Kind] | tuple[type[Kind], ...]
+) -> Kind:
+    """The value, which is an instance of a class (or of one of several)."""
+    if isinstance(value, kind):
+        return value
+    names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
+    rule = " or ".join(f"{'an' if n[0] in 'aeiou' else 'a'} {n}" for n in names)
+    raise TypeError(f"{where}: {name} must be {rule}, got {type(value).__name__}")
+
+
+def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
+    """One of the names that are known."""
+    if not isinstance(value, str) or value not in known:
+        names = ", ".join(repr(k) for k in known)
+        raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
+    return value
+
+
+# -------------------------------------------------------------------------------------- tensors
+
+Shape = tuple[int | str, ...]  # a letter fits any length, and a last "*dims" one axis or more
+
+
 def check_tensor(
     where: str,
     name: str,
     value: Any,
     *,
     like: Tensor | None = None,
-    shape: tuple[int, ...] | None = None,
+    shape: Shape | None = None,
     dtypes: Sequence[torch.dtype] = WIDE,
     because: str = "",
 ) -> None:
     """A strided tensor of an allowed dtype; as `like` in dtype and device; of a given shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+    rule: str
+    got: object
     if value.layout is not torch.strided:
-        raise ValueError(f"{where}: {name} must be strided, got {value.layout}")
-    if value.dtype not in dtypes:
+        rule, got = "be strided", value.layout
+    elif value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{where}: {name} must have dtype {allowed}, got {value.dtype}")
-    if like is not None and value.dtype != like.dtype:
-        raise ValueError(
-            f"{where}: {name} must have dtype {like.dtype}{because}, got {value.dtype}"
-        )
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{where}: {name} must be on {like.device}{because}, got {value.device}")
-    if shape is not None and tuple(value.shape) != shape:
-        raise ValueError(
-            f"{where}: {name} must have shape {shape}{because}, got {tuple(value.shape)}"
-        )
+        rule, got = f"have dtype {allowed}", value.dtype
+    elif like is not None and value.dtype != like.dtype:
+        rule, got = f"have dtype {like.dtype}{because}", value.dtype
+    elif like is not None and value.device != like.device:
+        rule, got = f"be on {like.device}{because}", value.device
+    elif shape is not None and not fits(value, shape):
+        rule, got = f"have shape {_shape_text(shape)}{because}", tuple(value.shape)
+    else:
+        return
+    raise ValueError(f"{where}: {name} must {rule}, got {got}")
+
+
+def check_shape(where: str, name: str, value: Tensor, *shapes: Shape) -> None:
+    """One of some shapes."""
+    if not any(fits(value, shape) for shape in shapes):
+        rule = " or ".join(map(_shape_text, shapes))
+        raise ValueError(f"{where}: {name} must have shape {rule}, got {tuple(value.shape)}")
+
+
+def fits(value: Tensor, shape: Shape) -> bool:
+    """Whether a tensor has a shape."""
+    sizes = tuple(value.shape)
+    if sizes == shape:
+        return True
+    many = bool(shape) and isinstance(shape[-1], str) and shape[-1].startswith("*")
+    if len(sizes) < len(shape) or (len(sizes) > len(shape) and not many):
+        return False
+    return all(isinstance(s, str) or s == n for s, n in zip(shape, sizes, strict=False))
+
+
+def _shape_text(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def check_samples(where: str, name: str, x: Tensor) -> None:
+    """What can be flattened to (B, D)."""
+    check_tensor(where, name, x, shape=("B", "*dims"))
+
+
+def check_like(where: str, name: str, value: Tensor, x: Tensor) -> None:
+    """A value of the shape, dtype and device of x, which is data itself."""
+    check_tensor(where, "x", x)
+    check_tensor(where, name, value, like=x, shape=tuple(x.shape))
+
+
+# -------------------------------------------------------------------- numbers, one or one a sample
 
 
 def check_positive(where: str, name: str, value: Any, rows: int, like: Tensor) -> Any:
@@ -73,15 +177,9 @@ def check_level(
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise ValueError(f"{where}: {name} must be floating, got {value.dtype}")
-        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
-            raise ValueError(
-                f"{where}: {name} must be a float or have shape () or ({rows},), got"
-                f" {tuple(value.shape)}"
-            )
+        _check_rows(where, name, value, (rows,), like, f"() or ({rows},)")
         if value.requires_grad:
             raise ValueError(f"{where}: {name} must not require grad, got requires_grad=True")
-        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
-            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
         return value
     if value.__class__ is not float and (
         isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
@@ -93,13 +191,53 @@ def check_level(
     return value
 
 
+def _check_rows(
+    where: str, name: str, value: Tensor, rows: tuple[int, ...], like: Tensor, shapes: str
+) -> None:
+    """A 0-d tensor, which may lie on the CPU as everywhere in torch, or one value a row."""
+    if value.dim() > 0 and tuple(value.shape) != rows:
+        rule, got = f"be a float or have shape {shapes}", str(tuple(value.shape))
+    elif value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
+        rule, got = f"be on {like.device}", str(value.device)
+    else:
+        return
+    raise ValueError(f"{where}: {name} must {rule}, got {got}")
+
+
 def refuse_row(where: str, name: str, row: int, values: Tensor | float) -> None:
     """Raises for what the kernel reported: row - 1 is the sample with a bad value."""
     if row and isinstance(values, Tensor):
-        raise ValueError(
-            f"{where}: {name} must be positive and finite, got {values[row - 1].item()} for sample"
-            f" {row - 1}"
-        )
+        got = f"{values[row - 1].item()} for sample {row - 1}"
+        raise ValueError(f"{where}: {name} must be positive and finite, got {got}")
+
+
+def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A float, 0-d or `(B,)` value in like's dtype, shaped to broadcast against `like (B, ...)`.
+
+    Raises:
+        TypeError: value is neither a real number nor a Tensor.
+        ValueError: its shape, dtype or device does not fit, or it is not finite.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(where, name, value, dtypes=FLOATING)
+        rows = tuple(like.shape[:1])
+        _check_rows(where, name, value, rows, like, str(rows))
+    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+    column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    _check_all(where, column.isfinite(), f"{name} must be finite", column)
+    return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """As `per_sample`, and positive."""
+    column = per_sample(where, name, value, like)
+    _check_all(where, column > 0, f"{name} must be positive", column)
+    return column
+
+
+def _check_all(where: str, good: Tensor, rule: str, values: Tensor) -> None:
+    check(where, bool(good.all()), rule, lambda: values[~good].flatten()[0].item())
 
 
 def check_number(where: str, name: str, value: object, *, positive: bool = True) -> float:
@@ -110,21 +248,20 @@ def check_number(where: str, name: str, value: object, *, positive: bool = True)
         kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{where}: {name} must be a number, got {kind}")
     number = float(value)
-    if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        rule = "> 0" if positive else ">= 0"
-        raise ValueError(f"{where}: {name} must be finite and {rule}, got {number:g}")
+    fine = 0 < number < math.inf or (number == 0 and not positive)
+    check(where, fine, f"{name} must be finite and {'> 0' if positive else '>= 0'}", f"{number:g}")
     return number
 
 
 def check_int(where: str, name: str, value: Any, limit: int) -> None:
+    """An int from 0 up, below a power of two."""
     if value.__class__ is not int and (
         isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
     ):
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
     if value < 0 or value >= limit:
-        raise ValueError(
-            f"{where}: {name} must be in [0, 2**{limit.bit_length() - 1}), got {value}"
-        )
+        power = limit.bit_length() - 1
+        raise ValueError(f"{where}: {name} must be in [0, 2**{power}), got {value}")
 
 
 def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int = 2**31) -> None:
@@ -134,14 +271,6 @@ def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int
         raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
 
 
-def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
-    """One of the names that are known."""
-    if not isinstance(value, str) or value not in known:
-        names = ", ".join(repr(k) for k in known)
-        raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
-    return value
-
-
 def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
     """The global index of row 0; the index of every element must fit 64 bits."""
     if first.__class__ is int and first == 0:
@@ -149,74 +278,25 @@ def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
     rows, size = shape[0] if shape else 1, math.prod(shape[1:])
     check_int(where, "first", first, 2**63)
     if first.__class__ is int and first and (first + rows) * size > 2**64:
-        raise ValueError(
-            f"{where}: first must leave room for {rows} rows of {size} below 2**64, got {first}"
-        )
+        rule = f"first must leave room for {rows} rows of {size} below 2**64"
+        raise ValueError(f"{where}: {rule}, got {first}")
 
 
-def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A float, 0-d or `(B,)` value in like's dtype, shaped to broadcast against `like (B, ...)`.
-
-    A 0-d tensor may lie on the CPU, as everywhere in torch. `like` is float32 or float64.
-
-    Raises:
-        TypeError: value is neither a real number nor a Tensor.
-        ValueError: its shape, dtype or device does not fit, or it is not finite.
-    """
-    if isinstance(value, Tensor):
-        check_tensor(where, name, value, dtypes=FLOATING)
-        if value.dim() > 0 and value.shape != like.shape[:1]:
-            want, got = tuple(like.shape[:1]), tuple(value.shape)
-            raise ValueError(f"{where}: {name} must be a float or have shape {want}, got {got}")
-        if value.device != like.device and not (value.dim() == 0 and value.device.type == "cpu"):
-            raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if not bool(column.isfinite().all()):
-        worst = column[~column.isfinite()].flatten()[0].item()
-        raise ValueError(f"{where}: {name} must be finite, got {worst}")
-    return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A positive float, 0-d or (B,) value in like's dtype, shaped to broadcast against it."""
-    column = per_sample(where, name, value, like)
-    if not bool((column > 0).all()):
-        worst = column[~(column > 0)].flatten()[0].item()
-        raise ValueError(f"{where}: {name} must be positive, got {worst}")
-    return column
-
-
-def check_samples(where: str, name: str, x: Tensor) -> None:
-    """Refuse what cannot be flattened to (B, D)."""
-    check_tensor(where, name, x)
-    if x.dim() < 2:
-        raise ValueError(f"{where}: {name} must have shape (B, *dims), got {tuple(x.shape)}")
-
-
-def check_like(where: str, name: str, value: Tensor, x: Tensor) -> None:
-    """Refuse a value that has not the shape, dtype and device of x, and an x that is no data."""
-    check_tensor(where, "x", x)
-    check_tensor(where, name, value, like=x, shape=tuple(x.shape))
+# --------------------------------------------------------------------------- precision and models
 
 
 def refuse_half(where: str, x: Tensor) -> None:
     """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
-    if x.dtype in HALF:
-        raise ValueError(f"{where}: variance reduction needs float32 or float64, got x {x.dtype}")
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in HALF:
-        raise ValueError(
-            f"{where}: variance reduction needs float32 or float64, got autocast to "
-            f"{torch.get_autocast_dtype(kind)}"
-        )
+    rule, kind = "variance reduction needs float32 or float64", x.device.type
+    check(where, x.dtype not in HALF, rule, f"x {x.dtype}")
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        check(where, dtype not in HALF, rule, f"autocast to {dtype}")
 
 
 def refuse_dropout(where: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        return
-    for path, module in model.named_modules():
+    """No dropout at work, where several points are visited."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module.training and isinstance(module, _DROPOUT) and module.p > 0:
             raise ValueError(
                 f"{where}: dropout must be off when several points are visited (its masks differ "
