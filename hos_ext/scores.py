@@ -5,7 +5,8 @@ The words of the package: everything else speaks in them and none of them import
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,29 +67,6 @@ class UnscaledScores(NamedTuple):
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
-class Model(Protocol):
-    """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,)."""
-
-    def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
-
-
-class SymmetricOperator(Protocol):
-    """A batch of symmetric matrices (B, D, D) by what can be asked of it."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def matvec(self, v: Tensor) -> Tensor: ...
-
-    def dense(self) -> Tensor: ...
-
-
 class DenseScores(NamedTuple):
     """The scores themselves with the whole Hessian, for small D or an analytic density.
 
@@ -99,6 +77,76 @@ class DenseScores(NamedTuple):
 
     score: Tensor
     hessian: Tensor
+
+
+@runtime_checkable
+class SymmetricOperator(Protocol):
+    """A batch of symmetric matrices (B, D, D), known by what they answer.
+
+    `DPLR`, `ScoreHessian` and `DenseOperator` of `hos_ext.linalg` are such operators.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, D, D)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """The product with v. v and the result: shape (B, D) or (B, D, k)."""
+
+    def diagonal(self) -> Tensor:
+        """The diagonal. Shape (B, D)."""
+
+    def dense(self) -> Tensor:
+        """The matrices themselves. Shape (B, D, D)."""
+
+    def rows(self, index: Tensor | slice) -> SymmetricOperator:
+        """The matrices of these samples of the batch."""
+
+
+class MatrixFreeScores(NamedTuple):
+    """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
+
+        def score_fn(x):
+            hessian = ScoreHessian(score, x, symmetrize=True, check=False)
+            return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
+
+    Fields:
+        score: s1. Shape (B, *dims). Units 1/data.
+        hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
+    """
+
+    score: Tensor
+    hessian: SymmetricOperator
+
+
+AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
+"""s1 alone, or with the Hessian in one of the three forms that samplers know."""
+
+
+class Model(Protocol):
+    """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,)."""
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
+
+
+ScoreFn: TypeAlias = Callable[[Tensor], AnyScores]
+"""Maps points x (B, *dims) to their scores, each row by itself."""
+
+LogDensity: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps points x (B, *dims) to log p(x), shape (B,); a constant may be missing."""
+
+
+def score_of(scores: AnyScores) -> Tensor:
+    """s1 of what a score function returned."""
+    return scores if isinstance(scores, Tensor) else scores.score
 
 
 def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor) -> Scores:
@@ -116,19 +164,3 @@ def scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor
         return None
     check_tensor(where, "factor", factor, like=like)
     return factor * times.reshape(-1, 1, 1)
-
-
-class MatrixFreeScores(NamedTuple):
-    """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
-
-        def score_fn(x):
-            hessian = ScoreHessian(score, x, symmetrize=True, check=False)
-            return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
-
-    Fields:
-        score: s1. Shape (B, *dims). Units 1/data.
-        hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
-    """
-
-    score: Tensor
-    hessian: SymmetricOperator

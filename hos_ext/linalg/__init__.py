@@ -3,15 +3,19 @@
 from .dplr import DPLR, low_rank_eigh
 from .jacobian import Eigenpairs, Estimate, ScoreHessian
 from .lanczos import LanczosResult, lanczos
+from .operator import BatchRows, DenseOperator, hessian_of
 from .spectrum import Spectrum
 
 __all__ = [
     "DPLR",
+    "BatchRows",
+    "DenseOperator",
     "Eigenpairs",
     "Estimate",
     "LanczosResult",
     "ScoreHessian",
     "Spectrum",
+    "hessian_of",
     "lanczos",
     "low_rank_eigh",
 ]

@@ -144,6 +144,8 @@ class DPLR:
 
     def diagonal(self) -> Tensor:
         """d_i + sum_k sign_k U_ik^2. Shape (B, D)."""
+        if self.rank == 0:
+            return self.diag
         return self.diag + self._weigh(self.factor.square()).sum(-1)
 
     def trace(self) -> Tensor:

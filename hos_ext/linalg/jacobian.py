@@ -26,6 +26,7 @@ from .. import ops
 from ..checks import check_count, check_samples, check_tensor, per_sample
 from ..random import STREAM_PROBE, STREAM_START, fresh_seed
 from .dplr import DPLR
+from .operator import BatchRows
 
 Score = Callable[[Tensor], Tensor]
 
@@ -154,6 +155,10 @@ class ScoreHessian:
         mode = "jvp" if self.forward_mode else "double vjp"
         symmetric = ", symmetrize=True" if self.symmetrize else ""
         return f"ScoreHessian(B={batch}, D={size}, {mode}{symmetric}, {self.dtype}, {self.device})"
+
+    def rows(self, index: Tensor | slice) -> BatchRows:
+        """The matrices of these samples of the batch; products still go through all of it."""
+        return BatchRows(self, index)
 
     def scale(self, a: float | Tensor) -> ScoreHessian:
         """a times the matrix, for a float or a (B,)."""

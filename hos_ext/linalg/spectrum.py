@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor, per_sample
+from ..scores import SymmetricOperator
 from .dplr import DPLR, low_rank_eigh
+from .operator import as_operator
 
 Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
 Matvec = Callable[[Tensor], Tensor]  # (n, D) -> (n, D)
@@ -147,19 +149,12 @@ def spectrum_logdet(spectrum: Spectrum, function: Function) -> Tensor:
     return total + (basis.shape[1] - basis.shape[2]) * function(rest.unsqueeze(-1)).log().squeeze(1)
 
 
-def multiply(matrix: DPLR | Tensor, v: Tensor) -> Tensor:
-    """The product of a DPLR, or of dense (B, D, D), with v (B, D)."""
-    if isinstance(matrix, DPLR):
-        return matrix.matvec(v)
-    return (matrix @ v.unsqueeze(-1)).squeeze(-1)
-
-
-def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
-    """The products of `lanczos` for scale * matrix: a DPLR, or dense symmetric (B, D, D).
+def matrix_rows(matrix: SymmetricOperator | Tensor, scale: float | Tensor = 1.0) -> Rows:
+    """The products of `lanczos` for scale * matrix.
 
     Args:
-        matrix: D x D is formed neither here nor later for a DPLR. The symmetry of a dense matrix is
-            not checked (`dense_spectrum` does that).
+        matrix: any operator, of which D x D is formed neither here nor later; or a dense matrix
+            (B, D, D), whose symmetry is not checked (`dense_spectrum` does that).
         scale: float or (B,), finite; the step size of an Ozaki step.
 
     Returns:
@@ -169,20 +164,13 @@ def matrix_rows(matrix: DPLR | Tensor, scale: float | Tensor = 1.0) -> Rows:
         TypeError: matrix or scale has a wrong type.
         ValueError: their shapes or dtypes are wrong, or scale is not finite.
     """
-    if isinstance(matrix, DPLR):
-        like = matrix.diag
-    else:
-        check_tensor("matrix_rows", "matrix", matrix)
-        if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
-            raise ValueError(
-                f"matrix_rows: matrix must have shape (B, D, D), got {tuple(matrix.shape)}"
-            )
-        like = matrix[..., 0]
+    operator = as_operator("matrix_rows", matrix)
+    like = torch.empty((), dtype=operator.dtype, device=operator.device).expand(operator.shape[:2])
     column = per_sample("matrix_rows", "scale", scale, like)
 
     def rows_of(rows: slice | Tensor) -> Matvec:
-        part = matrix.rows(rows) if isinstance(matrix, DPLR) else matrix[rows]
+        part = operator.rows(rows)
         factor = column if column.dim() == 0 else column[rows]
-        return lambda v: factor * multiply(part, v)
+        return lambda v: factor * part.matvec(v)
 
     return rows_of

@@ -24,25 +24,30 @@ from ..checks import show
 from ..linalg.dplr import DPLR
 from ..linalg.jacobian import ScoreHessian
 from ..linalg.lanczos import LanczosResult, lanczos
+from ..linalg.operator import hessian_of
 from ..linalg.spectrum import (
     Function,
-    Rows,
     Spectrum,
     check_symmetric,
     dense_spectrum,
     isotropic_spectrum,
     matrix_rows,
-    multiply,
     spectrum_apply,
     spectrum_logdet,
 )
 from ..ops.reference import phi1, treat_curvature
 from ..random import STREAM_ACCEPT
-from ..scores import DenseScores, MatrixFreeScores, SymmetricOperator, UnscaledScores
+from ..scores import (
+    AnyScores,
+    DenseScores,
+    MatrixFreeScores,
+    ScoreFn,
+    SymmetricOperator,
+    UnscaledScores,
+)
+from ..scores import LogDensity as LogDensity
 
-AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
-ScoreFunction: TypeAlias = Callable[[Tensor], AnyScores]
-LogDensity: TypeAlias = Callable[[Tensor], Tensor]
+ScoreFunction: TypeAlias = ScoreFn
 
 
 class Point(NamedTuple):
@@ -188,24 +193,13 @@ def score_of(here: Point) -> Tensor:
 
 def _diagonal(here: Point) -> Tensor:
     """The curvature along each coordinate: the diagonal of s2, not the D of D + U U^T."""
-    scores = here.scores
-    if isinstance(scores, DenseScores):
-        return scores.hessian.diagonal(dim1=1, dim2=2).reshape(here.x.shape)
-    assert isinstance(scores, UnscaledScores)  # `evaluate` saw to it
-    if scores.factor is None:
-        return scores.diag
-    squares = scores.factor.square()
-    if scores.sign is not None:
-        squares = squares * scores.sign.to(squares.dtype)
-    return scores.diag + squares.sum(-1).view(here.x.shape)
+    return _hessian(here).diagonal().reshape(here.x.shape)
 
 
-def _hessian(here: Point) -> DPLR | Tensor | None:
-    """s2 as it came; None where only s1 did."""
-    scores = here.scores
-    if isinstance(scores, UnscaledScores):
-        return DPLR.of(scores.diag.flatten(1), scores.factor, scores.sign)
-    return scores.hessian if isinstance(scores, DenseScores) else None
+def _hessian(here: Point) -> SymmetricOperator:
+    hessian = hessian_of(here.scores)
+    assert hessian is not None  # `evaluate` saw to it
+    return hessian
 
 
 # ------------------------------------------------------------------------------------ transitions
@@ -221,14 +215,12 @@ def transition(method: str, here: Point, step_size: float | Tensor, curvature: s
         y = h * treat_curvature(_diagonal(here).flatten(1), curvature)
         return _diagonal_law(x + h * phi1(y) * score, (2 * h * phi1(2 * y)).sqrt())
     hessian = _hessian(here)
-    assert hessian is not None  # `evaluate` saw to it
     if method == "ozaki_cayley" and isinstance(hessian, DPLR):
         return _woodbury_law(x, score, hessian, h, curvature)
     if method == "ozaki_isotropic":
         spectrum = _isotropic(hessian)
     else:
-        matrix = hessian.dense() if isinstance(hessian, DPLR) else hessian
-        spectrum = dense_spectrum(matrix, where="sample: hessian from score_fn")
+        spectrum = dense_spectrum(hessian.dense(), where="sample: hessian from score_fn")
     drift, noise = _spectral_functions(method, h, curvature)
     return _spectral_law(x, score, spectrum, drift, noise)
 
@@ -364,8 +356,8 @@ def _span(v: Tensor) -> Tensor:
     return kept
 
 
-def _isotropic(hessian: DPLR | Tensor) -> Spectrum:
-    if isinstance(hessian, Tensor):
+def _isotropic(hessian: SymmetricOperator) -> Spectrum:
+    if not isinstance(hessian, DPLR):
         raise TypeError(
             "sample: score_fn must return UnscaledScores(score, diag, factor) for method "
             "'ozaki_isotropic', got DenseScores"
@@ -443,12 +435,7 @@ def _lanczos_step(
     """The full Ozaki step with products by s2 alone: one Krylov space for s1, one for z."""
     x = here.x.flatten(1)
     h = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).reshape(-1, 1)
-    if isinstance(here.scores, MatrixFreeScores):
-        rows = _product_rows(here.scores.hessian, h.expand(len(x), 1))
-    else:
-        hessian = _hessian(here)
-        assert hessian is not None  # `evaluate` saw to it
-        rows = matrix_rows(hessian, step_size)
+    rows = matrix_rows(_hessian(here), step_size)
 
     def drift(y: Tensor) -> Tensor:
         return phi1(treat_curvature(y, curvature))
@@ -466,20 +453,6 @@ def _lanczos_step(
         push.converged & spread.converged,
     )
     return x + h * push.values[0] + (2 * h).sqrt() * spread.values[0], report
-
-
-def _product_rows(hessian: SymmetricOperator, h: Tensor) -> Rows:
-    """`matrix_rows` of h s2 for products that go through the whole batch."""
-
-    def rows_of(rows: slice | Tensor) -> Function:
-        def product(v: Tensor) -> Tensor:
-            whole = v.new_zeros(hessian.shape[:2])
-            whole[rows] = v
-            return h[rows] * hessian.matvec(whole)[rows]
-
-        return product
-
-    return rows_of
 
 
 def metropolis_step(
@@ -539,10 +512,10 @@ def _log_prob_difference(here: Point, there: Point) -> Tensor:
         return there.log_prob - here.log_prob
     dx = (there.x - here.x).flatten(1)
     difference = ((score_of(here) + score_of(there)).flatten(1) * dx).sum(1) / 2
-    before, after = _hessian(here), _hessian(there)
+    before, after = hessian_of(here.scores), hessian_of(there.scores)
     if before is None or after is None:
         return difference
-    return difference - (dx * (multiply(after, dx) - multiply(before, dx))).sum(1) / 12
+    return difference - (dx * (after.matvec(dx) - before.matvec(dx))).sum(1) / 12
 
 
 def own(here: Point) -> Point:
