@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from hos_ext.app import cli, data, evaluation, options, results, runs, training
+from hos_ext.app.cli.common import noise_level, program
+from hos_ext.app.cli.train import default_out
 from hos_ext.app.training import engine
 from hos_ext.schedules import draw_sigma
 
@@ -218,8 +220,8 @@ def test_the_run_folder_is_named_after_the_data():
         "hf:ylecun/mnist": "runs/mnist",
         "npy:a/my signals.npy": "runs/my-signals",
     }
-    assert {spec: cli._default_out({"data": spec}) for spec in named} == named
-    assert cli._default_out({}) == "runs/digits"
+    assert {spec: default_out({"data": spec}) for spec in named} == named
+    assert default_out({}) == "runs/digits"
 
 
 # ---------------------------------------------------------------------------------------- denoise
@@ -437,8 +439,8 @@ def test_an_evaluation_that_fails_leaves_nothing(run_folder, tmp_path, monkeypat
 
 def test_both_ends_of_the_range_are_levels_in_raw_units():
     facts = {"options": {"sigma": [0.1, 1.2]}}
-    assert cli._level("denoise", facts, None, 0.85, 8.5) == 0.1
-    assert cli._level("denoise", facts, None, 10.2, 8.5) == 1.2
+    assert noise_level("denoise", facts, None, raw_sigma=0.85, scale=8.5) == 0.1
+    assert noise_level("denoise", facts, None, raw_sigma=10.2, scale=8.5) == 1.2
 
 
 def test_evaluate_knows_the_truth_of_a_density(tmp_path, capsys):
@@ -723,9 +725,9 @@ def test_main_exits_with_the_code(monkeypatch):
 def test_the_program_is_named_as_it_was_called(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "hos-ext")])
-    assert cli._program() == os.path.join(".venv", "bin", "hos-ext")
+    assert program() == os.path.join(".venv", "bin", "hos-ext")
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hos-ext"])
-    assert cli._program() == "hos-ext"
+    assert program() == "hos-ext"
 
 
 def test_module_prints_build_info(capsys):

@@ -1,0 +1,101 @@
+"""What several commands share: their options, the noise level, the terminal."""
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...checks import require
+from ..options import FOLDER
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOISE = "Noise"  # a panel of --help
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, or the model folder of a run.")
+]
+Sigma = Annotated[
+    float | None,
+    typer.Option(
+        help="Noise level, data units (8-bit pixels: [-1, 1]). Default: 0.4, or the nearest "
+        "one trained; files need one.",
+        rich_help_panel=NOISE,
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of every random choice of this command.")
+]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder to write to. Default: the run folder.", rich_help_panel=FOLDER),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=FOLDER)
+]
+
+
+def noise_level(
+    command: str,
+    facts: Mapping[str, Any],
+    sigma: float | None,
+    *,
+    raw_sigma: float | None = None,
+    scale: float = 1.0,
+) -> float:
+    """The noise level in data units, within the range trained.
+
+    Args:
+        command: whose option it is, for errors.
+        facts: of the run.
+        sigma: in data units; None is 0.4, or the nearest level trained.
+        raw_sigma: in raw units, instead.
+        scale: raw units in one data unit.
+
+    Raises:
+        ValueError: both are given, or the level is outside of the range trained.
+    """
+    if raw_sigma is not None:
+        if sigma is not None:
+            raise ValueError(f"{command}: --raw-sigma must come without --sigma, got both")
+        sigma = raw_sigma / scale
+    low, high = facts["options"]["sigma"]
+    level = min(max(0.4, low), high) if sigma is None else sigma
+    for end in (low, high):
+        if math.isclose(level, end):
+            return float(end)
+    if not low <= level <= high:
+        name, unit = ("--sigma", 1.0) if raw_sigma is None else ("--raw-sigma", scale)
+        raise ValueError(
+            f"{command}: {name} must be in the range trained, {unit * low:g} to {unit * high:g}, "
+            f"got {unit * level:g}"
+        )
+    return level
+
+
+def refuse_more(command: str, option: str, count: int, available: int) -> None:
+    """Refuses a count of held-out samples above those that there are."""
+    if count > available:
+        raise ValueError(
+            f"{command}: {option} must be at most {available}, the held-out samples, got {count}"
+        )
+
+
+def console() -> "Console":
+    """The terminal: numbers are not coloured, lines not broken."""
+    made: Console = require("cli", "rich.console").Console(highlight=False, soft_wrap=True)
+    return made
+
+
+def program() -> str:
+    """How the reader calls this command again: a path if the shell would not find the name."""
+    called = Path(sys.argv[0])
+    here = os.path.relpath(called)
+    local = called.name == "hos-ext" and os.sep in here and not here.startswith(os.pardir)
+    return here if local else "hos-ext"

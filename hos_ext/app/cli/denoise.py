@@ -1,0 +1,91 @@
+"""`hos-ext denoise`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import storage
+from .. import evaluation, results, runs
+from .common import (
+    NOISE,
+    Device,
+    Force,
+    Out,
+    RunFolder,
+    Seed,
+    Sigma,
+    console,
+    noise_level,
+    refuse_more,
+)
+from .errors import checking
+
+
+def denoise(
+    folder: RunFolder,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Noisy images (.png, .jpg, .tiff) or arrays (.npy, .npz), in the units of the "
+            "data set. Without: held-out samples, with noise added."
+        ),
+    ] = None,
+    sigma: Sigma = None,
+    raw_sigma: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise level in the units of the data set (8-bit pixels: 0 to 255) instead.",
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Held-out samples, without FILES.", rich_help_panel=NOISE)
+    ] = 4,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Denoise images or arrays: mean, standard deviation, principal components, report.
+
+    Examples:
+
+      hos-ext denoise runs/mnist --sigma 0.5
+
+      hos-ext denoise runs/mnist scan1.png scan2.png --raw-sigma 40 --out denoised
+
+    Writes denoise.npz, denoise.png, denoise.md and, for images, denoise-mean.tiff,
+    denoise-std.tiff and denoise-components.tiff.
+    """
+    with checking():
+        model, facts = runs.load_run(folder, device=device)
+        scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
+        if files and sigma is None and raw_sigma is None:
+            raise ValueError("denoise: --sigma or --raw-sigma must be given for files, got none")
+        level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scaling.scale)
+        place = out or folder
+        results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
+        if files:
+            samples, names = results.read_files(files, shape, scaling)
+        else:
+            source, names = runs.open_data(facts), [f"held-out {i}" for i in range(count)]
+            refuse_more("denoise", "--count", count, len(source.test))
+        storage.check_writable(place)
+    recalibration = facts["recalibration"]
+    if files:
+        result = evaluation.denoise(model, samples, level, recalibration=recalibration)
+    else:
+        result = evaluation.denoise_held_out(
+            model, source, level, count=count, seed=seed, recalibration=recalibration
+        )
+    made = results.denoised(result, names, scaling, recalibration)
+    results.write(place, made)
+    what = f"sigma {level:g}: {len(names)} samples"
+    if result.clean is not None:
+        errors = evaluation.denoising_errors(result)
+        what = (
+            f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4g} -> "
+            f"{errors['mse_denoised']:.4g}"
+        )
+    console().print(f"{what}; wrote {', '.join(made)} to {place}")

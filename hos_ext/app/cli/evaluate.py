@@ -1,0 +1,100 @@
+"""`hos-ext evaluate`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ... import storage
+from ...checks import require
+from .. import evaluation, results, runs
+from .common import NOISE, Device, Force, Out, RunFolder, Seed, console, noise_level
+from .errors import checking
+
+# Columns of the printed table: heading, and name of the figure.
+_COLUMNS = {
+    "sigma": "sigma",
+    "error noisy": "mse_noisy",
+    "denoised": "mse_denoised",
+    "Mahalanobis": "mahalanobis",
+    "predictive": "predictive",
+    "recalibrated": "predictive_recalibrated",
+}
+
+
+def evaluate(
+    folder: RunFolder,
+    sigma: Annotated[
+        str | None,
+        typer.Option(
+            help="Levels such as 0.2,0.4,0.8, data units. Default: three of those trained.",
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Held-out samples. Default: all.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Check on held-out samples whether the uncertainty is calibrated; print and write it.
+
+    Examples:
+
+      hos-ext evaluate runs/mnist
+
+      hos-ext evaluate runs/mnist --sigma 0.3 --limit 200
+
+    A figure of 1 is calibrated; above, errors are larger than the covariance says. Writes
+    evaluate.json, calibration.png and uncertainty.png (the covariance at each level, its
+    eigenvectors); for density: data also the errors of both scores against the exact ones.
+    """
+    place = out or folder
+    with checking():
+        model, facts = runs.load_run(folder, device=device)
+        levels = _levels(facts, sigma)
+        results.refuse_existing("evaluate", place, results.EVALUATE_FILES, force=force)
+        storage.check_writable(place)
+        source = runs.open_data(facts)
+    report = evaluation.evaluate(
+        model, source, levels, recalibration=facts["recalibration"], seed=seed, limit=limit
+    )
+    pictures = results.evaluated(model, source, levels, report, seed=seed)
+    results.write(place, {"evaluate.json": runs.json_text(report).encode(), **pictures})
+    terminal = console()
+    terminal.print(_table(report))
+    for row in report["accuracy"] or []:
+        terminal.print(
+            f"sigma {row['sigma']:g}: relative squared error of s1 {row['s1_relative']:.3g}, "
+            f"of the diagonal of s2 {row['s2_diag_relative']:.3g}"
+        )
+    terminal.print(f"wrote {', '.join(results.EVALUATE_FILES)} to {place}")
+
+
+def _levels(facts: Mapping[str, Any], typed: str | None) -> list[float]:
+    """The noise levels typed, or three between the ends of the range trained."""
+    low, high = facts["options"]["sigma"]
+    if typed is None:
+        wanted = [float(f"{low * (high / low) ** t:.3g}") for t in (0.25, 0.5, 0.75)]
+        wanted = [min(max(level, low), high) for level in wanted]  # rounding may leave them
+    else:
+        try:
+            wanted = [float(word) for word in typed.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"evaluate: --sigma must be numbers with commas, got {typed}"
+            ) from None
+    return [noise_level("evaluate", facts, level) for level in dict.fromkeys(wanted)]
+
+
+def _table(report: Mapping[str, Any]) -> Any:
+    """The figures of each level, for the terminal."""
+    table = require("cli", "rich.table").Table(title=f"{report['n']} held-out samples")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for row in report["levels"]:
+        shown = (row[key] for key in _COLUMNS.values())
+        table.add_row(*("-" if value is None else f"{value:.4g}" for value in shown))
+    return table

@@ -1,0 +1,101 @@
+"""`hos-ext sample`."""
+
+from typing import Annotated
+
+import typer
+
+from ... import storage
+from ...checks import check_number, one_of, require
+from .. import evaluation, results, runs, training
+from ..options import FOLDER
+from .common import Device, Force, Out, RunFolder, Seed, Sigma, console, noise_level, refuse_more
+from .errors import checking
+
+CHAINS = "Chains"  # a panel of --help
+
+
+def sample(
+    folder: RunFolder,
+    method: Annotated[
+        str, typer.Option(help=", ".join(results.METHODS) + ".", rich_help_panel=CHAINS)
+    ] = "ozaki",
+    sigma: Sigma = None,
+    step_size: Annotated[
+        float | None,
+        typer.Option(
+            help="h, in squared data units. Default: sigma^2, or 0.1 sigma^2 for langevin and "
+            "adjusted methods.",
+            rich_help_panel=CHAINS,
+        ),
+    ] = None,
+    chains: Annotated[int, typer.Option(min=1, help="Chains.", rich_help_panel=CHAINS)] = 16,
+    steps: Annotated[
+        int, typer.Option(min=4, help="Steps after burn-in.", rich_help_panel=CHAINS)
+    ] = 1000,
+    burn_in: Annotated[
+        int, typer.Option(min=0, help="Steps thrown away.", rich_help_panel=CHAINS)
+    ] = 200,
+    thin: Annotated[
+        int, typer.Option(min=1, help="Keep every so many steps.", rich_help_panel=CHAINS)
+    ] = 1,
+    netcdf: Annotated[
+        bool, typer.Option("--netcdf", help="Also ArviZ data, .nc.", rich_help_panel=FOLDER)
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Draw chains of noisy data, from held-out samples; also on several processes.
+
+    Examples:
+
+      hos-ext sample runs/mnist --sigma 0.4 --method ozaki
+
+      torchrun --nproc-per-node 2 -m hos_ext.app.cli sample runs/mnist --chains 64 --netcdf
+
+    Writes sample-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
+    of a chain does not depend on the number of processes.
+    """
+    place, main = out or folder, training.is_main()
+    with checking():
+        _check_chains(method, step_size, steps, thin)
+        model, facts = runs.load_run(folder, device=device)
+        level = noise_level("sample", facts, sigma)
+        for module in ("h5netcdf", "h5py") if netcdf else ():
+            require("sample --netcdf", module)
+        if main:
+            names = results.sample_files(method, netcdf=netcdf)
+            results.refuse_existing("sample", place, names, force=force)
+            storage.check_writable(place)
+        source = runs.open_data(facts)
+        refuse_more("sample", "--chains", chains, len(source.test))
+    starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).noisy
+    size = results.METHODS[method] * level**2 if step_size is None else step_size
+    dynamics = results.Dynamics(level, method, size)
+    with results.ranks():
+        found, ess = results.run_chains(
+            model, starts, dynamics, n_steps=steps, burn_in=burn_in, thin=thin, seed=seed
+        )
+    if not main:
+        return
+    made = results.sampled(model, found, starts, dynamics, scaling=source.scaling, netcdf=netcdf)
+    results.write(place, made)
+    each = 1e6 * found.stats["seconds"] / (burn_in + steps)
+    console().print(
+        f"{method}, step size {size:g}: smallest effective sample size {ess:.1f} of "
+        f"{found.draws.shape[0]} x {found.draws.shape[1]} draws, {each:.0f} us a step; "
+        f"wrote {', '.join(made)} to {place}"
+    )
+
+
+def _check_chains(method: str, step_size: float | None, steps: int, thin: int) -> None:
+    """Refuses what needs no run to be wrong."""
+    one_of("sample", "--method", method, results.METHODS)
+    if step_size is not None:
+        check_number("sample", "--step-size", step_size)
+    if steps < 4 * thin:
+        raise ValueError(
+            f"sample: --steps must be at least 4 --thin, for 4 draws, got {steps} steps "
+            f"and --thin {thin}"
+        )

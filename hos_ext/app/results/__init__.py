@@ -1,0 +1,30 @@
+"""What the commands write: arrays, pictures, reports and float TIFF images, and what they read.
+
+Samples are in data units inside; what other programs read and write (images, `raw_*`) is in raw
+units. A command builds all of its files in memory, then writes each whole.
+"""
+
+from .chains import METHODS, Dynamics, ranks, run_chains, sample_files, sampled
+from .denoising import denoise_files, denoised
+from .evaluating import EVALUATE_FILES, evaluated
+from .files import npz, refuse_existing, tiff, write
+from .reading import Samples, read_files
+
+__all__ = [
+    "EVALUATE_FILES",
+    "METHODS",
+    "Dynamics",
+    "Samples",
+    "denoise_files",
+    "denoised",
+    "evaluated",
+    "npz",
+    "ranks",
+    "read_files",
+    "refuse_existing",
+    "run_chains",
+    "sample_files",
+    "sampled",
+    "tiff",
+    "write",
+]

@@ -1,0 +1,139 @@
+"""The chains of `hos-ext sample`, and their files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ...sampling import diagnostics, distributed
+from ...sampling.chains import Chains
+from ...scores import Model, UnscaledScores
+from ...tweedie.posterior import posterior
+from .. import data, plots
+from .files import npz
+
+# What learned scores can drive, and step_size / sigma^2. The precision of noisy data is at most
+# 1 / sigma^2: Langevin is stable below 2, and its variance too large by the factor
+# 1 / (1 - h / (2 sigma^2)) where data do not vary.
+METHODS = {
+    "langevin": 0.1,
+    "ozaki": 1.0,
+    "ozaki_full": 1.0,
+    "ozaki_lanczos": 1.0,
+    "ozaki_cayley": 1.0,
+    "mala": 0.1,
+    "mh_ozaki": 0.1,
+    "mh_ozaki_full": 0.1,
+    "mh_ozaki_cayley": 0.1,
+}
+
+
+class Dynamics(NamedTuple):
+    """What moves the chains.
+
+    Fields:
+        sigma: noise level of the density that they sample. Data units.
+        method: one of METHODS.
+        step_size: h, in squared data units.
+    """
+
+    sigma: float
+    method: str
+    step_size: float
+
+
+@contextmanager
+def ranks() -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group; alone, nothing changes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_chains(
+    model: Model, init: Tensor, dynamics: Dynamics, **options: Any
+) -> tuple[Chains, float]:
+    """Chains of the density of noisy samples, over all ranks, and their smallest ESS.
+
+    Args:
+        model: `model(x, sigma) -> Scores`; its unscaled scores drive the chains.
+        init: one start for each chain. Shape (chain, *dims).
+        dynamics: what moves them.
+        options: n_steps, burn_in, thin and seed, as in `sampling.sample`.
+
+    Raises:
+        RuntimeError: chains diverged.
+    """
+    sigma, method, step_size = dynamics
+
+    def score_fn(x: Tensor) -> UnscaledScores:
+        return model(x, sigma).unscaled(sigma)
+
+    chains = distributed.sample_sharded(
+        score_fn, init, method=method, step_size=step_size, **options
+    )
+    diverged = int(chains.stats["diverged"].sum())
+    if diverged:
+        raise RuntimeError(
+            f"sample: --step-size must keep the chains finite, got {step_size:g} with which "
+            f"{diverged} of {len(init)} {method} chains diverged"
+        )
+    return chains, diagnostics.min_ess(chains.draws)
+
+
+def sample_files(method: str, *, netcdf: bool) -> list[str]:
+    """The names that `sampled` gives its files."""
+    endings = (".npz", ".png", ".nc") if netcdf else (".npz", ".png")
+    return [f"sample-{method}{ending}" for ending in endings]
+
+
+@torch.no_grad()
+def sampled(
+    model: Model,
+    chains: Chains,
+    starts: Tensor,
+    dynamics: Dynamics,
+    *,
+    scaling: data.Scaling,
+    netcdf: bool,
+) -> dict[str, bytes]:
+    """The files of chains, by name: draws, the last of them denoised, a picture, ArviZ data."""
+    sigma, method, step_size = dynamics
+    draws = chains.draws
+    ends = posterior(draws[:, -1], model(draws[:, -1], sigma), sigma).mean
+    arrays = {
+        "sigma": torch.tensor(sigma),
+        "step_size": torch.tensor(step_size),
+        "starts": starts,
+        "draws": draws,
+        "denoised": ends,
+        "raw_denoised": ends * scaling.scale + scaling.shift,
+    }
+    rows = [
+        ("starts: noisy held-out samples", starts.cpu()),
+        (f"{method}, the last draw of each chain", draws[:, -1].cpu()),
+        ("the same, denoised", ends.cpu()),
+    ]
+    files = {
+        f"sample-{method}.npz": npz(arrays),
+        f"sample-{method}.png": plots.png(plots.chains_figure(rows)),
+    }
+    if netcdf:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "chains.nc"
+            chains.to_arviz().to_netcdf(path, engine="h5netcdf")
+            files[f"sample-{method}.nc"] = path.read_bytes()
+    return files

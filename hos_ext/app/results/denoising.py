@@ -1,0 +1,108 @@
+"""The files of a denoised batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import data, evaluation, plots
+from .files import npz, tiff
+
+_COMPONENTS = 4
+
+_REPORT = """# Denoised samples
+
+Noise level: sigma {sigma:g} in data units, {raw_sigma:g} in raw units.
+One data unit is {scale:g} raw units. The covariance of the model was multiplied by
+{recalibration:.3f}, its recalibration on validation rows.
+
+![noisy, denoised, standard deviation, principal components](denoise.png)
+
+The picture is in data units.
+
+Root mean squares over the entries of a sample, in data units: the standard deviation that the
+posterior gives, and the error where the truth is known. Last, the share of the variance along the
+first {components} principal components.
+
+| sample | std | error | first components |
+|---|---|---|---|
+{table}
+
+- denoise.npz: noisy, mean, std, eigenvalues and eigenvectors in data units; raw_* in raw units.
+- denoise-mean.tiff, denoise-std.tiff, denoise-components.tiff (for images): float32, raw units, one
+  page for each channel of each sample. A component is sqrt(eigenvalue) times its eigenvector;
+  there are {components} for each sample.
+"""
+
+
+def denoise_files(shape: tuple[int, ...]) -> list[str]:
+    """The names that `denoised` gives its files."""
+    images = ["denoise-mean.tiff", "denoise-std.tiff", "denoise-components.tiff"]
+    return ["denoise.npz", "denoise.png", "denoise.md", *(images if len(shape) > 1 else [])]
+
+
+def denoised(
+    result: evaluation.Denoised, names: Sequence[str], scaling: data.Scaling, recalibration: float
+) -> dict[str, bytes]:
+    """The files of a denoised batch, by name.
+
+    Args:
+        result: posteriors, recalibrated.
+        names: of the samples.
+        scaling: of the data.
+        recalibration: what their covariances were multiplied by, for the report.
+    """
+    found, scale, shift = result.posterior, scaling.scale, scaling.shift
+    values, vectors = found.principal_components(min(_COMPONENTS, found.mean[0].numel()))
+    arrays = {
+        "sigma": torch.tensor(result.sigma),
+        "noisy": result.noisy,
+        "mean": found.mean,
+        "std": found.std,
+        "eigenvalues": values,
+        "eigenvectors": vectors,
+        "raw_sigma": torch.tensor(result.sigma * scale),
+        "raw_mean": found.mean * scale + shift,
+        "raw_std": found.std * scale,
+        "raw_eigenvalues": values * scale**2,
+    }
+    if result.clean is not None:
+        arrays["clean"] = result.clean
+    report = _REPORT.format(
+        sigma=result.sigma,
+        raw_sigma=result.sigma * scale,
+        scale=scale,
+        recalibration=recalibration,
+        components=values.shape[1],
+        table="\n".join(_table(result, names, values)),
+    )
+    files = {
+        "denoise.npz": npz(arrays),
+        "denoise.png": plots.png(plots.denoising_figure(result, rows=min(len(names), 8))),
+        "denoise.md": report.encode(),
+    }
+    shape = tuple(found.mean.shape[1:])
+    if len(shape) > 1:
+        # One standard deviation along each eigenvector.
+        steps = (vectors * values.clamp(min=0).sqrt().unsqueeze(1) * scale).mT.unflatten(2, shape)
+        files["denoise-mean.tiff"] = tiff(arrays["raw_mean"])
+        files["denoise-std.tiff"] = tiff(arrays["raw_std"])
+        files["denoise-components.tiff"] = tiff(steps.flatten(0, 1))
+    return files
+
+
+def _table(result: evaluation.Denoised, names: Sequence[str], values: Tensor) -> list[str]:
+    """A row of the report for each sample: std, error, and the share of its first components."""
+    trace = result.posterior.covariance.trace()
+    share = (values.sum(1) / trace).tolist()
+    spread = (trace / result.noisy[0].numel()).sqrt().tolist()
+    errors = ["not known"] * len(names)
+    if result.clean is not None:
+        square = (result.posterior.mean - result.clean).square().flatten(1).mean(1)
+        errors = [f"{error:.4g}" for error in square.sqrt().tolist()]
+    return [
+        f"| {name} | {std:.4g} | {error} | {100 * part:.0f} % |"
+        for name, std, error, part in zip(names, spread, errors, share, strict=True)
+    ]

@@ -1,0 +1,121 @@
+"""Files of noisy samples, in the raw units of the data set."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checks import require
+from .. import data
+
+_KINDS = ("uint8", "float16", "float32", "float64")
+_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+class Samples(NamedTuple):
+    """Noisy samples in data units, shape (n, *dims), and where each came from."""
+
+    x: Tensor
+    names: list[str]
+
+
+def read_files(files: Sequence[Path], shape: tuple[int, ...], scaling: data.Scaling) -> Samples:
+    """Images and arrays in the raw units of the data set, as samples in data units.
+
+    Args:
+        files: .png, .jpg or .tiff (8-bit grey or RGB, or floating grey; every page is a sample), or
+            .npy or .npz with one array: a sample (*dims), or several (n, *dims).
+        shape: dims of one sample. (1, height, width) and (height, width) are taken for each other.
+        scaling: of the data that the model was trained on.
+
+    Raises:
+        ValueError: a file is missing or damaged, or holds another shape or kind, or values that are
+            not finite or not in raw units; names the file.
+        RuntimeError: pillow is missing.
+    """
+    pieces, names = [], []
+    for path in files:
+        rows = _read(path, shape)
+        _check_values(path, rows, scaling.levels)
+        x = (torch.from_numpy(rows.astype(np.float64)) - scaling.shift) / scaling.scale
+        pieces.append(x.float())
+        names += [path.name if len(rows) == 1 else f"{path.name}[{i}]" for i in range(len(rows))]
+    return Samples(torch.cat(pieces), names)
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The samples (n, *shape) of a file."""
+    if not path.is_file():
+        raise ValueError(f"denoise: file must exist, got {path}")
+    try:
+        raw = _read_images(path) if path.suffix.lower() in _IMAGES else _read_array(path)
+    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"denoise: {path} must be a whole image, .npy or .npz, got: {error}"
+        ) from None
+    rows = _as_rows(raw, shape)
+    if rows is None:
+        raise ValueError(f"denoise: {path} must hold samples {shape}, got shape {raw.shape}")
+    return rows
+
+
+def _read_images(path: Path) -> np.ndarray:
+    """All pages, (n, channels, height, width)."""
+    pillow = require("denoise", "PIL.Image")
+    sequence = require("denoise", "PIL.ImageSequence")
+    pages = []
+    with pillow.open(path) as image:
+        for page in sequence.Iterator(image):
+            if page.mode not in ("L", "RGB", "F"):
+                raise ValueError(f"mode {page.mode}, neither 8-bit grey, RGB nor floating grey")
+            values = np.array(page)
+            pages.append(values.transpose(2, 0, 1) if values.ndim == 3 else values[None])
+    return np.stack(pages)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        return content
+    with content:
+        if len(content.files) != 1:
+            raise ValueError(f"the arrays {', '.join(content.files)}, not one")
+        array: np.ndarray = content[content.files[0]]
+    return array
+
+
+def _as_rows(raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The samples (n, *shape) in an array of one or of several; None if they do not fit."""
+    plain = shape[1:] if shape[0] == 1 and len(shape) > 1 else shape
+    for dims in (shape, plain, (1, *plain)):
+        if raw.shape == dims:
+            return raw.reshape(1, *shape)
+        if raw.ndim == len(dims) + 1 and raw.shape[1:] == dims and len(raw):
+            return raw.reshape(-1, *shape)
+    return None
+
+
+def _check_values(path: Path, rows: np.ndarray, levels: int) -> None:
+    """Refuses values that cannot be raw units of the data set."""
+    kind = rows.dtype
+    if kind.name not in _KINDS:
+        raise ValueError(f"denoise: {path} must hold uint8 or floating values, got {kind}")
+    low, high = float(rows.min()), float(rows.max())
+    whole, span = kind.kind == "u", f"{low:g} to {high:g}"
+    raw = f"raw units, 0 to {levels - 1} before noise was added"
+    rules = (
+        (not math.isfinite(low) or not math.isfinite(high), "finite values", span),
+        (whole and not levels, "floating values like the data set", kind),
+        (levels and not whole and low >= 0 and high <= 1, raw, f"floating values {span}"),
+        (levels and whole and high >= levels, raw, f"{high:g}"),
+    )
+    for broken, rule, got in rules:
+        if broken:
+            raise ValueError(f"denoise: {path} must hold {rule}, got {got}")
