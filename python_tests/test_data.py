@@ -15,7 +15,11 @@ import torch
 from PIL import Image
 
 from hos_ext import ops
-from hos_ext.app import data, readers
+from hos_ext.app import cli, data
+from hos_ext.app.data import registry, streams
+from hos_ext.app.data import rows as data_rows
+from hos_ext.app.data import scaling as data_scaling
+from hos_ext.app.data.sources import density
 
 # log p of the known densities at (0.25, ..., 0.25).
 PROBES = {
@@ -545,14 +549,14 @@ def test_open_source_reads_arrays_and_standardises_by_the_training_part(tmp_path
 
 
 def test_statistics_of_large_sets_merge_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK_VALUES", 12)
+    monkeypatch.setattr(data_rows, "CHUNK_VALUES", 12)
     array = (1e4 + ops.normal((500, 4), seed=1, dtype=torch.float64)).numpy()
     np.save(tmp_path / "a.npy", array)
     source = data.open_source(f"npy:{tmp_path / 'a.npy'}")
     part = torch.from_numpy(array)[source.parts.train]
     assert source.scaling.mean == pytest.approx(float(part.mean()), rel=1e-13)
     assert source.scaling.std == pytest.approx(float(part.std(correction=0)), rel=1e-10)
-    monkeypatch.setattr(data, "_STATISTICS_ROWS", 100)
+    monkeypatch.setattr(data_scaling, "_STATISTICS_ROWS", 100)
     few = data.open_source(f"npy:{tmp_path / 'a.npy'}", limit=3000)
     part = torch.from_numpy(array)[few.parts.train[:100]]
     assert few.scaling.std == pytest.approx(float(part.std(correction=0)), rel=1e-10)
@@ -618,10 +622,10 @@ def test_open_source_reads_floating_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["gaussian2d", "normal100", "modes2d", "logistic50"])
 def test_densities_come_with_their_truth(name, monkeypatch):
-    monkeypatch.setattr(readers, "_DENSITY_ROWS", 4000)
+    monkeypatch.setattr(density, "_ROWS", 4000)
     source = data.open_source(f"density:{name}", seed=3)
     assert source.scaling == data.Scaling()
-    again = readers.known_density(name)
+    again = data.known_density(name)
     x = source.test.double()
     assert torch.equal(source.truth.score(x), again.score(x))
     # E[grad log p] = 0 and E[x s^T] = -I (integration by parts) where the draws are of the truth.
@@ -638,14 +642,14 @@ def test_densities_come_with_their_truth(name, monkeypatch):
 
 def test_known_densities_do_not_move():
     """Known answers: an evaluation of today is compared with one of last year."""
-    normal = readers.known_density("normal100")
+    normal = data.known_density("normal100")
     assert torch.linalg.eigvalsh(normal.covariance)[-6:].tolist() == pytest.approx(
         [0.1, 2.1, 3.1, 5.1, 7.1, 10.1], rel=1e-9
     )
     probes = {
         name: float(density.log_prob(torch.full((1, density.dim), 0.25, dtype=torch.float64)))
         for name in ("gaussian2d", "normal100", "modes2d", "logistic50")
-        for density in [readers.known_density(name)]
+        for density in [data.known_density(name)]
     }
     assert probes == pytest.approx(PROBES, rel=1e-9)
     with pytest.raises(
@@ -709,8 +713,8 @@ def test_a_stream_is_read_through_once_to_find_a_late_epoch():
                 self.read += 1
                 yield {"row": row}
 
-    counted, straight = Counted(), readers.Stream("x", Counted(), 4)
-    late = readers.Stream("x", counted, 4).take(1000, 1012, 1)
+    counted, straight = Counted(), streams.Stream("x", Counted(), 4)
+    late = streams.Stream("x", counted, 4).take(1000, 1012, 1)
     assert counted.read <= 10 + 1 + 12
     for position in range(0, 1000, 50):
         straight.take(position, position + 50, 1)
@@ -860,7 +864,7 @@ def test_open_source_refuses_arrays_that_are_no_data(tmp_path, array, message):
 @pytest.mark.parametrize("limit", [2**20, 100])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_open_source_names_the_first_row_that_is_not_finite(tmp_path, monkeypatch, limit, value):
-    monkeypatch.setattr(readers, "CHUNK_VALUES", 12)
+    monkeypatch.setattr(data_rows, "CHUNK_VALUES", 12)
     array = ops.normal((40, 3), seed=1).numpy()
     array[17, 1] = array[31, 0] = value
     np.save(tmp_path / "a.npy", array)
@@ -1030,3 +1034,106 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, spec, module):
     match = rf"^open_source: {re.escape(module)} must be installed \(pip install hos_ext\[app\]\)"
     with pytest.raises(RuntimeError, match=match):
         data.open_source(spec.format(tmp_path))
+
+
+# -------------------------------------------------------------------------- sources from elsewhere
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+
+
+def test_a_source_from_outside_opens_as_those_of_the_package_do(tmp_path, own_registry):
+    values = ops.normal((30, 4), seed=1).numpy()
+    np.savetxt(tmp_path / "a.txt", values)
+    np.savetxt(tmp_path / "b.txt", values[:5])
+
+    def files(request: data.Request) -> list[Path]:
+        return [Path(request.target)]
+
+    @data.register_source("text", "PATH", files=files, held_out=(3, 4))
+    def open_text(request: data.Request) -> data.Rows:
+        array = np.loadtxt(request.target, dtype=np.float32)
+        return data.array_rows(request, array, lambda i: f"line {i} of {request.target}")
+
+    spec = f"text:{tmp_path / 'a.txt'}"
+    np.save(tmp_path / "a.npy", values)
+    source = data.open_source(spec, seed=5)
+    known = data.open_source(f"npy:{tmp_path / 'a.npy'}", seed=5, validation=3, test=4)
+    assert (source.scaling, source.std) == (known.scaling, known.std)
+    for found, expected in zip(source.parts, known.parts, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(source.test, known.test)
+    assert torch.equal(source.batch(3, 8, seed=2)[1], known.batch(3, 8, seed=2)[1])
+    small = data.open_source(spec, seed=5, validation=3, test=4, limit=200)
+    assert torch.equal(small.batch(3, 8, seed=2)[1], known.batch(3, 8, seed=2)[1])
+    own = data.open_source(spec, test_spec=f"text:{tmp_path / 'b.txt'}")
+    assert np.array_equal(own.test, values[:5])
+    assert np.array_equal(data.read_samples(spec), values)
+
+    _refused(
+        f"open_source: test_spec must share nothing with {spec}, got ...", spec, test_spec=spec
+    )
+    _refused(f"open_source: column must be None for {spec}, got 'x'", spec, column="x")
+    _refused(f"open_source: split must be 'train' for {spec}, got 'x'", spec, split="x")
+    _refused(
+        f"open_source: streaming must be of hf:, parquet: or folder:, got {spec!r}",
+        spec,
+        streaming=True,
+    )
+    kinds = "digits, hf:NAME, parquet:PATH, folder:PATH, npy:PATH, density:NAME or text:PATH"
+    _refused(f"open_source: spec must be {kinds}, got 'text:'", "text:")
+    values[17, 1] = np.nan
+    np.savetxt(tmp_path / "a.txt", values)
+    _refused(
+        f"open_source: {spec} must hold finite numbers, got nan in line 17 of {spec[5:]}", spec
+    )
+
+
+def test_a_source_from_outside_may_have_columns_and_parts_of_its_own(own_registry):
+    @data.register_source("parts", splits=lambda request: ["train", "test"], column=True)
+    def open_parts(request: data.Request) -> data.Rows:
+        n = {"train": 20, "test": 6}[request.split]
+        images = _images(n, seed=2 if request.column == "second" else 1)
+        return data.array_rows(request, images)
+
+    source = data.open_source("parts", column="second")
+    assert np.array_equal(source.test, _images(6, seed=2))
+    assert source.scaling == data.Scaling(levels=256)
+    assert len(data.open_source("parts", split="test").test) == 1
+
+
+@pytest.mark.parametrize("name", ["npy", "digits", "", "a:b"])
+def test_a_source_is_registered_by_a_new_name(name):
+    with pytest.raises(
+        ValueError, match=f"^register_source: name must be new and without a colon, got '{name}'$"
+    ):
+        data.register_source(name)
+
+
+def test_the_command_line_finds_the_sources_of_installed_packages(
+    tmp_path, monkeypatch, own_registry
+):
+    """As pip leaves a package whose pyproject.toml has an entry point of `hos_ext.sources`."""
+    (tmp_path / "waves_source.py").write_text(
+        "import numpy as np\n"
+        "from hos_ext.app import data\n"
+        "@data.register_source('waves', 'N')\n"
+        "def open_waves(request):\n"
+        "    phase = np.arange(int(request.target), dtype=np.float32)\n"
+        "    return data.array_rows(request, np.stack([np.sin(phase), np.cos(phase)], 1))\n"
+    )
+    info = tmp_path / "waves-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: waves\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hos_ext.sources]\nwaves = waves_source\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "waves_source", None)
+    monkeypatch.delitem(sys.modules, "waves_source")
+    assert data.open_source("waves:50").shape == (2,)
+    small = ["--steps=2", "--width=8", "--head-width=4", "--depth=2", "--rank=1", "--tracker=none"]
+    out = tmp_path / "run"
+    assert cli.run(["train", "--data", "waves:50", "--out", str(out), *small]) == 0
+    assert json.loads((out / "run.json").read_text())["options"]["data"] == "waves:50"

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hos_ext import UnscaledScores, normal, sample
-from hos_ext.app.data import Scaling, open_source
-from hos_ext.app.readers import open_rows
+from hos_ext.app.data import Scaling, open_rows, open_source
 from hos_ext.checks import require
 from hos_ext.storage import write_whole
 
@@ -64,7 +63,7 @@ class Labelled(NamedTuple):
 def labelled(folders: Folders, quick: bool) -> Labelled:
     """MNIST whole; in the quick form the digits of scikit-learn."""
     if quick:
-        rows = open_rows("digits", 0, None, "train", _LIMIT)
+        rows = open_rows("digits", limit=_LIMIT)
         labels = torch.from_numpy(require("bench.paper", "sklearn.datasets").load_digits().target)
         parts = open_source("digits").parts
         assert parts.train is not None
@@ -75,7 +74,7 @@ def labelled(folders: Folders, quick: bool) -> Labelled:
         pairs = []
         for part in ("train", "test"):
             spec = images.data_file(folders, "mnist", part)
-            rows = open_rows(spec, 0, None, part, _LIMIT)
+            rows = open_rows(spec, split=part, limit=_LIMIT)
             column = parquet.read_table(spec.partition(":")[2], columns=["label"])["label"]
             pairs.append((rows.read(torch.arange(rows.size)), torch.tensor(column.to_pylist())))
     (train, train_labels), (test, test_labels) = pairs

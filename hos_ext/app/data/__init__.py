@@ -1,0 +1,46 @@
+"""Data sets for training: opened, split, scaled, augmented, and served as batches.
+
+`open_source` is the way in. Each kind of data set is one file in `sources/`; `register_source`
+makes another one known, from any package. scikit-learn, pillow, pyarrow and `datasets` come with
+the extra `app`. Only `hf:` writes to disk: to Hugging Face's own cache.
+"""
+
+from .augment import augment, distort
+from .images import decode_image, image_rows, image_values
+from .opening import Source, open_rows, open_source, read_samples
+from .registry import register_source
+from .rows import LIMIT, Request, Rows, array_rows
+from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
+from .sources.density import known_density
+from .sources.digits import SHAPE, Digits, load_digits
+from .splits import Parts, batch_rows
+from .streams import Examples, examples_of
+
+__all__ = [
+    "GREY_LEVELS",
+    "LIMIT",
+    "SHAPE",
+    "Digits",
+    "Examples",
+    "Parts",
+    "Request",
+    "Rows",
+    "Scaling",
+    "Source",
+    "array_rows",
+    "augment",
+    "batch_rows",
+    "decode_image",
+    "dequantise",
+    "distort",
+    "examples_of",
+    "image_rows",
+    "image_values",
+    "known_density",
+    "load_digits",
+    "open_rows",
+    "open_source",
+    "read_samples",
+    "register_source",
+    "to_grey",
+]

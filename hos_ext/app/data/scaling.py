@@ -1,0 +1,165 @@
+"""From raw values to data units and back, and how large data are.
+
+8-bit data are whole levels, spread over [-1, 1) by uniform noise. Whole levels have no density, and
+a score exists for densities only: without that noise the posterior variance of a constant pixel
+would be zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checks import check_tensor
+from ...ops.noise import draw_uniform
+from ...random import STREAM_DEQUANTISE, Key
+from .rows import refusal
+
+GREY_LEVELS = 17
+_STATISTICS_ROWS, _STATISTICS_VALUES = 8192, 2**27
+
+
+class Scaling(NamedTuple):
+    """From raw values to data units and back. Plain numbers: exact in JSON.
+
+    Whole levels 0 ... levels - 1: x = 2 (raw + u) / levels - 1, u uniform on [0, 1). Other data
+    (levels 0): x = (raw - mean) / std.
+    """
+
+    levels: int = 0
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """Raw units in one data unit: multiplies a std, its square a covariance."""
+        return self.levels / 2 if self.levels else self.std
+
+    @property
+    def shift(self) -> float:
+        """E[raw | x] = scale x + shift; for whole levels the mean 1/2 of u is taken off."""
+        return (self.levels - 1) / 2 if self.levels else self.mean
+
+    def forward(self, raw: Tensor, *, seed: int, offset: int = 0, first: int = 0) -> Tensor:
+        """Raw values in data units.
+
+        Args:
+            raw: shape (B, *dims), uint8, float32 or float64.
+            seed: key of u.
+            offset: second key, such as the step of a training run.
+            first: global index of row 0.
+
+        Returns:
+            float32, shape and device of raw.
+
+        Raises:
+            TypeError: raw is not a tensor.
+            ValueError: raw has another dtype.
+        """
+        dtypes = (torch.uint8, torch.float32, torch.float64)
+        check_tensor("Scaling.forward", "raw", raw, dtypes=dtypes)
+        if self.levels:
+            return dequantise(
+                raw.float(), seed=seed, offset=offset, first=first, levels=self.levels
+            )
+        return ((raw.double() - self.mean) / self.std).float()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Raw values of x, in its shape and dtype: the nearest whole level, or std x + mean.
+
+        In float32 about one of 10^5 values lies so close to the edge of its level that it rounds
+        into the next one.
+        """
+        check_tensor("Scaling.inverse", "x", x)
+        if self.levels:
+            return to_grey(x, levels=self.levels)
+        return (x.double() * self.std + self.mean).to(x.dtype)
+
+    def as_dict(self) -> dict[str, float]:
+        """For a checkpoint: `Scaling.from_dict(json.loads(json.dumps(s.as_dict()))) == s`."""
+        return dict(self._asdict())
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Scaling:
+        """Back from `as_dict`.
+
+        Raises:
+            ValueError: content is not what `as_dict` gives.
+        """
+        rule = "Scaling.from_dict: content must hold levels, mean and std > 0"
+        if not isinstance(content, dict) or set(content) != set(cls._fields):
+            raise ValueError(f"{rule}, got {content!r}")
+        levels, mean, std = (content[name] for name in cls._fields)
+        numbers = all(type(value) in (int, float) for value in (levels, mean, std))
+        if not numbers or type(levels) is not int or levels < 0:
+            raise ValueError(f"{rule}, got {content!r}")
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise ValueError(f"{rule}, got {content!r}")
+        return cls(levels, float(mean), float(std))
+
+
+def dequantise(
+    grey: Tensor, *, seed: int, offset: int = 0, first: int = 0, levels: int = GREY_LEVELS
+) -> Tensor:
+    """2 (grey + u) / levels - 1 with u uniform on [0, 1): a sample with a density, in data units.
+
+    Args:
+        grey: whole grey levels 0 ... levels - 1. Shape (B, *dims), float32 or float64.
+        seed: key of u.
+        offset: second key, such as the step of a training run.
+        first: global index of row 0.
+        levels: 17 for digits, 256 for 8-bit data.
+
+    Returns:
+        Shape, dtype and device of grey, in [-1, 1]. NaN gives NaN.
+
+    Raises:
+        TypeError: grey is not a tensor.
+        ValueError: grey has another dtype.
+    """
+    check_tensor("dequantise", "grey", grey)
+    u = draw_uniform(Key(seed, offset, first), STREAM_DEQUANTISE, grey.shape, grey)
+    return (grey + u) * (2 / levels) - 1
+
+
+def to_grey(x: Tensor, *, levels: int = GREY_LEVELS) -> Tensor:
+    """The grey level that a pixel in data units belongs to: the inverse of `dequantise`.
+
+    Values outside [-1, 1) go to the nearest level. Shape and dtype of x.
+    """
+    return ((x + 1) * (levels / 2)).floor().clamp(0, levels - 1)
+
+
+def statistics_rows(shape: tuple[int, ...]) -> int:
+    """How many rows of this shape the statistics of a large set are of."""
+    return max(1, min(_STATISTICS_ROWS, _STATISTICS_VALUES // math.prod(shape)))
+
+
+def standardise(spec: str, chunks: Iterable[Tensor]) -> Scaling:
+    """One mean and one standard deviation, in float64, of chunks merged one by one."""
+    n, mean, squares = 0, 0.0, 0.0
+    for chunk in chunks:
+        values = chunk.double()
+        more, step = values.numel(), float(values.mean()) - mean
+        squares += float((values - values.mean()).square().sum())
+        squares += step**2 * n * more / (n + more)
+        n += more
+        mean += step * more / n
+    std = math.sqrt(squares / n)
+    if not 0 < std < math.inf:
+        raise refusal(spec, "vary", f"standard deviation {std}")
+    return Scaling(mean=mean, std=std)
+
+
+def root_mean_square(scaling: Scaling, chunks: Iterable[Tensor]) -> float:
+    """Of all values of the chunks, in data units."""
+    n, total = 0, 0.0
+    for chunk in chunks:
+        x = scaling.forward(chunk, seed=0, first=n)
+        total += float(x.double().square().mean()) * len(x)
+        n += len(x)
+    return math.sqrt(total / n)

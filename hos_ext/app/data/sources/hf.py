@@ -1,0 +1,30 @@
+"""hf:NAME, a data set of the Hugging Face hub, which `datasets` copies to its cache (HF_HOME)."""
+
+from __future__ import annotations
+
+from ....checks import require
+from ..registry import register_source
+from ..rows import Request, Rows
+from ..streams import Examples
+from ..tables import choose_column, load_data_set, stream_table, table_rows
+
+
+def _splits(request: Request) -> list[str]:
+    datasets = require("open_source", "datasets")
+    names: list[str] = load_data_set(request.spec, datasets.get_dataset_split_names, request.target)
+    return names
+
+
+def _stream(request: Request) -> Examples:
+    return stream_table(request, request.target, split=request.split)
+
+
+@register_source("hf", "NAME", splits=_splits, stream=_stream, column=True)
+def open_hf(request: Request) -> Rows:
+    """A column of images or of lists of numbers, of one split."""
+    datasets = require("open_source", "datasets")
+    spec = request.spec
+    dataset = load_data_set(spec, datasets.load_dataset, request.target, split=request.split)
+    column, image = choose_column(spec, dataset.features.to_dict(), request.column)
+    piece = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    return table_rows(request, [piece], [spec], image=image)
