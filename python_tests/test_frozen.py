@@ -4,6 +4,8 @@ import inspect
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from hos_ext.densities.gaussian import Gaussian
 from hos_ext.integrations.diffusers import DiffusersScore, from_diffusers
 from hos_ext.losses.score_matching import score_matching_loss
 from hos_ext.nn.files import load_model, save_model
-from hos_ext.nn.head import SecondOrderHead
+from hos_ext.nn.head import SecondOrderHead, register_score_reader
 from hos_ext.nn.mlp import MLP
 from hos_ext.nn.unet import UNet
 from hos_ext.schedules import from_alphas_cumprod
@@ -326,7 +328,7 @@ def test_score_refuses_what_it_cannot_answer():
 
 def test_only_the_head_is_trained_and_the_score_stays_bitwise(diffusers):
     model = frozen_unet(diffusers, dropout=0.5)
-    score = model.first_order
+    score = model.score_model
     before = {name: value.clone() for name, value in score.state_dict().items()}
     assert {id(p) for p in trainable(model)} == {id(p) for p in model.head.parameters()}
     learned = [p.clone() for p in model.head.parameters()]
@@ -339,7 +341,7 @@ def test_only_the_head_is_trained_and_the_score_stays_bitwise(diffusers):
     moved = [not torch.equal(a, b) for a, b in zip(learned, model.head.parameters(), strict=True)]
     assert all(moved)
     x = noisy(0.3, 4, torch.float32)
-    assert torch.equal(model(x, 0.3).score, model(x, 0.3).score)  # its dropout is off
+    assert torch.equal(model(x, 0.3).scaled_score, model(x, 0.3).scaled_score)  # its dropout is off
 
 
 @pytest.mark.parametrize(
@@ -378,21 +380,21 @@ def test_scores_may_be_true_or_come_from_a_model_of_ours():
         torch.testing.assert_close(true(x, level), want, rtol=1e-12, atol=1e-12)
     first = MLP(DIMS, 0, width=8, head_width=8).double()
     model = SecondOrderHead(first, second, scaled=False)
-    assert torch.equal(model(x, sigma).score, first(x, sigma).score)
+    assert torch.equal(model(x, sigma).scaled_score, first(x, sigma).scaled_score)
     assert not first.c.weight.requires_grad
 
 
 def test_gradient_for_x_goes_through_the_score():
     model = SecondOrderHead(exact_score, head().double())
     x = noisy(0.4)
-    assert not model(x, 0.4).score.requires_grad
+    assert not model(x, 0.4).scaled_score.requires_grad
     x.requires_grad_()
-    (given,) = torch.autograd.grad(model(x, 0.4).score.sum(), x)
+    (given,) = torch.autograd.grad(model(x, 0.4).scaled_score.sum(), x)
     want = 0.4 * law().noisy(0.4).hessian(x.flatten(1)).sum(1)
     torch.testing.assert_close(given.flatten(1), want)
     with torch.no_grad():
-        assert not model(x, 0.4).score.requires_grad
-    jacobian = torch.func.jacrev(lambda row: model(row[None], 0.4).score[0])(x[0].detach())
+        assert not model(x, 0.4).scaled_score.requires_grad
+    jacobian = torch.func.jacrev(lambda row: model(row[None], 0.4).scaled_score[0])(x[0].detach())
     torch.testing.assert_close(
         jacobian.reshape(SIZE, SIZE), 0.4 * law().noisy(0.4).hessian(x[:1].flatten(1))[0]
     )
@@ -526,7 +528,7 @@ def test_pipeline_trained_and_saved_by_diffusers_gets_a_calibrated_head(diffuser
 
 def test_saved_head_brings_its_diffusers_network_along(diffusers, tmp_path):
     model = frozen_unet(diffusers)
-    assert save_model(tmp_path, model, step=5) == str(tmp_path)
+    assert save_model(model, tmp_path, step=5) == str(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "model.safetensors", "first_order"}
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "first_order" / "unet")
@@ -554,7 +556,7 @@ def test_network_in_float64_and_unet_head_come_back_as_they_were(diffusers, tmp_
     model = SecondOrderHead(score, UNet(DIMS, 1, given_score=True, **sizes).double())
     model.save_pretrained(tmp_path)
     again = SecondOrderHead.from_pretrained(tmp_path)
-    assert type(again.first_order.scheduler).__name__ == "DDIMScheduler"
+    assert type(again.score_model.scheduler).__name__ == "DDIMScheduler"
     x = noisy(0.4, 3)
     with torch.no_grad():
         for got, want in zip(again(x, 0.4)[:3], model(x, 0.4)[:3], strict=True):
@@ -567,20 +569,20 @@ def test_another_network_than_the_heads_is_refused(diffusers, tmp_path):
     model.save_pretrained(tmp_path)
     other = frozen_unet(diffusers)
     with torch.no_grad():
-        next(other.first_order.parameters()).add_(1e-3)
+        next(other.score_model.parameters()).add_(1e-3)
     place = tmp_path / "first_order"
     message = f"save_pretrained: folder must not hold another first-order model, got one in {place}"
     with pytest.raises(ValueError, match=exactly(message)):
         other.save_pretrained(tmp_path)
     same_net = SecondOrderHead(
         DiffusersScore(
-            model.first_order.unet, diffusers.DDPMScheduler(prediction_type="v_prediction")
+            model.score_model.unet, diffusers.DDPMScheduler(prediction_type="v_prediction")
         ),
         head(),
     )
     with pytest.raises(ValueError, match=exactly(message)):
         same_net.save_pretrained(tmp_path)
-    other.first_order.unet.save_pretrained(place / "unet")
+    other.score_model.unet.save_pretrained(place / "unet")
     message = (
         "SecondOrderHead.from_pretrained: folder must hold the first-order model that the head was "
         f"trained with, got another one in {place}"
@@ -609,7 +611,7 @@ def test_a_version_of_diffusers_with_more_options_knows_the_network(
     monkeypatch.setattr(diffusers.UNet2DModel, "__signature__", later, raising=False)
     monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", from_later)
     again = SecondOrderHead.from_pretrained(tmp_path)
-    assert again.first_order.unet.config["later"] is None
+    assert again.score_model.unet.config["later"] is None
 
 
 class _Linear(nn.Module):
@@ -655,6 +657,59 @@ def test_head_on_any_function_is_saved_without_it(tmp_path):
     for call in (SecondOrderHead.from_pretrained, load_model):
         with pytest.raises(ValueError, match=exactly(message)):
             call(tmp_path)
+
+
+class OwnScore(nn.Module):
+    """A score that another package can save: sigma s1 = -scale x."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, x, sigma):
+        return -self.scale * x
+
+    def fingerprint(self):
+        return {"kind": "own", "scale": repr(self.scale.item())}
+
+    def save_pretrained(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "scale").write_text(repr(self.scale.item()))
+
+
+def read_own_score(folder, fingerprint, *, device):
+    return OwnScore(float((folder / "scale").read_text())).to(device)
+
+
+def test_a_score_of_another_package_is_saved_and_read_by_its_registered_reader(
+    tmp_path, monkeypatch
+):
+    model = SecondOrderHead(OwnScore(0.5), head())
+    rule = "load_model: folder must hold a first-order model of a known kind (diffusers; "
+    with pytest.raises(ValueError, match=starts(rule)):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("hos_ext.nn.head._READERS", {})
+    register_score_reader("own", f"{__name__}:read_own_score")
+    save_model(model, tmp_path)
+    again, config = load_model(tmp_path)
+    assert config["first_order"] == {"kind": "own", "scale": "0.5"}
+    assert isinstance(again.score_model, OwnScore)
+    x = noisy(0.4, 3, torch.float32)
+    for got, want in zip(again(x, 0.4)[:3], model(x, 0.4)[:3], strict=True):
+        assert torch.equal(got, want)
+    message = "register_score_reader: reader must be 'module:function', got 'read'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        register_score_reader("own", "read")
+
+
+def test_networks_do_not_wait_for_other_libraries():
+    """Importing the networks imports none of what only a folder may ask for."""
+    code = (
+        "import sys, hos_ext.nn\n"
+        "assert not {'hos_ext.integrations', 'diffusers', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_loading_refuses_a_second_score_and_other_classes(diffusers, tmp_path):

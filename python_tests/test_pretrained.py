@@ -81,7 +81,7 @@ def rewrite(folder, change, metadata=True):
 )
 def test_saved_model_comes_back_bitwise(tmp_path, build):
     model = build().train()
-    assert save_model(tmp_path / "a" / "b", model, step=7, data={"name": "x"}) == str(
+    assert save_model(model, tmp_path / "a" / "b", step=7, data={"name": "x"}) == str(
         tmp_path / "a" / "b"
     )
     state = torch.get_rng_state()
@@ -98,11 +98,11 @@ def test_saved_model_comes_back_bitwise(tmp_path, build):
     assert config.items() >= model.config.items()
     if not again.given_score and next(model.parameters()).dtype != torch.bfloat16:
         x = torch.randn(2, *model.dims, dtype=next(model.parameters()).dtype)
-        assert torch.equal(again(x, 0.3).score, model(x, 0.3).score)
+        assert torch.equal(again(x, 0.3).scaled_score, model(x, 0.3).scaled_score)
 
 
 def test_files_are_those_of_the_ecosystem_and_nothing_else(tmp_path):
-    save_model(tmp_path, mlp(), step=3)
+    save_model(mlp(), tmp_path, step=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["_class_name"], config["dims"], config["step"]) == ("MLP", [2, 3], 3)
@@ -131,13 +131,13 @@ def test_weights_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
         model.score.weight = torch.nn.Parameter(torch.randn(8, 6).mT)  # not contiguous
         model.c.weight = torch.nn.Parameter(wide[:6, 3:11])  # a view of something larger
         model.c.bias = model.score.bias  # one tensor, two names
-    save_model(tmp_path, model)
+    save_model(model, tmp_path)
     same_model(model, load_model(tmp_path)[0])
     assert (tmp_path / "model.safetensors").stat().st_size < 4000
 
 
 def test_loaded_weights_do_not_lie_in_the_file(tmp_path):
-    save_model(tmp_path, mlp())
+    save_model(mlp(), tmp_path)
     model, _ = load_model(tmp_path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = tmp_path / "model.safetensors"
@@ -152,9 +152,11 @@ def test_loaded_weights_do_not_lie_in_the_file(tmp_path):
 def test_models_of_other_kinds_are_not_saved(tmp_path):
     rule = "save_model: model must be one of MLP, UNet, SecondOrderHead (unwrapped), got"
     with pytest.raises(TypeError, match=exactly(f"{rule} Linear")):
-        save_model(tmp_path, torch.nn.Linear(2, 2))
+        save_model(torch.nn.Linear(2, 2), tmp_path)
     with pytest.raises(TypeError, match=exactly(f"{rule} AveragedModel")):
-        save_model(tmp_path, torch.optim.swa_utils.AveragedModel(mlp()))
+        save_model(torch.optim.swa_utils.AveragedModel(mlp()), tmp_path)
+    with pytest.raises(TypeError, match=exactly(f"{rule} str")):
+        save_model(str(tmp_path), mlp())  # the wrong way round
     rule = "save_model: activation of the model must be given by name to be saved, got"
     with pytest.raises(ValueError, match=starts(f"{rule} <built-in method sin")):
         mlp(activation=torch.sin).save_pretrained(tmp_path)
@@ -187,7 +189,7 @@ def test_extra_that_json_cannot_hold_is_refused_before_anything_is_written(
     tmp_path, extra, kind, message
 ):
     with pytest.raises(kind, match=starts(message)):
-        save_model(tmp_path, mlp(), **extra)
+        save_model(mlp(), tmp_path, **extra)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +210,7 @@ def test_empty_folders_and_pickles_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 4, 8, 100, -1])
 def test_truncated_files_are_refused(tmp_path, left):
-    save_model(tmp_path, mlp())
+    save_model(mlp(), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     message = f"load_model: folder must hold a whole model.safetensors, got {path}: "
@@ -235,7 +237,7 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path):
         (lambda s: s | {"other": s["c.bias"].clone()}, 'Unexpected key(s) in state_dict: "other"'),
         (lambda s: s | {"c.bias": torch.zeros(5)}, "size mismatch for c.bias: copying a param"),
     ):
-        save_model(tmp_path, model)
+        save_model(model, tmp_path)
         rewrite(tmp_path, change)
         message = (
             f"load_model: folder must hold the weights of its model, got {path}: Error(s) in "
@@ -248,7 +250,7 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path):
         (lambda s: {k: v.int() for k, v in s.items()}, "torch.int32"),
         (lambda s: {}, ""),
     ):
-        save_model(tmp_path, model)
+        save_model(model, tmp_path)
         rewrite(tmp_path, change)
         message = f"load_model: folder must hold weights of one floating dtype, got {got} in {path}"
         with pytest.raises(ValueError, match=exactly(message)):
@@ -265,7 +267,7 @@ def edited(folder, **changes):
 
 def test_configs_of_other_models_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_model(tmp_path, mlp())
+    save_model(mlp(), tmp_path)
     edited(tmp_path, _class_name="UNet2DModel")
     message = (
         "load_model: folder must hold a model of class MLP, UNet, SecondOrderHead, got "
@@ -278,7 +280,7 @@ def test_configs_of_other_models_are_refused(tmp_path):
         ({"dims": ...}, "MLP.__init__() missing 1 required positional argument: 'dims'"),
         ({"heads": 3}, "MLP.__init__() got an unexpected keyword argument 'heads'"),
     ):
-        save_model(tmp_path, mlp())
+        save_model(mlp(), tmp_path)
         edited(tmp_path, **changes)
         message = f"load_model: folder must hold the arguments of MLP, got {path}: {reason}"
         with pytest.raises(ValueError, match=exactly(message)):
@@ -293,7 +295,7 @@ def test_configs_of_other_models_are_refused(tmp_path):
 
 
 def test_extras_named_like_arguments_of_other_classes_do_not_reach_the_model(tmp_path):
-    save_model(tmp_path, mlp(), channels=[1], spatial=7)
+    save_model(mlp(), tmp_path, channels=[1], spatial=7)
     model, config = load_model(tmp_path)
     assert config["spatial"] == 7
     assert "spatial" not in model.config
@@ -304,7 +306,7 @@ def test_extras_named_like_arguments_of_other_classes_do_not_reach_the_model(tmp
 
 def test_weights_without_metadata_take_config_json(tmp_path):
     model = mlp()
-    save_model(tmp_path, model, step=3)
+    save_model(model, tmp_path, step=3)
     for kept in (None, {"format": "pt"}):
         rewrite(tmp_path, lambda state: state, kept)
         again, config = load_model(tmp_path)
@@ -325,7 +327,7 @@ def test_weights_without_metadata_take_config_json(tmp_path):
 
 def test_weights_alone_are_a_whole_model(tmp_path):
     model = mlp()
-    save_model(tmp_path, model, step=3)
+    save_model(model, tmp_path, step=3)
     (tmp_path / "config.json").unlink()
     again, config = load_model(tmp_path)
     same_model(model, again)
@@ -340,7 +342,7 @@ def test_a_run_killed_between_the_renames_loads_its_new_model_in_silence(tmp_pat
     old, new = mlp(), mlp()
     with torch.no_grad():
         new.c.bias.add_(1.0)
-    save_model(tmp_path, old, step=1)
+    save_model(old, tmp_path, step=1)
     past = (tmp_path / "config.json").stat().st_mtime_ns - 10**9
     os.utime(tmp_path / "config.json", ns=(past, past))
 
@@ -351,7 +353,7 @@ def test_a_run_killed_between_the_renames_loads_its_new_model_in_silence(tmp_pat
 
     monkeypatch.setattr(weights, "write_whole", kill)
     with pytest.raises(Killed):
-        save_model(tmp_path, new, step=2)
+        save_model(new, tmp_path, step=2)
     again, config = load_model(tmp_path)  # warnings are errors here
     same_model(new, again)
     assert config["step"] == 2
@@ -360,14 +362,14 @@ def test_a_run_killed_between_the_renames_loads_its_new_model_in_silence(tmp_pat
 
 def test_a_run_killed_before_the_first_rename_loads_its_old_model(tmp_path, monkeypatch):
     old = mlp()
-    save_model(tmp_path, old, step=1)
+    save_model(old, tmp_path, step=1)
 
     def kill(self, target):
         raise Killed
 
     monkeypatch.setattr(Path, "replace", kill)
     with pytest.raises(Killed):
-        save_model(tmp_path, mlp(sigma_data=0.3), step=2)
+        save_model(mlp(sigma_data=0.3), tmp_path, step=2)
     again, config = load_model(tmp_path)
     same_model(old, again)
     assert config["step"] == 1
@@ -383,7 +385,7 @@ def test_a_run_killed_before_the_first_rename_loads_its_old_model(tmp_path, monk
     ],
 )
 def test_config_json_that_disagrees_is_not_used_and_says_so(tmp_path, content, age):
-    save_model(tmp_path, mlp(), step=1)
+    save_model(mlp(), tmp_path, step=1)
     path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     text = "{" if content is None else json.dumps(json.loads(path.read_text()) | content)
     path.write_text(text)
@@ -397,11 +399,11 @@ def test_config_json_that_disagrees_is_not_used_and_says_so(tmp_path, content, a
 
 
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
-    save_model(tmp_path, mlp())
+    save_model(mlp(), tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for where, call in (
-        ("save_model", lambda: save_model(tmp_path, mlp())),
+        ("save_model", lambda: save_model(mlp(), tmp_path)),
         ("load_model", lambda: load_model(tmp_path)),
     ):
         message = (

@@ -192,7 +192,7 @@ def fit(run: Run, *, progress: bool = False) -> dict[str, Any]:
     low, high = options["sigma"]
     factor = evaluation.recalibrate(trained.model, run.source, (low, high), seed=options["seed"])
     facts = run.facts | {"step": trained.step, "recalibration": factor}
-    pretrained.save_model(run.out / "model", trained.model, run=facts)
+    pretrained.save_model(trained.model, run.out / "model", run=facts)
     last = trained.history[-1]
     figures = {
         **{key: run.facts["data"][key] for key in ("n_train", "n_validation", "n_test")},

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor, one_of, positive, require
-from ..nn.weights import part_of_folder
 from ..schedules import from_alphas_cumprod
+from ..storage import write_folder
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 # Entries of a diffusers config that ask for more than a sample and a time.
@@ -129,6 +134,46 @@ class DiffusersScore(nn.Module):
             return (output - x) / level
         return -alpha * (level * x_t + output)
 
+    def fingerprint(self) -> dict[str, str] | None:
+        """What identifies the score: its dtype, and a hash of all that it depends on.
+
+        Network, weights, noise levels and the kind of prediction are hashed. None where diffusers
+        cannot write the network or the scheduler.
+        """
+        if not all(hasattr(part, "save_pretrained") for part in (self.unet, self.scheduler)):
+            return None
+        # What has its default is left out: later versions of diffusers have more of it.
+        known = inspect.signature(type(self.unet)).parameters
+        unet: Any = self.unet
+        config = {
+            k: v
+            for k, v in unet.config.items()
+            if not k.startswith("_")
+            and not (k in known and _as_list(known[k].default) == _as_list(v))
+        }
+        mark = hashlib.sha256(json.dumps([self.prediction, config], sort_keys=True).encode())
+        tensors = self.unet.state_dict() | {"alphas_cumprod": self.schedule.alphas_cumprod}
+        for name, value in sorted(tensors.items()):
+            mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            mark.update(value.detach().cpu().contiguous().numpy().tobytes())
+        dtype = next(self.unet.parameters()).dtype
+        return {"dtype": str(dtype).removeprefix("torch."), "sha256": mark.hexdigest()}
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes the sub-folders unet and scheduler, each whole, where they are not there yet.
+
+        They are in the format of diffusers, with a manifest each.
+        """
+        for name in ("unet", "scheduler"):
+            if (Path(folder) / name).exists():
+                continue
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as work:
+                getattr(self, name).save_pretrained(work)
+                files = sorted(Path(work).iterdir())
+                copies = {f.name: partial(shutil.copyfile, f) for f in files}
+                write_folder(Path(folder) / name, copies)
+
 
 def from_diffusers(
     folder: Path | str,
@@ -153,12 +198,12 @@ def from_diffusers(
     """
     where = "from_diffusers"
     diffusers = require(where, "diffusers")
-    unet = part_of_folder(folder, "unet", "config.json")
-    name = class_name(unet / "config.json")
+    unet = _part(folder, "unet", "config.json")
+    name = _class_name(unet / "config.json")
     if name != "UNet2DModel":
         raise ValueError(f"{where}: folder must hold a UNet2DModel, got {name!r} in {unet}")
-    scheduler = part_of_folder(folder, "scheduler", "scheduler_config.json")
-    name = class_name(scheduler / "scheduler_config.json")
+    scheduler = _part(folder, "scheduler", "scheduler_config.json")
+    name = _class_name(scheduler / "scheduler_config.json")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{where}: folder must hold a scheduler, got {name!r} in {scheduler}")
@@ -175,12 +220,27 @@ def from_diffusers(
     return DiffusersScore(network, plan).to(device).eval()
 
 
-def as_list(value: object) -> object:
+def read_saved(
+    folder: Path | str, fingerprint: Mapping[str, str], *, device: torch.device | str = "cpu"
+) -> DiffusersScore:
+    """The score that `DiffusersScore.save_pretrained` wrote, in the dtype that it had."""
+    return from_diffusers(folder, device=device, dtype=getattr(torch, fingerprint["dtype"]))
+
+
+def _part(folder: Path | str, name: str, config: str) -> Path:
+    """The sub-folder of a pipeline's part, or the folder itself."""
+    for place in (Path(folder) / name, Path(folder)):
+        if (place / config).is_file():
+            return place
+    raise ValueError(f"from_diffusers: folder must hold {name}/{config}, got {folder} without it")
+
+
+def _as_list(value: object) -> object:
     """JSON makes lists of tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def class_name(path: Path) -> str | None:
+def _class_name(path: Path) -> str | None:
     try:
         content = json.loads(path.read_bytes())
     except ValueError:

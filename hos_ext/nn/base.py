@@ -1,39 +1,35 @@
-"""What the networks share: features of the noise level, heads, checks, and files of one network."""
+"""What the networks share: the noise level as they see it, the three heads, and their files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import check_like, show
+from ..scores import Scores
 from .weights import HOLD, WEIGHTS, arguments_of, read_weights, write_weights
 
-_Model = TypeVar("_Model", bound="Network")
-NETWORKS: dict[str, type[Network]] = {}  # by class name; each class enters itself
+_Network = TypeVar("_Network", bound="Network")
 
-# Angular frequencies in log(sigma / sigma_data). The slowest has a period of e^25 in sigma, so all
-# levels differ; the fastest resolves a factor of two.
-_FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
-NOISE_FEATURES = 2 * len(_FREQUENCIES)
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "softplus": functional.softplus,
-}
 KINK = "twice differentiable: at a kink variance reduction fails"
 
 
-class _Level(NamedTuple):
-    """Per-sample constants of a noise level, each `(B,)`: log(sigma / sigma_data), 1 / sqrt(v),
-    sigma / v and k = sigma_data / sqrt(v)."""
+class NoiseLevel(NamedTuple):
+    """Constants of the noise levels of a batch, each `(B,)`, with v = sigma^2 + sigma_data^2.
+
+    Fields:
+        log_ratio: log(sigma / sigma_data).
+        inverse_std: 1 / sqrt(v). It brings noisy samples to unit scale.
+        skip: sigma / v. The scaled score of Gaussian data is -skip x.
+        k: sigma_data / sqrt(v). What is learned fades with it as sigma grows.
+    """
 
     log_ratio: Tensor
     inverse_std: Tensor
@@ -42,56 +38,212 @@ class _Level(NamedTuple):
 
 
 class Network(nn.Module):
-    """What MLP and UNet share: a config of plain JSON, and files made by it."""
+    """A network with the three heads of `Scores`. The subclass brings the body.
 
+    A subclass names itself in `class_name`, calls `__init__`, sets `_shape` (of one sample as its
+    body sees it) and `config`, makes its body, and hands its last layers to `_set_heads`. It
+    defines `_features`, `_raw_score` and `_factor`.
+
+    Args:
+        dims, rank, trunk, sigma_data, constrained, c_min, given_score: as `MLP` describes them.
+    """
+
+    class_name: ClassVar[str]
     config: dict[str, Any]
-    activation: Any  # as it was given
+    score: nn.Linear | nn.Conv2d
+    c: nn.Linear | nn.Conv2d
+    factor: nn.Linear | nn.Conv2d
 
-    def __init_subclass__(cls) -> None:
-        NETWORKS[cls.__name__] = cls
+    def __init__(
+        self,
+        dims: Sequence[int],
+        rank: int,
+        *,
+        trunk: str,
+        sigma_data: float,
+        constrained: bool,
+        c_min: float,
+        given_score: bool,
+    ) -> None:
+        super().__init__()
+        name = self.class_name
+        if not isinstance(dims, Sequence):
+            raise TypeError(f"{name}: dims must be a sequence of sizes, got {dims!r}")
+        if not dims or any(n < 1 for n in dims):
+            raise ValueError(f"{name}: dims must be positive sizes, got {tuple(dims)}")
+        for size in dims:
+            check_size(name, "dims", size)
+        check_size(name, "rank", rank, least=0)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"{name}: sigma_data must be positive and finite, got {sigma_data}")
+        if not 0 <= c_min < math.inf:
+            raise ValueError(f"{name}: c_min must be at least 0 and finite, got {c_min}")
+        if trunk not in ("separate", "shared"):
+            raise ValueError(f"{name}: trunk must be 'separate' or 'shared', got {trunk!r}")
+        self.dims = tuple(dims)
+        self.rank = rank
+        self.sigma_data = sigma_data
+        self.constrained = constrained
+        self.c_min = c_min
+        self.given_score = given_score
+        self._size = math.prod(dims)
+        self._shape: tuple[int, ...] = self.dims
+
+    def forward(self, x: Tensor, sigma: Tensor | float, score: Tensor | None = None) -> Scores:
+        """Scaled scores at noise level sigma.
+
+        Args:
+            x: noisy samples. Shape (B, *dims), dtype and device of the parameters. Data units.
+            sigma: noise standard deviation, > 0 (a tensor is not checked for it, and gives NaN).
+                Float or shape (B,). Data units.
+            score: the known sigma * s1, as x, for a model with given_score. No units.
+
+        Returns:
+            Scores, without units: scaled_score sigma * s1 and c, shape (B, *dims); factor
+            sigma * U, shape (B, D, r), or None. Of the factor's axes r is fastest in memory for an
+            MLP and D for a UNet, where it is a view of a convolution's channels.
+
+        Raises:
+            TypeError: x or score is not a tensor.
+            ValueError: x, sigma or score has another shape, dtype or device, a float sigma is not
+                > 0, or score is given where it must not be, or the other way round.
+        """
+        self._check_input(x, score)
+        level = noise_level(self.class_name, x, sigma, self.sigma_data)
+        inverse_std, skip, k = (v.reshape(-1, *[1] * len(self._shape)) for v in level[1:])
+        rows = x.reshape(x.shape[0], *self._shape)
+        inputs = rows * inverse_std
+        if score is not None:
+            inputs = torch.cat([inputs, score.reshape(rows.shape)], 1)
+        for_score, for_c, for_factor = self._features(inputs, level)
+        if score is None:
+            score = (self._raw_score(for_score, k) - skip * rows).reshape(x.shape)
+        c = c_head(self.c(for_c), k, self.constrained, self.c_min).reshape(x.shape)
+        return Scores(score, c, self._factor(for_factor, k) if self.rank else None)
+
+    @abstractmethod
+    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
+        """What the last layers of score, c and factor see."""
+
+    @abstractmethod
+    def _raw_score(self, features: Tensor, k: Tensor) -> Tensor:
+        """k times what is learned of the score, in the shape of the body."""
+
+    @abstractmethod
+    def _factor(self, features: Tensor, k: Tensor) -> Tensor:
+        """sigma U, `(B, D, r)`: k times what is learned of it."""
+
+    def _set_heads(
+        self,
+        score: nn.Linear | nn.Conv2d | None,
+        c: nn.Linear | nn.Conv2d,
+        factor: nn.Linear | nn.Conv2d | None,
+    ) -> None:
+        """Takes the last layers. Score and c start at zero, the factor with small columns."""
+        if score is not None:
+            self.score = score
+        self.c = c
+        for layer in (score, c):
+            for parameter in () if layer is None else layer.parameters():
+                nn.init.zeros_(parameter)
+        if factor is not None:
+            self.factor = factor
+            with torch.no_grad():  # columns of norm a few tenths, whatever D
+                factor.weight.mul_(self._size**-0.5)
+
+    def _make_config(self, **own: Any) -> dict[str, Any]:
+        """The arguments as plain JSON: those of the class between those that all networks have."""
+        return {
+            "_class_name": self.class_name,
+            "dims": list(self.dims),
+            "rank": self.rank,
+            **own,
+            "sigma_data": float(self.sigma_data),
+            "constrained": bool(self.constrained),
+            "c_min": float(self.c_min),
+            "given_score": bool(self.given_score),
+        }
+
+    def _check_input(self, x: Tensor, score: Tensor | None) -> None:
+        name, dtype = self.class_name, self.c.weight.dtype
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x must be a tensor, got {show(x)}")
+        if tuple(x.shape[1:]) != self.dims or x.dim() == 0:
+            rule = ", ".join(["B", *map(str, self.dims)])
+            raise ValueError(f"{name}: x must have shape ({rule}), got {tuple(x.shape)}")
+        # Autocast brings x and the parameters to one dtype itself.
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name}: x must be {dtype} like the parameters, got {x.dtype}")
+        if self.given_score != (score is not None):
+            rule = "given (the model has given_score=True)" if self.given_score else "None"
+            raise ValueError(f"{name}: score must be {rule}, got {show(score)}")
+        if score is not None:
+            check_like(name, "score", score, x)
+
+    # ------------------------------------------------------------------------------------- files
+
+    def saved_config(self) -> dict[str, Any]:
+        """The config from which the network can be made again."""
+        return self.config
 
     def save_pretrained(self, folder: Path | str, **extra: Any) -> str:
-        """config.json and model.safetensors, as `save_model` writes them. Returns the folder."""
-        write_weights(folder, saved_config(self), self.state_dict(), extra)
+        """Writes config.json and model.safetensors, as `save_model` does. Returns the folder."""
+        write_weights(folder, self.saved_config(), self.state_dict(), extra)
         return str(folder)
 
     @classmethod
     def from_pretrained(
-        cls: type[_Model], folder: Path | str, *, device: torch.device | str = "cpu"
-    ) -> _Model:
+        cls: type[_Network], folder: Path | str, *, device: torch.device | str = "cpu"
+    ) -> _Network:
         """Reads what `save_pretrained` wrote. The model is in eval mode.
 
         Raises:
             ValueError: the folder holds a model of another class, or what `load_model` refuses.
         """
         config, state = read_weights(folder)
-        if config["_class_name"] != cls.__name__:
+        if config["_class_name"] != cls.class_name:
             raise ValueError(
-                f"{cls.__name__}.from_pretrained: folder must hold {cls.__name__}, got "
+                f"{cls.class_name}.from_pretrained: folder must hold {cls.class_name}, got "
                 f"{config['_class_name']} in {folder}"
             )
-        return cast(_Model, load_network(folder, config, state, device=device))
+        return cls.from_weights(folder, config, state, device=device)
+
+    @classmethod
+    def from_weights(
+        cls: type[_Network],
+        folder: Path | str,
+        config: dict[str, Any],
+        state: dict[str, Tensor],
+        *,
+        device: torch.device | str,
+    ) -> _Network:
+        """The network of a config, with these weights in their own dtype. In eval mode.
+
+        `folder` is where both were read. It is for messages alone.
+        """
+        path = Path(folder) / WEIGHTS
+        dtypes = sorted({str(value.dtype) for value in state.values()})
+        if len(dtypes) != 1 or not all(value.is_floating_point() for value in state.values()):
+            raise ValueError(
+                f"{HOLD} weights of one floating dtype, got {', '.join(dtypes)} in {path}"
+            )
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights are overwritten
+                network = cls(**arguments_of(config))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{HOLD} the arguments of {cls.class_name}, got {path}: {error}"
+            ) from None
+        network.to(next(iter(state.values())).dtype)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{HOLD} the weights of its model, got {path}: {reason}") from None
+        return network.to(device).eval()
 
 
-def c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
-    """c from its raw output; k broadcasts against it.
-
-    raw = 0 is the Gaussian value k^2 if free, k^2 + c_min if constrained.
-    """
-    square = k.square()
-    if not constrained:
-        return square * (1 + raw)
-    return c_min + functional.softplus(raw + square.expm1().log())
-
-
-def noise_features(level: _Level) -> Tensor:
-    """Sines and cosines of log(sigma / sigma_data), `(B, features)`: smooth, bounded."""
-    frequencies = torch.tensor(_FREQUENCIES, dtype=level.k.dtype, device=level.k.device)
-    angle = level.log_ratio.unsqueeze(-1) * frequencies
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def level_features(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) -> _Level:
+def noise_level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) -> NoiseLevel:
     """Constants of the noise level in the dtype of x, computed in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(sigma, Tensor):
@@ -109,7 +261,7 @@ def level_features(name: str, x: Tensor, sigma: Tensor | float, sigma_data: floa
         raise ValueError(f"{name}: sigma must be positive and finite, got {sigma}")
     variance = value.square() + sigma_data**2
     inverse_std = variance.rsqrt()
-    return _Level(
+    return NoiseLevel(
         (value / sigma_data).log().to(x.dtype),
         inverse_std.to(x.dtype),
         (value / variance).to(x.dtype),
@@ -117,107 +269,20 @@ def level_features(name: str, x: Tensor, sigma: Tensor | float, sigma_data: floa
     )
 
 
-def activation_named(value: Any) -> tuple[Callable[[Tensor], Tensor], str | None]:
-    """The function, and its name where it has one."""
-    if isinstance(value, str):
-        if value not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(
-                f"MLP: activation must be one of {names}, or a function ({KINK}), got {value!r}"
-            )
-        return ACTIVATIONS[value], value
-    if not callable(value):
-        raise TypeError(f"MLP: activation must be a name or a function, got {value!r}")
-    return value, next((name for name, known in ACTIVATIONS.items() if known is value), None)
+def c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
+    """c from its raw output; k broadcasts against it.
+
+    raw = 0 is the Gaussian value k^2 if free, k^2 + c_min if constrained.
+    """
+    square = k.square()
+    if not constrained:
+        return square * (1 + raw)
+    return c_min + functional.softplus(raw + square.expm1().log())
 
 
-def check_common(
-    name: str, dims: Sequence[int], rank: int, sigma_data: float, c_min: float, trunk: str
-) -> None:
-    if not isinstance(dims, Sequence):
-        raise TypeError(f"{name}: dims must be a sequence of sizes, got {dims!r}")
-    if not dims or any(n < 1 for n in dims):
-        raise ValueError(f"{name}: dims must be positive sizes, got {tuple(dims)}")
-    for size in dims:
-        check_whole(name, "dims", size, 1)
-    check_whole(name, "rank", rank, 0)
-    if not 0 < sigma_data < math.inf:
-        raise ValueError(f"{name}: sigma_data must be positive and finite, got {sigma_data}")
-    if not 0 <= c_min < math.inf:
-        raise ValueError(f"{name}: c_min must be at least 0 and finite, got {c_min}")
-    if trunk not in ("separate", "shared"):
-        raise ValueError(f"{name}: trunk must be 'separate' or 'shared', got {trunk!r}")
-
-
-def check_whole(name: str, what: str, value: int, minimum: int) -> None:
+def check_size(name: str, what: str, value: int, *, least: int = 1) -> None:
+    """An int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: {what} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: {what} must be at least {minimum}, got {value}")
-
-
-def check_input(
-    name: str,
-    x: Tensor,
-    dims: tuple[int, ...],
-    weight: Tensor,
-    score: Tensor | None,
-    given_score: bool,
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a tensor, got {show(x)}")
-    if tuple(x.shape[1:]) != dims or x.dim() == 0:
-        rule = ", ".join(["B", *map(str, dims)])
-        raise ValueError(f"{name}: x must have shape ({rule}), got {tuple(x.shape)}")
-    # Autocast brings x and the parameters to one dtype itself.
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"{name}: x must be {weight.dtype} like the parameters, got {x.dtype}")
-    if given_score != (score is not None):
-        rule = "given (the model has given_score=True)" if given_score else "None"
-        raise ValueError(f"{name}: score must be {rule}, got {show(score)}")
-    if score is not None:
-        check_like(name, "score", score, x)
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-def saved_config(model: nn.Module) -> dict[str, Any]:
-    """The config of an MLP or a UNet that can be made again from it."""
-    if not isinstance(model, Network):
-        raise TypeError(
-            f"save_model: model must be MLP or UNet (unwrapped), got {type(model).__name__}"
-        )
-    if model.config.get("activation", "") is None:
-        raise ValueError(
-            "save_model: activation of the model must be given by name to be saved, got "
-            f"{model.activation!r}"
-        )
-    return model.config
-
-
-def load_network(
-    folder: Path | str,
-    config: dict[str, Any],
-    state: dict[str, Tensor],
-    *,
-    device: torch.device | str,
-) -> Network:
-    """The model of a config, with these weights in their own dtype. In eval mode."""
-    path = Path(folder) / WEIGHTS
-    name = config["_class_name"]
-    dtypes = sorted({str(value.dtype) for value in state.values()})
-    if len(dtypes) != 1 or not all(value.is_floating_point() for value in state.values()):
-        raise ValueError(f"{HOLD} weights of one floating dtype, got {', '.join(dtypes)} in {path}")
-    try:
-        with torch.random.fork_rng(devices=[]):  # the first weights are overwritten
-            model = NETWORKS[name](**arguments_of(config))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{HOLD} the arguments of {name}, got {path}: {error}") from None
-    model.to(next(iter(state.values())).dtype)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{HOLD} the weights of its model, got {path}: {reason}") from None
-    return model.to(device).eval()
+    if value < least:
+        raise ValueError(f"{name}: {what} must be at least {least}, got {value}")

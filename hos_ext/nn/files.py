@@ -1,4 +1,4 @@
-"""Models of any class as files; `weights` says what the files are."""
+"""Models of any class, to a folder and back; `weights` says what the files are."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import load_network
-from .head import SecondOrderHead, load_head
+from .head import SecondOrderHead
 from .mlp import MLP
 from .unet import UNet
 from .weights import CLASSES, read_weights
 
+_CLASSES: dict[str, type[MLP | UNet | SecondOrderHead]] = {
+    "MLP": MLP,
+    "UNet": UNet,
+    "SecondOrderHead": SecondOrderHead,
+}
 
-def save_model(folder: Path | str, model: nn.Module, **extra: Any) -> str:
+
+def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
     """Writes a model so that `load_model` gives it back, dtype and all.
 
     Each file is written whole or not at all, model.safetensors first.
 
     Args:
-        folder: made if need be; what it holds under these names is replaced.
         model: an `MLP`, `UNet` or `SecondOrderHead`, on any device.
+        folder: made if need be; what it holds under these names is replaced.
         extra: facts to keep in the config beside the model's arguments. Plain JSON: what it does
             not know (tuples) comes back as JSON has it (lists).
 
@@ -66,5 +71,5 @@ def load_model(
         RuntimeError: safetensors is missing, or diffusers for a `UNet`.
     """
     config, state = read_weights(folder)
-    load = load_head if config["_class_name"] == "SecondOrderHead" else load_network
-    return load(folder, config, state, device=device), config
+    model = _CLASSES[config["_class_name"]]
+    return model.from_weights(folder, config, state, device=device), config

@@ -9,29 +9,66 @@ likewise c and sigma U.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import shutil
-import tempfile
-from collections.abc import Callable
-from functools import partial
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_like, positive
-from ..integrations.diffusers import DiffusersScore, as_list, from_diffusers
 from ..ops._operator import functorch_active
 from ..scores import Scores
-from ..storage import write_folder
-from .base import load_network, saved_config
-from .weights import read_weights, write_weights
+from .base import Network
+from .mlp import MLP
+from .unet import UNet
+from .weights import HOLD, WEIGHTS, read_weights, write_weights
 
 ScoreModel = Callable[[Tensor, Tensor | float], Tensor | Scores]
-_FOLDER = "first_order"
+
+_HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
+_SCORE_FOLDER = "first_order"  # of the first-order model, in the folder of a saved head
+
+# Who reads the first-order model of a saved head: by its kind, "module:function". The module is
+# imported when a folder asks for it.
+_READERS = {"diffusers": "hos_ext.integrations.diffusers:read_saved"}
+
+
+@runtime_checkable
+class SavableScore(Protocol):
+    """A first-order model that a `SecondOrderHead` keeps beside itself in its folder."""
+
+    def fingerprint(self) -> Mapping[str, str] | None:
+        """Plain JSON by which the model is known again; None where it cannot be saved.
+
+        Its entry "kind" names the reader (see `register_score_reader`). Without one it is
+        "diffusers".
+        """
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes what the reader needs; leaves what is there already."""
+
+
+def register_score_reader(kind: str, reader: str) -> None:
+    """Makes a kind of first-order model one that `load_model` can read beside its head.
+
+    Args:
+        kind: the entry "kind" of the model's fingerprint (see `SavableScore`).
+        reader: "module:function". The module is imported when a folder asks for the kind. The
+            function is called as function(folder, fingerprint, device=device) and returns the
+            model.
+
+    Raises:
+        ValueError: reader is not of this form.
+
+    Example:
+        >>> register_score_reader("mine", "my_package.scores:read")
+    """
+    module, _, function = reader.partition(":")
+    if not module or not function:
+        raise ValueError(f"register_score_reader: reader must be 'module:function', got {reader!r}")
+    _READERS[kind] = reader
 
 
 class SecondOrderHead(nn.Module):
@@ -73,9 +110,15 @@ class SecondOrderHead(nn.Module):
             )
         if isinstance(score, nn.Module):
             score.requires_grad_(False).eval()
+        # Its name in the weights of a checkpoint, which `score_model` shows under the package's.
         self.first_order = score
         self.head = head
         self.scaled = scaled
+
+    @property
+    def score_model(self) -> ScoreModel:
+        """The first-order model, as it was given."""
+        return self.first_order
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -114,49 +157,58 @@ class SecondOrderHead(nn.Module):
                 torch.is_grad_enabled() and (x.requires_grad or functorch_active())
             ),
         ):
-            first = self.first_order(x, sigma)
-            if isinstance(first, Scores):
-                first = first.scaled_score
-            elif not self.scaled and isinstance(first, Tensor):
-                first = positive(where, "sigma", sigma, x) * first
-        check_like(where, "score from the first-order model", first, x)
-        second = self.head(x, sigma, first)
-        if not isinstance(second, Scores):
-            raise TypeError(f"{where}: head must return Scores, got {type(second).__name__}")
-        return second._replace(scaled_score=first)
+            given = self.score_model(x, sigma)
+            if isinstance(given, Scores):
+                given = given.scaled_score
+            elif not self.scaled and isinstance(given, Tensor):
+                given = positive(where, "sigma", sigma, x) * given
+        check_like(where, "score from the first-order model", given, x)
+        scores = self.head(x, sigma, given)
+        if not isinstance(scores, Scores):
+            raise TypeError(f"{where}: head must return Scores, got {type(scores).__name__}")
+        return scores._replace(scaled_score=given)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain JSON: the head's config, and what identifies the diffusers network, if it is one.
+        """Plain JSON: the config of the head, and the fingerprint of a score that can be saved.
 
         Raises:
             TypeError, ValueError: the head is none that can be saved.
         """
-        network = None
-        score: Any = self.first_order
-        if _can_be_saved(score):
-            dtype = next(score.parameters()).dtype
-            network = {"dtype": str(dtype).removeprefix("torch."), "sha256": _digest(score)}
+        if not isinstance(self.head, Network):
+            kind = type(self.head).__name__
+            raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {kind}")
+        score = self.first_order
+        fingerprint = score.fingerprint() if isinstance(score, SavableScore) else None
         return {
             "_class_name": "SecondOrderHead",
             "scaled": self.scaled,
-            "head": saved_config(self.head),
-            "first_order": network,
+            "head": self.head.saved_config(),
+            "first_order": None if fingerprint is None else dict(fingerprint),
         }
 
     def save_pretrained(self, folder: Path | str, **extra: Any) -> str:
-        """The head as config.json and model.safetensors (see `weights`).
+        """Writes the head as config.json and model.safetensors. Returns the folder.
 
         A diffusers network goes to first_order/unet and first_order/scheduler, in the format of
-        diffusers and with a manifest each, if it is not there yet. Any other score is not saved.
+        diffusers and with a manifest each, if it is not there yet. So does any `SavableScore`, to
+        the files of its own. Any other score is not saved.
 
         Raises:
             ValueError: the folder holds another first-order model. Likewise what `save_model`
                 raises.
         """
         config = self.config
-        if config["first_order"] is not None:
-            _save_first_order(Path(folder) / _FOLDER, self.first_order, config["first_order"])
+        fingerprint, place = config["first_order"], Path(folder) / _SCORE_FOLDER
+        if fingerprint is not None:
+            score: Any = self.first_order
+            read = _reader(place, fingerprint)
+            score.save_pretrained(place)
+            if read(place, fingerprint, device="cpu").fingerprint() != fingerprint:
+                raise ValueError(
+                    "save_pretrained: folder must not hold another first-order model, got one in "
+                    f"{place}"
+                )
         write_weights(folder, config, self.head.state_dict(), extra)
         return str(folder)
 
@@ -172,8 +224,8 @@ class SecondOrderHead(nn.Module):
 
         Args:
             folder: as given to `save_pretrained`.
-            score: the score that the head was trained with, if it was no diffusers network.
-            device: for the head, and for a diffusers network.
+            score: the score that the head was trained with, if it was not saved.
+            device: for the head, and for a score that was saved.
 
         Raises:
             ValueError: the folder holds no such model or another first-order model than the head
@@ -181,84 +233,64 @@ class SecondOrderHead(nn.Module):
             RuntimeError: safetensors or diffusers is missing.
         """
         config, state = read_weights(folder)
-        return load_head(folder, config, state, score=score, device=device)
+        return cls.from_weights(folder, config, state, score=score, device=device)
 
+    @classmethod
+    def from_weights(
+        cls,
+        folder: Path | str,
+        config: dict[str, Any],
+        state: dict[str, Tensor],
+        *,
+        score: ScoreModel | None = None,
+        device: torch.device | str,
+    ) -> SecondOrderHead:
+        """The model of a config and of the weights of its head. In eval mode.
 
-def load_head(
-    folder: Path | str,
-    config: dict[str, Any],
-    state: dict[str, Tensor],
-    *,
-    score: ScoreModel | None = None,
-    device: torch.device | str = "cpu",
-) -> SecondOrderHead:
-    """The `SecondOrderHead` of a config and of the weights of its head."""
-    where = "SecondOrderHead.from_pretrained"
-    if config["_class_name"] != "SecondOrderHead":
-        raise ValueError(
-            f"{where}: folder must hold SecondOrderHead, got {config['_class_name']} in {folder}"
-        )
-    network = config.get("first_order")
-    if network is None:
+        `folder` is where both were read, and where the first-order model is if it was saved.
+        """
+        where = "SecondOrderHead.from_pretrained"
+        if config["_class_name"] != "SecondOrderHead":
+            raise ValueError(
+                f"{where}: folder must hold SecondOrderHead, got {config['_class_name']} in "
+                f"{folder}"
+            )
+        fingerprint, place = config.get("first_order"), Path(folder) / _SCORE_FOLDER
+        if fingerprint is not None:
+            if score is not None:
+                raise ValueError(
+                    f"{where}: score must be None where the folder has its own, got one for "
+                    f"{folder}"
+                )
+            score = saved = _reader(place, fingerprint)(place, fingerprint, device=device)
+            if saved.fingerprint() != fingerprint:
+                raise ValueError(
+                    f"{where}: folder must hold the first-order model that the head was trained "
+                    f"with, got another one in {place}"
+                )
         if score is None:
             raise ValueError(
                 f"{where}: score must be given (the head was trained with one that is not saved), "
                 f"got None for {folder}"
             )
-    else:
-        if score is not None:
+        name = config["head"].get("_class_name")
+        if name not in _HEADS:
             raise ValueError(
-                f"{where}: score must be None where the folder has its own, got one for {folder}"
+                f"{HOLD} a head of class {', '.join(_HEADS)}, got {name!r} in "
+                f"{Path(folder) / WEIGHTS}"
             )
-        place = Path(folder) / _FOLDER
-        score = from_diffusers(place, device=device, dtype=getattr(torch, network["dtype"]))
-        if _digest(score) != network["sha256"]:
-            raise ValueError(
-                f"{where}: folder must hold the first-order model that the head was trained with, "
-                f"got another one in {place}"
-            )
-    head = load_network(folder, config["head"], state, device=device)
-    return SecondOrderHead(score, head, scaled=config["scaled"]).eval()
+        head = _HEADS[name].from_weights(folder, config["head"], state, device=device)
+        return cls(score, head, scaled=config["scaled"]).eval()
 
 
-# ------------------------------------------------------------------------ the files of diffusers
-
-
-def _can_be_saved(score: object) -> bool:
-    """Whether diffusers can write the network and its scheduler."""
-    return isinstance(score, DiffusersScore) and all(
-        hasattr(part, "save_pretrained") for part in (score.unet, score.scheduler)
-    )
-
-
-def _save_first_order(folder: Path, score: Any, network: dict[str, str]) -> None:
-    for name in ("unet", "scheduler"):
-        if (folder / name).exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as work:
-            getattr(score, name).save_pretrained(work)
-            files = sorted(Path(work).iterdir())
-            write_folder(folder / name, {f.name: partial(shutil.copyfile, f) for f in files})
-    there = from_diffusers(folder, dtype=getattr(torch, network["dtype"]))
-    if _digest(there) != network["sha256"]:
+def _reader(place: Path, fingerprint: Mapping[str, str]) -> Callable[..., Any]:
+    """What reads the first-order model of a saved head, by its kind."""
+    kind = fingerprint.get("kind", "diffusers")
+    if kind not in _READERS:
         raise ValueError(
-            f"save_pretrained: folder must not hold another first-order model, got one in {folder}"
+            f"{HOLD} a first-order model of a known kind ({', '.join(_READERS)}; "
+            f"register_score_reader adds one), got {kind!r} for {place}"
         )
-
-
-def _digest(score: Any) -> str:
-    """Of what the score depends on: network, weights, noise levels, kind of prediction."""
-    # What has its default is left out: later versions of diffusers have more of it.
-    known = inspect.signature(type(score.unet)).parameters
-    config = {
-        k: v
-        for k, v in score.unet.config.items()
-        if not k.startswith("_") and not (k in known and as_list(known[k].default) == as_list(v))
-    }
-    mark = hashlib.sha256(json.dumps([score.prediction, config], sort_keys=True).encode())
-    tensors = score.unet.state_dict() | {"alphas_cumprod": score.schedule.alphas_cumprod}
-    for name, value in sorted(tensors.items()):
-        mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        mark.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return mark.hexdigest()
+    module, _, function = _READERS[kind].partition(":")
+    reader: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return reader

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..scores import Scores
-from .base import (
-    NOISE_FEATURES,
-    Network,
-    activation_named,
-    c_head,
-    check_common,
-    check_input,
-    check_whole,
-    level_features,
-    noise_features,
-)
+from .base import KINK, Network, NoiseLevel, check_size
+
+# Angular frequencies in log(sigma / sigma_data). The slowest has a period of e^25 in sigma, so all
+# levels differ; the fastest resolves a factor of two.
+_FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
+_NOISE_FEATURES = 2 * len(_FREQUENCIES)
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "softplus": functional.softplus,
+}
 
 
 class MLP(Network):
@@ -68,6 +68,8 @@ class MLP(Network):
         Meng et al. 2021, arXiv:2111.04726, section 5 (widths) and Eq. 13 (diag + U U^T).
     """
 
+    class_name = "MLP"
+
     def __init__(
         self,
         dims: Sequence[int],
@@ -84,40 +86,29 @@ class MLP(Network):
         c_min: float = 1e-3,
         given_score: bool = False,
     ) -> None:
-        super().__init__()
-        check_common("MLP", dims, rank, sigma_data, c_min, trunk)
-        for name, size in (
-            ("width", width),
-            ("depth", depth),
-            ("head_width", head_width),
-            ("head_depth", head_depth),
-        ):
-            check_whole("MLP", name, size, 1)
-        self.activation = activation
-        function, activation_name = activation_named(activation)
-        self.dims = tuple(dims)
-        self.rank = rank
-        self.sigma_data = sigma_data
-        self.constrained = constrained
-        self.c_min = c_min
-        self.given_score = given_score
-        self.gradient_checkpointing = False
-        self.config = {
-            "_class_name": "MLP",
-            "dims": list(dims),
-            "rank": rank,
+        super().__init__(
+            dims,
+            rank,
+            trunk=trunk,
+            sigma_data=sigma_data,
+            constrained=constrained,
+            c_min=c_min,
+            given_score=given_score,
+        )
+        sizes = {
             "width": width,
             "depth": depth,
             "head_width": head_width,
             "head_depth": head_depth,
-            "trunk": trunk,
-            "activation": activation_name,
-            "sigma_data": float(sigma_data),
-            "constrained": bool(constrained),
-            "c_min": float(c_min),
-            "given_score": bool(given_score),
         }
-        size = math.prod(dims)
+        for name, size in sizes.items():
+            check_size("MLP", name, size)
+        self.activation = activation
+        function, name_of_function = _activation(activation)
+        self.gradient_checkpointing = False
+        self.config = self._make_config(**sizes, trunk=trunk, activation=name_of_function)
+        size = self._size
+        self._shape = (size,)
         inputs = 2 * size if given_score else size
         bodies = []
         if trunk == "shared" or not given_score:
@@ -128,63 +119,44 @@ class MLP(Network):
         else:
             head_width = width
         self.bodies = nn.ModuleList(bodies)
-        if not given_score:
-            self.score = nn.Linear(width, size)
-        self.c = nn.Linear(head_width, size)
-        for layer in [self.c] if given_score else [self.score, self.c]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if rank:
-            self.factor = nn.Linear(head_width + 1, size * rank, bias=False)
-            with torch.no_grad():  # columns of norm a few tenths, whatever D
-                self.factor.weight.mul_(size**-0.5)
+        self._set_heads(
+            None if given_score else nn.Linear(width, size),
+            nn.Linear(head_width, size),
+            nn.Linear(head_width + 1, size * rank, bias=False) if rank else None,
+        )
 
-    def forward(self, x: Tensor, sigma: Tensor | float, score: Tensor | None = None) -> Scores:
-        """Scaled scores at noise level sigma.
-
-        Args:
-            x: noisy samples. Shape (B, *dims), dtype and device of the parameters. Data units.
-            sigma: noise standard deviation, > 0 (a tensor is not checked for it, and gives NaN).
-                Float or shape (B,). Data units.
-            score: the known sigma * s1, as x, for a model with given_score. No units.
-
-        Returns:
-            Scores: score sigma * s1 and c, shape (B, *dims); factor sigma * U, shape (B, D, r)
-            with r fastest in memory, or None. No units.
-
-        Raises:
-            TypeError: x or score is not a tensor.
-            ValueError: x, sigma or score has another shape, dtype or device, a float sigma is not
-                > 0, or score is given where it must not be, or the other way round.
-        """
-        check_input("MLP", x, self.dims, self.c.weight, score, self.given_score)
-        level = level_features("MLP", x, sigma, self.sigma_data)
-        flat = x.flatten(1)
-        features = noise_features(level)
-        inputs = flat * level.inverse_std.unsqueeze(-1)
-        if score is not None:
-            inputs = torch.cat([inputs, score.flatten(1)], -1)
-        hidden = [self._hidden(body, inputs, features) for body in self.bodies]
-        skip, k = level.skip.unsqueeze(-1), level.k.unsqueeze(-1)
-        if score is None:
-            score = (k * self.score(hidden[0]) - skip * flat).reshape(x.shape)
+    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
+        noise = _noise_features(level)
+        hidden = [self._hidden(body, inputs, noise) for body in self.bodies]
         # From the end: [score, c, factor], [c, factor], [score, c], [c] or the shared trunk.
-        second_to_last = len(hidden) - 2 if self.rank and len(hidden) > 1 else len(hidden) - 1
-        c = c_head(self.c(hidden[second_to_last]), k, self.constrained, self.c_min)
-        factor = None
-        if self.rank:
-            # k enters before the last layer (the column of ones is its bias), not after it: that
-            # would be one more pass over the (B, D, r) factor, as dear as the loss itself.
-            scaled = k * functional.pad(hidden[-1], (0, 1), value=1.0)
-            factor = self.factor(scaled).reshape(*flat.shape, self.rank)
-        return Scores(score, c.reshape(x.shape), factor)
+        of_c = len(hidden) - 2 if self.rank and len(hidden) > 1 else len(hidden) - 1
+        return hidden[0], hidden[of_c], hidden[-1]
 
-    def _hidden(self, body: nn.Module, inputs: Tensor, features: Tensor) -> Tensor:
+    def _raw_score(self, features: Tensor, k: Tensor) -> Tensor:
+        score: Tensor = self.score(features)
+        return k * score  # the bias fades too
+
+    def _factor(self, features: Tensor, k: Tensor) -> Tensor:
+        # k enters before the last layer (the column of ones is its bias), not after it: that
+        # would be one more pass over the (B, D, r) factor, as dear as the loss itself.
+        scaled = k * functional.pad(features, (0, 1), value=1.0)
+        factor: Tensor = self.factor(scaled)
+        return factor.reshape(features.shape[0], self._size, self.rank)
+
+    def _hidden(self, body: nn.Module, inputs: Tensor, noise: Tensor) -> Tensor:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            hidden: Tensor = body(inputs, features)
+            hidden: Tensor = body(inputs, noise)
             return hidden
-        hidden = checkpoint(body, inputs, features, use_reentrant=False, preserve_rng_state=False)
+        hidden = checkpoint(body, inputs, noise, use_reentrant=False, preserve_rng_state=False)
         return hidden
+
+    def saved_config(self) -> dict[str, Any]:
+        if self.config["activation"] is None:
+            raise ValueError(
+                "save_model: activation of the model must be given by name to be saved, got "
+                f"{self.activation!r}"
+            )
+        return self.config
 
 
 class _Body(nn.Module):
@@ -195,10 +167,31 @@ class _Body(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [size] + [width] * (depth - 1)
-        self.layers = nn.ModuleList(nn.Linear(n + NOISE_FEATURES, width) for n in sizes)
+        self.layers = nn.ModuleList(nn.Linear(n + _NOISE_FEATURES, width) for n in sizes)
         self.activation = activation
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         for layer in self.layers:
             x = self.activation(layer(torch.cat([x, features], -1)))
         return x
+
+
+def _noise_features(level: NoiseLevel) -> Tensor:
+    """Sines and cosines of log(sigma / sigma_data), `(B, features)`: smooth, bounded."""
+    frequencies = torch.tensor(_FREQUENCIES, dtype=level.k.dtype, device=level.k.device)
+    angle = level.log_ratio.unsqueeze(-1) * frequencies
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def _activation(value: Any) -> tuple[Callable[[Tensor], Tensor], str | None]:
+    """The function, and its name where it has one."""
+    if isinstance(value, str):
+        if value not in _ACTIVATIONS:
+            names = ", ".join(repr(name) for name in _ACTIVATIONS)
+            raise ValueError(
+                f"MLP: activation must be one of {names}, or a function ({KINK}), got {value!r}"
+            )
+        return _ACTIVATIONS[value], value
+    if not callable(value):
+        raise TypeError(f"MLP: activation must be a name or a function, got {value!r}")
+    return value, next((name for name, known in _ACTIVATIONS.items() if known is value), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..checks import require
-from ..scores import Scores
-from .base import KINK, Network, c_head, check_common, check_input, check_whole, level_features
+from .base import KINK, Network, NoiseLevel, check_size
 
 # What diffusers takes as act_fn, without "relu".
 _UNET_ACTIVATIONS = ("silu", "swish", "mish", "gelu")
@@ -61,6 +59,8 @@ class UNet(Network):
         Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239.
     """
 
+    class_name = "UNet"
+
     def __init__(
         self,
         dims: Sequence[int],
@@ -78,79 +78,48 @@ class UNet(Network):
         given_score: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
-        check_common("UNet", dims, rank, sigma_data, c_min, trunk)
-        if spatial not in (1, 2):
-            raise ValueError(f"UNet: spatial must be 1 or 2, got {spatial!r}")
-        if len(dims) not in (spatial, spatial + 1):
-            rule = "(C, H, W) or (H, W)" if spatial == 2 else "(C, T) or (T,) for spatial=1"
-            raise ValueError(f"UNet: dims must be {rule}, got {tuple(dims)}")
-        check_whole("UNet", "layers_per_block", layers_per_block, 1)
-        check_whole("UNet", "norm_num_groups", norm_num_groups, 1)
-        _check_channels("channels", channels, norm_num_groups)
-        if head_channels is not None:
-            _check_channels("head_channels", head_channels, norm_num_groups)
-            if trunk == "shared" or given_score:
-                raise ValueError(
-                    "UNet: head_channels must be None but with trunk='separate' and a score of its "
-                    f"own, got {tuple(head_channels)}"
-                )
-        _check_options(options, spatial)
-        # Wider heads than channels would make attention of no heads at all.
-        width = options.get("attention_head_dim", 8)
-        coarsest = min(list(channels)[-1], list(head_channels or channels)[-1])
-        if options.get("add_attention", True) and width is not None and width > coarsest:
-            raise ValueError(
-                f"UNet: attention_head_dim must be at most the coarsest channels, {coarsest}, got "
-                f"{width}"
-            )
-        self.dims = tuple(dims)
-        self.rank = rank
+        super().__init__(
+            dims,
+            rank,
+            trunk=trunk,
+            sigma_data=sigma_data,
+            constrained=constrained,
+            c_min=c_min,
+            given_score=given_score,
+        )
+        _check_shape(dims, spatial)
+        _check_channels(channels, head_channels, norm_num_groups, trunk == "shared" or given_score)
+        check_size("UNet", "layers_per_block", layers_per_block)
+        _check_options(options, spatial, min([*channels][-1], [*(head_channels or channels)][-1]))
         self.spatial = spatial
-        self.sigma_data = sigma_data
-        self.constrained = constrained
-        self.c_min = c_min
-        self.given_score = given_score
         self._checkpointing = False
-        self.config = {
-            "_class_name": "UNet",
-            "dims": list(dims),
-            "rank": rank,
-            "spatial": spatial,
-            "trunk": trunk,
-            "channels": list(channels),
-            "head_channels": None if head_channels is None else list(head_channels),
-            "layers_per_block": layers_per_block,
-            "norm_num_groups": norm_num_groups,
-            "sigma_data": float(sigma_data),
-            "constrained": bool(constrained),
-            "c_min": float(c_min),
-            "given_score": bool(given_score),
-        } | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
+        blocks = {"layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups}
+        self.config = self._make_config(
+            spatial=spatial,
+            trunk=trunk,
+            channels=list(channels),
+            head_channels=None if head_channels is None else list(head_channels),
+            **blocks,
+        ) | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
 
         # As (C, H, W); a signal has H = 1.
         depth = dims[0] if len(dims) > spatial else 1
-        self._image = (depth, *([1] if spatial == 1 else []), *dims[-spatial:])
+        self._shape = (depth, *([1] if spatial == 1 else []), *dims[-spatial:])
         widths = [tuple(channels)]
         if trunk == "separate" and not given_score:
             widths.append(tuple(head_channels or channels))
-        common = {"layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups}
         inputs = 2 * depth if given_score else depth
         self.bodies = nn.ModuleList(
-            _unet(inputs, width, spatial, **(common | options)) for width in widths
+            _unet(inputs, width, spatial, **(blocks | options)) for width in widths
         )
         coarse = [2 ** (len(width) - 1) for width in widths]
         self._multiples = [(1 if spatial == 1 else n, n) for n in coarse]
-        if not given_score:
-            self.score = _head(widths[0][0], depth, spatial)
-            nn.init.zeros_(self.score.weight)
-        self.c = _head(widths[-1][0], depth, spatial, bias=True)
-        nn.init.zeros_(self.c.weight)
-        nn.init.zeros_(self.c.bias)  # type: ignore[arg-type]
-        if rank:
-            self.factor = _head(widths[-1][0], depth * rank, spatial)
-            with torch.no_grad():  # columns of norm a few tenths, whatever D
-                self.factor.weight.mul_(math.prod(dims) ** -0.5)
+        fine = widths[-1][0]
+        self._set_heads(
+            None if given_score else _last_layer(widths[0][0], depth, spatial),
+            _last_layer(fine, depth, spatial, bias=True),
+            _last_layer(fine, depth * rank, spatial) if rank else None,
+        )
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -166,46 +135,25 @@ class UNet(Network):
                 switch.disable_gradient_checkpointing()
         self._checkpointing = bool(value)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, score: Tensor | None = None) -> Scores:
-        """Scaled scores at noise level sigma.
-
-        Args:
-            x: noisy samples. Shape (B, *dims), dtype and device of the parameters. Data units.
-            sigma: noise standard deviation, > 0 (a tensor is not checked for it, and gives NaN).
-                Float or shape (B,). Data units.
-            score: the known sigma * s1, as x, for a model with given_score. No units.
-
-        Returns:
-            Scores: score sigma * s1 and c, shape (B, *dims); factor sigma * U, shape (B, D, r), a
-            view of the convolution's channels (D fastest in memory), or None. No units.
-
-        Raises:
-            TypeError: x or score is not a tensor.
-            ValueError: x, sigma or score has another shape, dtype or device, a float sigma is not
-                > 0, or score is given where it must not be, or the other way round.
-        """
-        check_input("UNet", x, self.dims, self.c.weight, score, self.given_score)
-        level = level_features("UNet", x, sigma, self.sigma_data)
-        inverse_std, skip, k = (value.view(-1, 1, 1, 1) for value in level[1:])
-        image = x.reshape(-1, *self._image)
-        inputs = image * inverse_std
-        if score is not None:
-            inputs = torch.cat([inputs, score.reshape(-1, *self._image)], 1)
+    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
         timestep = 250 * level.log_ratio
         features = [
-            _features(body, inputs, timestep, multiples)
+            _padded(body, inputs, timestep, multiples)
             for body, multiples in zip(self.bodies, self._multiples, strict=True)
         ]
-        # The crop and the factor k act on the few channels before the heads and never on the
-        # (B, D, r) factor.
-        if score is None:
-            score = (self.score(k * features[0]) - skip * image).reshape(x.shape)
-        c = c_head(self.c(features[-1]), k, self.constrained, self.c_min).reshape(x.shape)
-        factor = None
-        if self.rank:  # channel = column * C + c, so that D = C H W is row-major for each column
-            raw = self.factor(k * features[-1])
-            factor = raw.reshape(x.shape[0], self.rank, -1).transpose(1, 2)
-        return Scores(score, c, factor)
+        return features[0], features[-1], features[-1]
+
+    # The crop and the factor k act on the few channels before the last layers and never on the
+    # (B, D, r) factor.
+
+    def _raw_score(self, features: Tensor, k: Tensor) -> Tensor:
+        score: Tensor = self.score(k * features)
+        return score
+
+    def _factor(self, features: Tensor, k: Tensor) -> Tensor:
+        # channel = column * C + c, so that D = C H W is row-major for each column
+        raw: Tensor = self.factor(k * features)
+        return raw.reshape(raw.shape[0], self.rank, self._size).transpose(1, 2)
 
 
 def _unet(inputs: int, channels: tuple[int, ...], spatial: int, **options: Any) -> nn.Module:
@@ -256,14 +204,12 @@ class _Doubling(nn.Module):
         return doubled
 
 
-def _head(channels: int, outputs: int, spatial: int, *, bias: bool = False) -> nn.Conv2d:
+def _last_layer(channels: int, outputs: int, spatial: int, *, bias: bool = False) -> nn.Conv2d:
     kernel, padding = ((3, 3), (1, 1)) if spatial == 2 else ((1, 3), (0, 1))
     return nn.Conv2d(channels, outputs, kernel, padding=padding, bias=bias)
 
 
-def _features(
-    body: nn.Module, image: Tensor, timestep: Tensor, multiples: tuple[int, int]
-) -> Tensor:
+def _padded(body: nn.Module, image: Tensor, timestep: Tensor, multiples: tuple[int, int]) -> Tensor:
     """Output of a U-Net: padded to multiples of its coarsest cell, and cropped again."""
     height, width = image.shape[-2:]
     extra_h, extra_w = -height % multiples[0], -width % multiples[1]
@@ -273,15 +219,34 @@ def _features(
     return features[:, :, top : top + height, left : left + width]
 
 
-def _check_channels(name: str, channels: Sequence[int], groups: int) -> None:
-    if not channels or channels[0] % 2 or any(n < 1 or n % groups for n in channels):
+def _check_shape(dims: Sequence[int], spatial: int) -> None:
+    if spatial not in (1, 2):
+        raise ValueError(f"UNet: spatial must be 1 or 2, got {spatial!r}")
+    if len(dims) not in (spatial, spatial + 1):
+        rule = "(C, H, W) or (H, W)" if spatial == 2 else "(C, T) or (T,) for spatial=1"
+        raise ValueError(f"UNet: dims must be {rule}, got {tuple(dims)}")
+
+
+def _check_channels(
+    channels: Sequence[int], head_channels: Sequence[int] | None, groups: int, one_body: bool
+) -> None:
+    check_size("UNet", "norm_num_groups", groups)
+    for name, each in (("channels", channels), ("head_channels", head_channels)):
+        if each is None:
+            continue
+        if not each or each[0] % 2 or any(n < 1 or n % groups for n in each):
+            raise ValueError(
+                f"UNet: {name} must be multiples of norm_num_groups = {groups}, the first even, "
+                f"got {tuple(each)}"
+            )
+    if head_channels is not None and one_body:
         raise ValueError(
-            f"UNet: {name} must be multiples of norm_num_groups = {groups}, the first even, got "
-            f"{tuple(channels)}"
+            "UNet: head_channels must be None but with trunk='separate' and a score of its own, "
+            f"got {tuple(head_channels)}"
         )
 
 
-def _check_options(options: dict[str, Any], spatial: int) -> None:
+def _check_options(options: dict[str, Any], spatial: int, coarsest: int) -> None:
     if options.get("dropout", 0.0):
         raise ValueError(
             "UNet: dropout must be 0 (its masks differ between the points of a "
@@ -302,6 +267,13 @@ def _check_options(options: dict[str, Any], spatial: int) -> None:
     ):
         if name in options:
             raise ValueError(f"UNet: {name} is set by the adapter, got {options[name]!r}")
+    # A wider head than the coarsest channels would make attention of no heads at all.
+    width = options.get("attention_head_dim", 8)
+    if options.get("add_attention", True) and width is not None and width > coarsest:
+        raise ValueError(
+            f"UNet: attention_head_dim must be at most the coarsest channels, {coarsest}, got "
+            f"{width}"
+        )
     if spatial == 2:
         return
     blocks = (*options.get("down_block_types", ()), *options.get("up_block_types", ()))

@@ -1,4 +1,8 @@
-"""nn.weights."""
+"""The files of a model: model.safetensors, with the config in its metadata, and config.json.
+
+The config is plain JSON: "_class_name", the arguments of the class, and further facts, whose names
+"_extra" lists. The weights keep their dtype. A pickle can run code, so that none is read.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,6 @@ from torch import Tensor
 
 from ..checks import require
 from ..storage import write_whole
-
-
-def part_of_folder(folder: Path | str, name: str, config: str) -> Path:
-    """The sub-folder of a pipeline's part, or the folder itself."""
-    for place in (Path(folder) / name, Path(folder)):
-        if (place / config).is_file():
-            return place
-    raise ValueError(f"from_diffusers: folder must hold {name}/{config}, got {folder} without it")
-
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLASSES = ("MLP", "UNet", "SecondOrderHead")
