@@ -31,7 +31,8 @@ def train(steps: int) -> torch.nn.Module:
     sizes = {"width": 192, "head_width": 128, "head_depth": 2, "c_min": 0.008}
     digits = data.open_source("digits")
     model = MLP(digits.shape, 16, activation="silu", sigma_data=digits.std, **sizes)
-    return training.train(model, digits, steps=steps, batch_size=96, augment="distort").model
+    options = training.TrainingOptions(steps=steps, batch_size=96, augment="distort")
+    return training.train(model, digits, options).model
 
 
 def corrupted(grey: Tensor) -> dict[str, Tensor]:

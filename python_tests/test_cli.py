@@ -14,7 +14,7 @@ import torch
 from hos_ext.app import cli, data, evaluation, options, results, runs, training
 from hos_ext.app.cli.common import noise_level, program
 from hos_ext.app.cli.train import default_out
-from hos_ext.app.training import engine
+from hos_ext.app.training import batches
 from hos_ext.schedules import draw_sigma
 
 SMALL = [
@@ -157,7 +157,7 @@ def test_a_stopped_run_is_resumed_to_the_same_model(
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "draw_sigma", stop)
+        patch.setattr(batches, "draw_sigma", stop)
         assert cli.run(["train", "--out", str(tmp_path), *SMALL]) == code
     error = _one_line(capsys)
     assert "stopped it after step 3; last checkpoint: " in error

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hos_ext.app import options, runs, training
-from hos_ext.app.training import engine
+from hos_ext.app.training import batches
 from hos_ext.nn.mlp import MLP
 from hos_ext.schedules import draw_sigma
 
@@ -56,14 +56,14 @@ def _same_model(one, other):
 
 def test_options_of_every_kind_are_read_as_their_kind():
     given = {"learning-rate": "1e-3", "sigma": "0.1,1", "channels": 16, "steps": 5, "free": True}
-    assert options.check_options(given) == {
+    assert options.by_kind(given) == {
         "learning_rate": 0.001,
         "sigma": [0.1, 1],
         "channels": [16],
         "steps": 5,
         "free": True,
     }
-    assert options.check_options({"width": None, "out": "x"}) == {"width": None, "out": "x"}
+    assert options.by_kind({"width": None, "out": "x"}) == {"width": None, "out": "x"}
 
 
 @pytest.mark.parametrize(
@@ -159,12 +159,12 @@ def test_digits_have_the_model_of_the_demonstration():
     assert model.config == expected.config
     for value, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
-    engine = options.engine(full)
-    assert engine["objective"] == {"variance_reduction": False, "centred": True, "gamma": 1.0}
-    assert engine["augment"] == "distort"
-    assert engine["learning_rate"] == 4e-3
-    assert engine["weight_decay"] == 0.1
-    assert engine["sigma_range"] == (0.1, 1.2)
+    chosen = options.training_options(full)
+    assert chosen.objective == {"variance_reduction": False, "centred": True, "gamma": 1.0}
+    assert chosen.augment == "distort"
+    assert chosen.learning_rate == 4e-3
+    assert chosen.weight_decay == 0.1
+    assert chosen.sigma_range == (0.1, 1.2)
 
 
 def test_defaults_follow_the_data(tmp_path):
@@ -176,10 +176,10 @@ def test_defaults_follow_the_data(tmp_path):
     assert images["sigma_data"] == pytest.approx(source.std, rel=1e-5)
     other, _ = options.complete({"data": "digits", "model": "unet-small", "diagonal": True})
     assert (other["width"], other["rank"], other["augment"]) == (None, 0, "distort")
-    assert options.engine(other)["objective"]["diagonal"] is True
+    assert options.training_options(other).objective["diagonal"] is True
     vectors, _ = options.complete({"data": "density:gaussian2d", "objective": "vr"})
     assert (vectors["model"], vectors["width"]) == ("mlp", 256)
-    assert options.engine(vectors)["objective"] == {"variance_reduction": True, "gamma": 2.0}
+    assert options.training_options(vectors).objective == {"variance_reduction": True, "gamma": 2.0}
     assert (images["batch_size"], vectors["batch_size"]) == (32, 128)
     assert images["gamma"] == source.validation[0].numel()
 
@@ -298,7 +298,7 @@ def test_a_stopped_run_resumes_to_the_same_model(whole, tmp_path, monkeypatch):
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "draw_sigma", stop)
+        patch.setattr(batches, "draw_sigma", stop)
         with pytest.raises(training.Stopped):
             runs.fit(runs.prepare(SMALL, tmp_path / "a"))
     assert runs.info(tmp_path / "a")["state"] == "not finished"
@@ -318,7 +318,7 @@ def test_a_killed_run_resumes_behind_a_damaged_checkpoint(whole, tmp_path, monke
         return draw(n, sigma_range, seed=seed, offset=offset, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "draw_sigma", kill)
+        patch.setattr(batches, "draw_sigma", kill)
         with pytest.raises(SystemExit):
             runs.fit(runs.prepare(SMALL, tmp_path))
     newest = tmp_path / "checkpoints" / "step-00000004" / "model.safetensors"

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from hos_ext import MLP, ScoreMatchingLoss, ops, schedules, score_matching_loss
 from hos_ext.app import data, training
-from hos_ext.app.training import engine, precision
-from hos_ext.app.training.engine import _draw, _gradient_variance, _losses
+from hos_ext.app.training import TrainingOptions, engine, precision
+from hos_ext.app.training.batches import draw_batch, gradient_variance, losses
 from hos_ext.app.training.precision import _tf32
 from hos_ext.random import STREAM_TIME
 from hos_ext.scores import Scores
@@ -37,8 +37,10 @@ def source():
 
 
 def run(source, seed=0, model=None, **options):
-    options = {"steps": 12, "batch_size": 16, "augment": "distort"} | options
-    return training.train(model or build(seed), source, seed=seed, **options)
+    options = {"steps": 12, "batch_size": 16, "augment": "distort", "seed": seed} | options
+    names = ("out", "resume", "report", "facts", "progress")
+    how = {name: options.pop(name) for name in names if name in options}
+    return training.train(model or build(seed), source, TrainingOptions(**options), **how)
 
 
 class _Instead:
@@ -163,12 +165,12 @@ def test_the_gradient_variance_is_that_of_the_batch(source, rows):
     """Its mean over many batches against the spread of the gradients of those batches."""
     model = build(rank=0)
     trained = list(model.parameters())
-    place = torch.device("cpu")
+    options = TrainingOptions(steps=150, batch_size=rows, sigma_range=(0.3, 0.6))
     estimates, gradients = [], []
     for step in range(150):
-        batch = _draw(source, rows, rows, "none", (0.3, 0.6), 0, place, step + 1, 0)
-        estimates.append(_gradient_variance(model, trained, batch, training.OBJECTIVE, 0, step + 1))
-        loss = _losses(model, batch, training.OBJECTIVE, 0, step + 1)[0].mean()
+        batch = draw_batch(source, options, step + 1, 0, rows)
+        estimates.append(gradient_variance(model, trained, batch, training.OBJECTIVE))
+        loss = losses(model, batch, training.OBJECTIVE)[0].mean()
         flat = [g.flatten() for g in torch.autograd.grad(loss, trained)]
         gradients.append(torch.cat(flat).double())
     spread = torch.stack(gradients).var(0).sum().item()
@@ -426,7 +428,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     message = str(warned[0].message)
     assert message.startswith(f"train: {folder / 'step-00000012'} is damaged ({words}")
     assert message.endswith("): going back to the one before")
-    assert training.checkpoints(tmp_path)[-1] == (folder / "step-00000012", None)
+    assert training.list_checkpoints(tmp_path)[-1] == (folder / "step-00000012", None)
 
 
 def test_without_a_whole_checkpoint_the_run_starts_again(source, saved, tmp_path, uninterrupted):
@@ -495,7 +497,7 @@ def test_a_signal_at_the_end_of_a_step_waits_for_the_next(source, tmp_path, monk
     def bar(*_):
         yield lambda step, loss: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
 
-    monkeypatch.setattr(engine, "_progress_bar", bar)
+    monkeypatch.setattr(engine, "progress_bar", bar)
     with pytest.raises(training.Stopped, match=r"after step 7; last checkpoint: .*step-00000007 "):
         run(source, out=tmp_path, save_every=4)
 
@@ -670,7 +672,7 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_samples(source, tmp_path):
         f"{row} (sigma {sigma:.4g}); last good checkpoint: "
         f"{tmp_path / 'checkpoints' / f'step-{step:08d}'} (step {step})"
     )
-    assert [path.name for path, wrong in training.checkpoints(tmp_path) if wrong is None] == [
+    assert [path.name for path, wrong in training.list_checkpoints(tmp_path) if wrong is None] == [
         f"step-{step:08d}"
     ]
 

@@ -1,18 +1,19 @@
 """The options of a run, one plain dict: from a command line or a file to data and model.
 
-Names, kinds and defaults are in `OPTIONS`; a default of None depends on the data (`BY_DATA`) or on
-the model, and `complete` fills it in. Everything here is plain JSON.
+`OPTIONS` describes each option once; its rows on training are made from `TrainingOptions`.
+`complete` fills in what depends on data and model. Everything in the dict is plain JSON.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import nn
@@ -23,22 +24,71 @@ from ..nn.head import SecondOrderHead
 from ..nn.mlp import MLP
 from ..nn.unet import UNet
 from . import data, training
+from .training import TrainingOptions
 
 FORMAT = "hos_ext run 1"  # of run.json
 
 DATA, MODEL, OBJECTIVE, TRAINING, FOLDER = "Data", "Model", "Objective", "Training", "Run folder"
+_MODELS = ("mlp", "unet-small", "unet")
+_UNETS = ("unet-small", "unet")
+_NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Option(NamedTuple):
-    """Kind and default; None: it depends on data or model (`words` say how), or is not used."""
+    """An option of a run.
+
+    Attributes:
+        kind: of its value. A list holds numbers.
+        default: its value where none is given; None where it depends on data or model, is measured,
+            or is not used.
+        panel: its group in `--help`.
+        help: what it is, in a line.
+        by: its default by kind of data ("digits", "images" or "vectors"), by model, or "else".
+        measured: how it is found where `by` says nothing.
+        models: those that take it; empty for all.
+    """
 
     kind: type
     default: Any
-    panel: str  # of --help
+    panel: str
     help: str
-    words: str = ""
+    by: Mapping[str, Any] = _NO_DEFAULTS
+    measured: str = ""
+    models: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The default in words where it depends on data or model; else empty."""
+        most = self.measured or _words(self.by.get("else", ""))
+        others = ", ".join(f"{_words(v)} for {key}" for key, v in self.by.items() if key != "else")
+        return "; ".join(part for part in (most, others) if part)
+
+    def default_for(self, data_kind: str, model: str | None = None) -> Any:
+        """The default for a kind of data, and for a model if it is known."""
+        by, usual = self.by, self.by.get("else", self.default)
+        return by[data_kind] if data_kind in by else by.get(model or "", usual)
 
 
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_FIELDS = {each.name: each for each in fields(TrainingOptions)}
+_KINDS = get_type_hints(TrainingOptions)
+
+
+def _of_training(name: str, *, panel: str = TRAINING, **changed: Any) -> Option:
+    """The row of a field of `TrainingOptions`; `changed` says where a run is different."""
+    field = _FIELDS[name]
+    default = None if "by" in changed else field.default
+    row = Option(_KINDS[name], default, panel, field.metadata["help"])
+    return row._replace(**changed)
+
+
+# The defaults for digits are the model of the demonstration, chosen on the validation digits; those
+# for images make steps of half a second on two cores for 28x28 pixels.
 OPTIONS: dict[str, Option] = {
     "data": Option(
         str,
@@ -46,29 +96,37 @@ OPTIONS: dict[str, Option] = {
         DATA,
         "digits | parquet:PATH | folder:PATH | npy:PATH | hf:NAME | density:NAME.",
     ),
-    "test_data": Option(str, None, DATA, "A test set of its own, as --data.", "held-out rows"),
-    "column": Option(str, None, DATA, "Of parquet: or hf:, or array of an .npz.", "the only one"),
-    "streaming": Option(bool, False, DATA, "Read files as a stream: more data than memory."),
-    "validation": Option(int, None, DATA, "Rows held out to tune on.", "5 %, at most 1000"),
-    "test": Option(
-        int, None, DATA, "Rows held out to report on.", "as --validation; all of --test-data"
+    "test_data": Option(
+        str, None, DATA, "A test set of its own, as --data.", measured="held-out rows"
     ),
-    "augment": Option(
-        str,
+    "column": Option(
+        str, None, DATA, "Of parquet: or hf:, or array of an .npz.", measured="the only one"
+    ),
+    "streaming": Option(bool, False, DATA, "Read files as a stream: more data than memory."),
+    "validation": Option(
+        int, None, DATA, "Rows held out to tune on.", measured="5 %, at most 1000"
+    ),
+    "test": Option(
+        int,
         None,
         DATA,
-        "none, flip (left and right), or distort (rotate, shear, scale, shift half of a batch).",
-        "none; distort for digits",
+        "Rows held out to report on.",
+        measured="as --validation; all of --test-data",
     ),
+    "augment": _of_training("augment", panel=DATA, by={"digits": "distort", "else": "none"}),
     "model": Option(
         str,
         None,
         MODEL,
         "mlp, unet-small (fits a CPU) or unet.",
-        "unet-small for images, else mlp",
+        {"images": "unet-small", "else": "mlp"},
     ),
     "rank": Option(
-        int, None, MODEL, "Columns of the low-rank part of the covariance.", "8; 16 for digits"
+        int,
+        None,
+        MODEL,
+        "Columns of the low-rank part of the covariance.",
+        {"digits": 16, "else": 8},
     ),
     "diagonal": Option(bool, False, MODEL, "Variances alone: rank 0, Eq. 17 of the paper."),
     "free": Option(bool, False, MODEL, "The paper's free diagonal: variances may be negative."),
@@ -77,33 +135,59 @@ OPTIONS: dict[str, Option] = {
         None,
         MODEL,
         "separate networks for score and covariance, or one shared.",
-        "separate for mlp, shared for unet",
+        {"mlp": "separate", "else": "shared"},
     ),
-    "width": Option(int, None, MODEL, "mlp: hidden width for the score.", "256; 384 for digits"),
-    "depth": Option(int, None, MODEL, "mlp: its hidden layers.", "3"),
+    "width": Option(
+        int,
+        None,
+        MODEL,
+        "mlp: hidden width for the score.",
+        {"digits": 384, "else": 256},
+        models=("mlp",),
+    ),
+    "depth": Option(int, None, MODEL, "mlp: its hidden layers.", {"else": 3}, models=("mlp",)),
     "head_width": Option(
-        int, None, MODEL, "mlp: hidden width for the covariance.", "128; 256 for digits"
+        int,
+        None,
+        MODEL,
+        "mlp: hidden width for the covariance.",
+        {"digits": 256, "else": 128},
+        models=("mlp",),
     ),
-    "head_depth": Option(int, None, MODEL, "mlp: its hidden layers.", "3; 2 for digits"),
+    "head_depth": Option(
+        int, None, MODEL, "mlp: its hidden layers.", {"digits": 2, "else": 3}, models=("mlp",)
+    ),
     "channels": Option(
         list,
         None,
         MODEL,
         "unet: channels of each level, fine to coarse, multiples of 8.",
-        "16,32,64; unet 64,128,128,256",
+        {"unet-small": [16, 32, 64], "unet": [64, 128, 128, 256]},
+        models=_UNETS,
     ),
     "c_min": Option(
-        float, None, MODEL, "Least variance of an entry, over sigma^2.", "0.001; 0.008 for digits"
+        float,
+        None,
+        MODEL,
+        "Least variance of an entry, over sigma^2.",
+        {"digits": 0.008, "else": 1e-3},
     ),
     "sigma_data": Option(
         float,
         None,
         MODEL,
         "Standard deviation of the data, data units.",
-        "measured; 0.7 for digits",
+        {"digits": 0.7},
+        measured="measured",
     ),
+    # The key of a pretrained model in the files of a run; `score_matching_loss` has an argument of
+    # this name with another meaning, which is no option of a run.
     "first_order": Option(
-        str, None, MODEL, "diffusers:FOLDER: keep that model, learn its uncertainty alone.", "none"
+        str,
+        None,
+        MODEL,
+        "diffusers:FOLDER: keep that model, learn its uncertainty alone.",
+        measured="none",
     ),
     "objective": Option(
         str,
@@ -113,7 +197,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "sigma": Option(
         list,
-        [0.1, 1.2],
+        list(_FIELDS["sigma_range"].default),
         OBJECTIVE,
         "Noise levels LOW,HIGH or one level, data units (8-bit pixels lie in [-1, 1]).",
     ),
@@ -122,85 +206,34 @@ OPTIONS: dict[str, Option] = {
         None,
         OBJECTIVE,
         "Weight of the first-order term.",
-        "entries of a sample; 1 for digits",
+        {"digits": 1.0},
+        measured="entries of a sample",
     ),
-    "steps": Option(int, 4000, TRAINING, "Optimiser steps."),
-    "batch_size": Option(
-        int, None, TRAINING, "Samples in a step, all processes together.", "128; 32 for images"
+    "steps": _of_training("steps", default=4000),
+    "batch_size": _of_training("batch_size", by={"images": 32, "else": 128}),
+    "accumulate": _of_training("accumulate"),
+    "learning_rate": _of_training(
+        "learning_rate", by={"images": 2e-3, "digits": 4e-3, "else": 1e-3}
     ),
-    "accumulate": Option(int, 1, TRAINING, "Parts a batch is cut into, for less memory."),
-    "learning_rate": Option(
-        float,
-        None,
-        TRAINING,
-        "After the warm-up.",
-        "0.001; 0.002 for images, 0.004 for digits",
-    ),
-    "decay": Option(
-        str,
-        "cosine",
-        TRAINING,
-        "Of the learning rate: cosine (to zero at the last step) or constant (steps can be added).",
-    ),
-    "warm_up": Option(int, 300, TRAINING, "Steps; at most a tenth of all."),
-    "weight_decay": Option(
-        float, None, TRAINING, "Of the weight matrices.", "0.01; 0.1 for digits"
-    ),
-    "max_grad_norm": Option(float, 5.0, TRAINING, "Longer gradients are scaled down to it."),
-    "ema_decay": Option(float, 0.998, TRAINING, "Of the moving average of the weights."),
-    "mixed_precision": Option(str, "no", TRAINING, "no or bf16."),
+    "decay": _of_training("decay"),
+    "warm_up": _of_training("warm_up"),
+    "weight_decay": _of_training("weight_decay", by={"digits": 0.1, "else": 0.01}),
+    "max_grad_norm": _of_training("max_grad_norm"),
+    "ema_decay": _of_training("ema_decay"),
+    "mixed_precision": _of_training("mixed_precision"),
     "tf32": Option(bool, False, TRAINING, "TF32 on NVIDIA GPUs: faster, three digits."),
     "recompute": Option(bool, False, TRAINING, "Gradient checkpointing: less memory, more time."),
-    "device": Option(str, "auto", TRAINING, "auto (a GPU if there is one) or cpu."),
-    "seed": Option(int, 0, TRAINING, "Of every random choice."),
-    "save_every": Option(int, 500, FOLDER, "Steps between checkpoints."),
-    "keep": Option(int, 3, FOLDER, "Checkpoints kept."),
-    "tracker": Option(
-        str, "tensorboard", FOLDER, "tensorboard (RUN/logs), none, or another of accelerate."
-    ),
+    "device": _of_training("device"),
+    "seed": _of_training("seed"),
+    "save_every": _of_training("save_every", panel=FOLDER),
+    "keep": _of_training("keep", panel=FOLDER),
+    "tracker": _of_training("tracker", panel=FOLDER, default="tensorboard"),
 }
-BY_DATA: dict[str, dict[str, Any]] = {
-    # The model of the demonstration, chosen on the validation digits.
-    "digits": {
-        "model": "mlp",
-        "rank": 16,
-        "width": 384,
-        "head_width": 256,
-        "head_depth": 2,
-        "c_min": 0.008,
-        "sigma_data": 0.7,
-        "augment": "distort",
-        "gamma": 1.0,
-        "learning_rate": 4e-3,
-        "weight_decay": 0.1,
-    },
-    # Steps of half a second on two cores for 28x28 pixels.
-    "images": {"model": "unet-small", "rank": 8, "batch_size": 32, "learning_rate": 2e-3},
-    "vectors": {"model": "mlp", "rank": 8},
-}
-_OTHERWISE = {
-    "batch_size": 128,
-    "augment": "none",
-    "learning_rate": 1e-3,
-    "weight_decay": 0.01,
-    "c_min": 1e-3,
-}
-_BY_MODEL: dict[str, dict[str, Any]] = {
-    "mlp": {"trunk": "separate", "width": 256, "depth": 3, "head_width": 128, "head_depth": 3},
-    "unet-small": {"trunk": "shared", "channels": [16, 32, 64]},
-    "unet": {"trunk": "shared", "channels": [64, 128, 128, 256]},
-}
-_SHAPES = ("width", "depth", "head_width", "head_depth", "channels")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "centred": training.OBJECTIVE,
     "vr": {"variance_reduction": True},
     "plain": {"variance_reduction": False},
 }
-_ENGINE = (
-    *("steps", "batch_size", "accumulate", "learning_rate", "decay", "weight_decay"),
-    *("warm_up", "max_grad_norm", "ema_decay", "augment", "seed", "mixed_precision", "device"),
-    *("save_every", "keep", "tracker"),
-)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -235,11 +268,11 @@ def read_config(path: Path) -> dict[str, Any]:
         content = content["options"]
     if not isinstance(content, dict):
         raise ValueError(f"read_config: {path} must hold options by name, got {content!r}")
-    return check_options(content)
+    return by_kind(content)
 
 
-def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, each of its kind; "out" may be among them.
+def by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, each made of its kind; "out" may be among them.
 
     A float may come as a string (YAML reads 1e-3 as one), a list of numbers as "0.1,1.2" or as one
     number, a name with hyphens.
@@ -285,16 +318,45 @@ def _number(name: str, value: Any) -> int | float:
 def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     """Opens the data and gives every option its value: as given, by data and model, or default.
 
+    Args:
+        given: options by name, as `by_kind` takes them.
+
+    Returns:
+        Every option by name, and the data.
+
     Raises:
         ValueError, TypeError: an option is unknown, of the wrong kind, out of range, or does not go
             with another.
         OSError, RuntimeError: the data cannot be read, or an extra is missing.
     """
     options = {name: option.default for name, option in OPTIONS.items()}
-    options |= {key: value for key, value in check_options(given).items() if key != "out"}
+    options |= {key: value for key, value in by_kind(given).items() if key != "out"}
+    # Before the data, which may take minutes to open, what does not depend on them.
+    _check_before_data(options)
+    training.check_options({k: v for k, v in options.items() if v is not None})
+    source = open_source(options)
+    _fill_in(options, source)
+    chosen = training_options(options)
+    device = "cpu"
+    if chosen.device != "cpu" and torch.accelerator.is_available():
+        device = getattr(torch.accelerator.current_accelerator(), "type", device)
+    training.check_precision(
+        chosen.objective,
+        chosen.sigma_range,
+        source.std,
+        mixed_precision=chosen.mixed_precision,
+        device=device,
+    )
+    levels, row = source.scaling.levels, source.validation[:1]
+    data.augment(row, chosen.augment, levels=levels, seed=0, batch_size=1)  # its checks
+    return options, source
+
+
+def _check_before_data(options: dict[str, Any]) -> None:
+    """Refuses what does not go together; sigma becomes two levels, and diagonal rank 0."""
     one_of("train", "objective", options["objective"], OBJECTIVES)
     if options["model"] is not None:
-        one_of("train", "model", options["model"], _BY_MODEL)
+        one_of("train", "model", options["model"], _MODELS)
     levels = options["sigma"]
     if len(levels) not in (1, 2) or not 0 < levels[0] <= levels[-1] < math.inf:
         raise ValueError(
@@ -305,56 +367,29 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
         if options["rank"]:
             raise ValueError(f"train: rank must be 0 with diagonal, got {options['rank']}")
         options["rank"] = 0
-    _check_tracker(options["tracker"])
-    # Before the data, which may take minutes to open, what does not depend on them.
-    training.check_options({k: v for k, v in engine(options).items() if v is not None})
-    source = open_source(options)
-    by_data = BY_DATA[_data_kind(source)]
-    if options["model"] not in (None, by_data["model"]):
-        by_data = {key: by_data[key] for key in by_data if key not in _SHAPES}
-    _fill(options, by_data)
-    by_model = _BY_MODEL[options["model"]]
-    for name in _SHAPES:
-        if options[name] is not None and name not in by_model:
-            raise ValueError(
-                f"train: {name} must be left out with model {options['model']}, got {options[name]}"
-            )
-    # Rounded: the last digits of the measured one depend on the number of threads.
-    measured = {"sigma_data": float(f"{source.std:.6g}")}
+
+
+def _fill_in(options: dict[str, Any], source: data.Source) -> None:
+    """Gives the options that depend on data or model their values."""
+    kind = "images" if len(source.shape) == 3 else "vectors"
+    if source.spec == "digits":
+        kind = "digits"
+    model = options["model"] = options["model"] or OPTIONS["model"].default_for(kind)
     # The second term sums D^2 squared errors, the first D: with this weight both can be learned in
     # one trunk. With 1, MNIST's score did not get better than none in 450 steps; its error is 0.08
     # sigma^2 after 300 with 784.
-    measured |= {"gamma": float(math.prod(source.shape))}
-    _fill(options, by_model | _OTHERWISE | measured)
-    arguments = engine(options)
-    training.check_options(arguments)
-    device = "cpu"
-    if options["device"] != "cpu" and torch.accelerator.is_available():
-        device = getattr(torch.accelerator.current_accelerator(), "type", device)
-    training.check_precision(
-        arguments["objective"],
-        arguments["sigma_range"],
-        source.std,
-        mixed_precision=options["mixed_precision"],
-        device=device,
-    )
-    levels, row = source.scaling.levels, source.validation[:1]
-    data.augment(row, options["augment"], levels=levels, seed=0, batch_size=1)  # its checks
-    return options, source
-
-
-def _check_tracker(name: str) -> None:
-    """accelerate goes on without a word where the package of a tracker is missing."""
-    if name == "none":
-        return
-    known = require("train", "accelerate.tracking").LOGGER_TYPE_TO_CLASS
-    one_of("train", "tracker", name, ("none", *known))
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise RuntimeError(
-            f"train: {name} must be installed for tracker {name!r}, got: {error}"
-        ) from error
+    measured = {"gamma": float(math.prod(source.shape))}
+    # Rounded: the last digits of the measured one depend on the number of threads.
+    measured |= {"sigma_data": float(f"{source.std:.6g}")}
+    for name, option in OPTIONS.items():
+        if option.models and model not in option.models:
+            if options[name] is not None:
+                raise ValueError(
+                    f"train: {name} must be left out with model {model}, got {options[name]}"
+                )
+        elif options[name] is None:
+            default = option.default_for(kind, model)
+            options[name] = measured.get(name) if default is None else default
 
 
 def open_source(options: Mapping[str, Any]) -> data.Source:
@@ -370,26 +405,18 @@ def open_source(options: Mapping[str, Any]) -> data.Source:
     )
 
 
-def _data_kind(source: data.Source) -> str:
-    if source.spec == "digits":
-        return "digits"
-    return "images" if len(source.shape) == 3 else "vectors"
+def training_options(options: Mapping[str, Any]) -> TrainingOptions:
+    """What completed options say to `training.train`.
 
-
-def _fill(options: dict[str, Any], values: Mapping[str, Any]) -> None:
-    options |= {key: value for key, value in values.items() if options[key] is None}
-
-
-def engine(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that `training.train` takes, by its names."""
+    Raises:
+        ValueError, TypeError: one of them is out of range or of the wrong kind.
+    """
     objective = OBJECTIVES[options["objective"]] | {"gamma": options["gamma"]}
     if options["diagonal"]:
         objective |= {"diagonal": True}
     low, high = options["sigma"]
-    return {name: options[name] for name in _ENGINE} | {
-        "sigma_range": (low, high),
-        "objective": objective,
-    }
+    named = {name: options[name] for name in _FIELDS if name in OPTIONS}
+    return TrainingOptions(**named | {"sigma_range": (low, high), "objective": objective})
 
 
 def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
@@ -409,7 +436,9 @@ def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
         "c_min": options["c_min"],
         "given_score": options["first_order"] is not None,
     }
-    common |= {name: options[name] for name in _SHAPES if options[name] is not None}
+    common |= {
+        name: options[name] for name, option in OPTIONS.items() if options["model"] in option.models
+    }
     model: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
@@ -418,13 +447,14 @@ def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
         else:
             model = UNet(shape, options["rank"], **common)
     if options["first_order"] is not None:
-        model = SecondOrderHead(_first_order(options), model)
+        model = SecondOrderHead(_given_score(options), model)
     if options["recompute"]:
         model.gradient_checkpointing = True
     return model
 
 
-def _first_order(options: Mapping[str, Any]) -> DiffusersScore:
+def _given_score(options: Mapping[str, Any]) -> DiffusersScore:
+    """The pretrained first-order model that the options name."""
     kind, _, folder = options["first_order"].partition(":")
     if kind != "diffusers" or not folder:
         raise ValueError(

@@ -22,7 +22,7 @@ from torch import nn
 from .. import __version__, storage
 from ..nn import files as pretrained
 from . import data, evaluation, plots, training
-from .options import FORMAT, build_model, complete, engine, open_source
+from .options import FORMAT, build_model, complete, open_source, training_options
 
 # What a run leaves in its folder.
 PARTS = ("run.json", "checkpoints", "logs", "model", "training.png", "metrics.json")
@@ -171,15 +171,15 @@ def fit(run: Run, *, progress: bool = False) -> dict[str, Any]:
         trained = training.train(
             run.model,
             run.source,
+            training_options(options),
             out=run.out,
             resume=run.resume,
             facts=run.facts,
             report=_tracked(run.source, options),
             progress=progress and main,
-            **engine(options),
         )
     except BaseException:
-        if main and not run.resume and not training.checkpoints(run.out):
+        if main and not run.resume and not training.list_checkpoints(run.out):
             _move_parts(run.out, None)
             _move_parts(aside, run.out)
         raise
@@ -329,7 +329,7 @@ def info(folder: Path) -> dict[str, Any]:
         _, facts = load_run(folder)
         return {"state": "a model", **facts}
     facts = read_run(folder)
-    checkpoints = {path.name: wrong or "whole" for path, wrong in training.checkpoints(folder)}
+    checkpoints = {path.name: wrong or "whole" for path, wrong in training.list_checkpoints(folder)}
     state = "finished" if finished(folder) else "not finished"
     content = {"state": state, **facts, "checkpoints": checkpoints}
     if state == "finished":

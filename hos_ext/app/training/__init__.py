@@ -1,18 +1,16 @@
-"""Training: the engine, its checkpoints and precision."""
+"""Training: the engine, its options, checkpoints and precision.
 
-from .checkpoints import History, checkpoints
-from .engine import (
-    OBJECTIVE,
-    NotFinite,
-    OutOfMemory,
-    Report,
-    Stopped,
-    Trained,
-    check_options,
-    is_main,
-    train,
-)
+`engine` says what a step is, `options` what can be chosen, `batches` what a step draws,
+`checkpoints` how it is kept, `launch` on which devices and processes, `faults` what ends it early.
+"""
+
+from .checkpoints import History, list_checkpoints
+from .engine import Trained, train
+from .faults import NotFinite, OutOfMemory, Stopped
+from .launch import is_main
+from .options import OBJECTIVE, TrainingOptions, check_options
 from .precision import check_precision
+from .trackers import Report
 
 __all__ = [
     "OBJECTIVE",
@@ -22,9 +20,10 @@ __all__ = [
     "Report",
     "Stopped",
     "Trained",
+    "TrainingOptions",
     "check_options",
     "check_precision",
-    "checkpoints",
     "is_main",
+    "list_checkpoints",
     "train",
 ]

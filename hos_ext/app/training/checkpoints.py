@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +37,6 @@ class History(NamedTuple):
     gradient_variance: float | None
 
 
-# -------------------------------------------------------------------------------------- checkpoints
-
-
 class State(NamedTuple):
     """Where a run stands: steps done, its curve, the sums since its last row, its checkpoint."""
 
@@ -48,7 +46,7 @@ class State(NamedTuple):
     kept: Path | None
 
 
-def checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
+def list_checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
     """The checkpoints of a run, oldest first, each with what is wrong with it or None."""
     return [(path, storage.damage(path)) for path in found_checkpoints(Path(out) / "checkpoints")]
 
@@ -133,7 +131,7 @@ def load_checkpoint(
         wrong = storage.damage(path)
         if wrong is not None:
             warnings.warn(
-                f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=3
+                f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=4
             )
             continue
         state = json.loads((path / "state.json").read_bytes())
@@ -154,6 +152,17 @@ def load_checkpoint(
         history = [History(*row) for row in state["history"]]
         return State(state["step"], history, state["sums"], path)
     return State(0, [], [0.0] * 5, None)
+
+
+def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> None:
+    """Refuses at once what no checkpoint could hold."""
+    for name, value in (("objective", dict(objective)), ("facts", facts)):
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"train: {name} must be plain JSON, got: {error}") from None
+        if name == "objective" and json.loads(text) != value:  # no run could be resumed with it
+            raise TypeError(f"train: {name} must be plain JSON, got {value}")
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

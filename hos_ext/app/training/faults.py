@@ -1,0 +1,105 @@
+"""What ends a training early: numbers that are not finite, memory, signals."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .checkpoints import History, named
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient stopped being finite. The last checkpoint is from before."""
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit in memory."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run after a whole step; `signal` is its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+def bad_rows(losses: Tensor, batch: Batch) -> str:
+    """The samples whose loss is not finite, with their noise levels; empty if there are none."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return ""
+    named = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
+    return f"sample{'s' if len(bad) > 1 else ''} {named}{' ...' if len(bad) > 5 else ''}"
+
+
+def check_means(values: list[float], step: int, bad: str, kept: Path | None) -> None:
+    names = ("the first-order term", "the second-order term", "the sum of the terms")
+    order = (*values[1:3], values[0], values[3])
+    for name, value in zip((*names, "the norm of the gradient"), order, strict=True):
+        if not math.isfinite(value):
+            where = f" in {bad}" if bad else ""
+            raise NotFinite(
+                f"train: {name} must stay finite, got {value} at step {step}{where}; "
+                f"last good checkpoint: {named(kept)}"
+            )
+
+
+def check_row(row: History, kept: Path | None) -> None:
+    for name, value in row._asdict().items():
+        if value is not None and not math.isfinite(value):
+            raise NotFinite(
+                f"train: the {name} of the curve must stay finite, got {value} at step {row.step}; "
+                f"last good checkpoint: {named(kept)}"
+            )
+
+
+@contextmanager
+def catch_signals(wanted: bool) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that a step is finished first; a second one acts at once.
+
+    Not where processes depend on each other: they would wait for one that has stopped.
+    """
+    received: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    # What was ignored before stays so: SIGINT in the background of a script.
+    kinds = [kind for kind, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+    for kind in kinds:
+        signal.signal(kind, note)
+    try:
+        yield received
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])
+
+
+@contextmanager
+def name_memory(size: int, batch_size: int, place: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
+            raise
+        raise OutOfMemory(
+            f"train: a step must fit in the memory of {place}, got {size} samples at a time "
+            f"(batch_size {batch_size}): raise accumulate, or lower batch_size, rank or the size "
+            "of the model, or turn gradient checkpointing on"
+        ) from error
