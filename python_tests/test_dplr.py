@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hos_ext import ops
+from hos_ext.linalg import rational_krylov
 from hos_ext.linalg.dplr import DPLR
+from hos_ext.linalg.woodbury import Parts
 
 F64 = torch.float64
 # Well-conditioned float64 problems of size 30: rounding times the condition number (at most 1e4).
@@ -405,14 +407,14 @@ def test_eigh_forms_no_dense_matrix_for_a_large_size(monkeypatch: pytest.MonkeyP
 
 def test_eigh_recovers_eigenvalues_that_its_start_cannot_see() -> None:
     found: list[float | None] = []
-    count = DPLR._first_missed
+    count = rational_krylov.first_missed
 
-    def spy(self: DPLR, limits: list[float], high: float) -> float | None:
-        found.append(count(self, limits, high))
+    def spy(parts: Parts, limits: list[float], high: float) -> float | None:
+        found.append(count(parts, limits, high))
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DPLR, "_first_missed", spy)
+        patch.setattr(rational_krylov, "first_missed", spy)
         spectra(150)["hidden rows"].eigh(4)
     assert any(x is not None for x in found)
     assert found[-1] is None
@@ -428,7 +430,7 @@ def test_eigh_in_float32_rounds_the_float64_answer() -> None:
 
 
 def test_eigh_gives_up_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPLR, "_first_missed", lambda self, limits, high: high)
+    monkeypatch.setattr(rational_krylov, "first_missed", lambda parts, limits, high: high)
     with pytest.raises(RuntimeError, match=r"^DPLR.eigh: no convergence in 100 steps$"):
         matrix(1, 70, 2).eigh(2)
 

@@ -1,10 +1,11 @@
 """Symmetric matrices: diagonal plus low rank, by products alone, and functions of them."""
 
-from .dplr import DPLR, low_rank_eigh
+from .dplr import DPLR
 from .jacobian import Eigenpairs, Estimate, ScoreHessian
 from .lanczos import LanczosResult, lanczos
 from .operator import BatchRows, DenseOperator, hessian_of
 from .spectrum import Spectrum
+from .woodbury import low_rank_eigh
 
 __all__ = [
     "DPLR",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..checks import check_tensor, per_sample
 from ..scores import SymmetricOperator
-from .dplr import DPLR, low_rank_eigh
+from .dplr import DPLR
 from .operator import as_operator
+from .woodbury import low_rank_eigh
 
 Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
 Matvec = Callable[[Tensor], Tensor]  # (n, D) -> (n, D)
@@ -118,7 +119,7 @@ def isotropic_spectrum(
             f" {spread[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
         )
     columns = matrix.factor.where(finite[:, None, None], 0.0)
-    basis, mu = low_rank_eigh(columns, matrix._signs())
+    basis, mu = low_rank_eigh(columns, matrix.parts.sign)
     rest = level[:, 0].where(finite, torch.nan)
     return Spectrum(basis, rest.unsqueeze(-1) + mu, None if mu.shape == diag.shape else rest)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_like, check_number, check_samples, check_tensor, one_of
-from ..linalg.dplr import DPLR, low_rank_eigh
+from ..linalg.dplr import DPLR
+from ..linalg.woodbury import low_rank_eigh
 from ..scores import Scores
 
 _KINDS = ("laplacian", "mahalanobis", "uncertainty", "norm")
