@@ -125,7 +125,7 @@ def test_denoise_takes_samples_of_any_dims_in_chunks(dims, monkeypatch):
         seen.append(len(x))
         return model(x, sigma)
 
-    monkeypatch.setattr(evaluation, "_ROWS", 10)
+    monkeypatch.setattr(evaluation.rows, "ROWS", 10)
     result = denoise_held_out(watched, source, 0.3, count=23, seed=1, recalibration=1.7)
     assert seen == [10, 10, 3]
     assert torch.equal(result.noisy, whole.noisy)
@@ -144,7 +144,7 @@ def posterior_of(model, result):
 
 
 def test_denoise_bounds_the_entries_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(evaluation, "_ENTRIES", 100)
+    monkeypatch.setattr(evaluation.rows, "ENTRIES", 100)
     seen = []
 
     def watched(x, sigma):
@@ -185,7 +185,7 @@ def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits, monkeypatc
         residual = clean / sigma.view(-1, 1, 1)
         predictive = ((residual.square() + 0.25) / (factor * c + 0.25)).mean()
         assert predictive.item() == pytest.approx(1, rel=1e-4)
-    monkeypatch.setattr(evaluation, "_ROWS", 7)
+    monkeypatch.setattr(evaluation.rows, "ROWS", 7)
     chunked = recalibrate(sure_of_white, digits, (0.5, 1.0), seed=2, limit=30)
     assert chunked == pytest.approx(factor, rel=1e-5)
 
@@ -220,8 +220,8 @@ def test_calibration_figures_agree_with_dense_algebra(digits, network):
 def test_evaluate_gives_the_figures_of_all_rows_at_once(rows, monkeypatch):
     dims = (3, 2, 2)
     model, source = _network(dims), _source(dims)
-    monkeypatch.setattr(evaluation, "_ROWS", rows)
-    monkeypatch.setattr(evaluation, "_SPECTRA", 20)
+    monkeypatch.setattr(evaluation.rows, "ROWS", rows)
+    monkeypatch.setattr(evaluation.figures, "_SPECTRA", 20)
     report = evaluate(model, source, [0.2, 0.6], recalibration=1.3, seed=4, limit=37)
     assert {name: report[name] for name in ("source", "part", "dims", "n", "seed")} == {
         "source": "toy",
@@ -262,9 +262,9 @@ def test_evaluate_gives_the_figures_of_all_rows_at_once(rows, monkeypatch):
 
 
 def test_evaluate_dequantises_every_row_alike_in_any_chunk(digits, monkeypatch):
-    monkeypatch.setattr(evaluation, "_SPECTRA", 2)
+    monkeypatch.setattr(evaluation.figures, "_SPECTRA", 2)
     whole = evaluate(_gaussian, digits, [0.2], seed=4, limit=40)["levels"][0]
-    monkeypatch.setattr(evaluation, "_ROWS", 16)
+    monkeypatch.setattr(evaluation.rows, "ROWS", 16)
     level = evaluate(_gaussian, digits, [0.2], seed=4, limit=40)["levels"][0]
     for name in ("mse_noisy", "mse_denoised", "mahalanobis", "predictive", "trace_ratio"):
         assert level[name] == pytest.approx(whole[name], rel=1e-6)
@@ -361,7 +361,7 @@ def test_accuracy_of_the_exact_model_is_zero_to_rounding(dims):
 
 @pytest.mark.parametrize("rows", [512, 7])
 def test_accuracy_of_a_wrong_model_is_the_known_error(rows, monkeypatch):
-    monkeypatch.setattr(evaluation, "_ROWS", rows)
+    monkeypatch.setattr(evaluation.rows, "ROWS", rows)
     truth, sigma = _truth(), 0.5
     model = _Exact(truth, (6,), times=1.1, plus=0.3)
     (row,) = evaluation.accuracy(model, truth, [sigma], n=50, seed=1)

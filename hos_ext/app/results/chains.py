@@ -15,9 +15,10 @@ from torch import distributed as dist
 
 from ...sampling import diagnostics, distributed
 from ...sampling.chains import Chains
-from ...scores import Model, UnscaledScores
+from ...scores import Model
 from ...tweedie.posterior import posterior
 from .. import data, plots
+from ..evaluation.chains import refuse_diverged, scores_at
 from .files import npz
 
 # What learned scores can drive, and step_size / sigma^2. The precision of noisy data is at most
@@ -78,19 +79,10 @@ def run_chains(
         RuntimeError: chains diverged.
     """
     sigma, method, step_size = dynamics
-
-    def score_fn(x: Tensor) -> UnscaledScores:
-        return model(x, sigma).unscaled(sigma)
-
     chains = distributed.sample_sharded(
-        score_fn, init, method=method, step_size=step_size, **options
+        scores_at(model, sigma), init, method=method, step_size=step_size, **options
     )
-    diverged = int(chains.stats["diverged"].sum())
-    if diverged:
-        raise RuntimeError(
-            f"sample: --step-size must keep the chains finite, got {step_size:g} with which "
-            f"{diverged} of {len(init)} {method} chains diverged"
-        )
+    refuse_diverged("sample", "--step-size", step_size, chains, method)
     return chains, diagnostics.min_ess(chains.draws)
 
 

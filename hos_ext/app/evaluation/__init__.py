@@ -1,0 +1,25 @@
+"""How good a model came out: denoising errors, calibration, accuracy against the truth, chains.
+
+Everything is in data units, for samples of any dims, and goes over the rows in chunks of bounded
+memory. The noise of a row is a function of (seed, part, row): every model and every noise level
+sees the same.
+"""
+
+from .accuracy import accuracy
+from .calibration import calibration_figures, recalibrate
+from .chains import run_chains
+from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
+from .figures import evaluate, plain_json
+
+__all__ = [
+    "Denoised",
+    "accuracy",
+    "calibration_figures",
+    "denoise",
+    "denoise_held_out",
+    "denoising_errors",
+    "evaluate",
+    "plain_json",
+    "recalibrate",
+    "run_chains",
+]

@@ -1,0 +1,135 @@
+"""Posteriors of noisy samples, and how far their means are from the truth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checks import check, check_count, check_number, check_samples
+from ...linalg.dplr import DPLR
+from ...scores import Model
+from ...tweedie.posterior import Posterior, posterior
+from .. import data
+from .rows import HeldOut, chunk_rows, held_out, to_device
+
+
+class Denoised(NamedTuple):
+    """Samples at one noise level, clean (None where it is not known) and noisy, and posteriors."""
+
+    sigma: float
+    clean: Tensor | None
+    noisy: Tensor
+    posterior: Posterior
+
+
+@torch.no_grad()
+def denoise(
+    model: Model,
+    noisy: Tensor,
+    sigma: float,
+    *,
+    recalibration: float = 1.0,
+) -> Denoised:
+    """The posterior of what was there before noise of level sigma, for a batch of noisy samples.
+
+    Args:
+        model: `model(x, sigma) -> Scores`, in eval mode.
+        noisy: shape (B, *dims), float32 or float64. Data units. It is moved to the device of the
+            model, and the result is there.
+        sigma: noise standard deviation, > 0. Data units.
+        recalibration: scalar that every covariance is multiplied by, > 0: see `recalibrate`.
+
+    Returns:
+        Denoised, without clean samples.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind.
+    """
+    check_samples("denoise", "noisy", noisy)
+    sigma = check_number("denoise", "sigma", sigma)
+    scale = check_number("denoise", "recalibration", recalibration)
+    return _denoise(model, noisy, sigma, scale)
+
+
+@torch.no_grad()
+def denoise_held_out(
+    model: Model,
+    source: data.Source,
+    sigma: float,
+    *,
+    part: str = "test",
+    count: int | None = None,
+    seed: int,
+    recalibration: float = 1.0,
+) -> Denoised:
+    """`denoise` for the first rows of a part of the data, dequantised, with noise of level sigma.
+
+    Args:
+        model, sigma, recalibration: as in `denoise`.
+        source: see `data.open_source`.
+        part: "test" or "validation".
+        count: rows; None is all of them.
+        seed: of dequantisation and noise.
+
+    Returns:
+        Denoised, all rows in memory: D (r + 4) numbers for each.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind; the part is empty.
+    """
+    where = "denoise_held_out"
+    rows = held_out(where, source, part, seed)
+    if count is not None:
+        check_count(where, "count", count)
+        rule = f"count must be at most {len(rows)}, the {part} rows"
+        check(where, count <= len(rows), rule, count)
+        rows = rows.up_to(count)
+    sigma = check_number(where, "sigma", sigma)
+    scale = check_number(where, "recalibration", recalibration)
+    return denoise_rows(model, rows, sigma, scale)
+
+
+def denoise_rows(model: Model, rows: HeldOut, sigma: float, scale: float = 1.0) -> Denoised:
+    """Held-out rows denoised under their noise; the covariances are multiplied by `scale`."""
+    clean = rows.clean()
+    result = _denoise(model, clean + sigma * rows.noise(clean), sigma, scale)
+    return result._replace(clean=to_device(model, clean))
+
+
+def _denoise(model: Model, noisy: Tensor, sigma: float, scale: float) -> Denoised:
+    noisy = to_device(model, noisy)
+    parts = noisy.split(chunk_rows(noisy.shape[1:]))
+    found = join([posterior(x, model(x, sigma), sigma) for x in parts])
+    return Denoised(sigma, None, noisy, found if scale == 1 else found.recalibrated(scale))
+
+
+def join(parts: list[Posterior]) -> Posterior:
+    """The posteriors of all chunks as one."""
+    if len(parts) == 1:
+        return parts[0]
+    covariances = [part.covariance for part in parts]
+    return Posterior(
+        torch.cat([part.mean for part in parts]),
+        DPLR.of(
+            torch.cat([each.diag for each in covariances]),
+            torch.cat([each.factor for each in covariances]),
+            covariances[0].sign,
+        ),
+    )
+
+
+def denoising_errors(result: Denoised) -> dict[str, float]:
+    """Mean squared error of an entry, noisy and denoised, in squared data units."""
+    clean = known("denoising_errors", result)
+    noisy = (result.noisy - clean).square().mean()
+    denoised = (result.posterior.mean - clean).square().mean()
+    return {"sigma": result.sigma, "mse_noisy": float(noisy), "mse_denoised": float(denoised)}
+
+
+def known(where: str, result: Denoised) -> Tensor:
+    """The clean samples of a result, which must hold them."""
+    if result.clean is None:
+        raise ValueError(f"{where}: result must hold the clean samples, got None")
+    return result.clean

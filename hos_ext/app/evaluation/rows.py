@@ -1,0 +1,95 @@
+"""Held-out rows in data units, under the noise that is theirs, in chunks of bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ...checks import check, check_number, one_of
+from ...ops.noise import draw_normal
+from ...random import STREAM_EVALUATION, Key
+from ...scores import Model
+from .. import data
+
+# Each part has noise of its own, and so has `accuracy`.
+_OFFSETS = {"test": 2, "validation": 1}
+TRUTH_OFFSET = 3
+# Entries of x at a time, and rows: the factor of a posterior is r times that.
+ENTRIES, ROWS = 2**19, 512
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The first rows of a part of a data set.
+
+    Fields:
+        raw: shape (n, *dims), in raw units.
+        scaling: of the data.
+        key: of dequantisation and noise.
+    """
+
+    raw: Tensor
+    scaling: data.Scaling
+    key: Key
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def up_to(self, count: int) -> HeldOut:
+        """The first rows, at most `count`."""
+        return replace(self, raw=self.raw[:count])
+
+    def clean(self) -> Tensor:
+        """The rows in data units, dequantised. Shape (n, *dims), float32."""
+        seed, offset, first = self.key
+        return self.scaling.forward(self.raw, seed=seed, offset=offset, first=first)
+
+    def noise(self, clean: Tensor) -> Tensor:
+        """Standard normals for the clean rows, in their shape."""
+        return draw_normal(self.key, STREAM_EVALUATION, clean.shape, clean)
+
+    def chunks(self) -> Iterator[HeldOut]:
+        """The rows in parts that `chunk_rows` allows, each with the noise that it has in whole."""
+        first = self.key.first
+        for raw in self.raw.split(chunk_rows(self.raw.shape[1:])):
+            yield replace(self, raw=raw, key=self.key._replace(first=first))
+            first += len(raw)
+
+
+def held_out(where: str, source: data.Source, part: str, seed: int) -> HeldOut:
+    """All rows of the part "test" or "validation"; there must be some."""
+    one_of(where, "part", part, tuple(_OFFSETS))
+    raw = source.test if part == "test" else source.validation
+    check(where, len(raw), f"source must have {part} rows", f"none in {source.spec}")
+    return HeldOut(raw, source.scaling, Key(seed, _OFFSETS[part]))
+
+
+def noise_levels(where: str, sigmas: Iterable[float]) -> list[float]:
+    """The noise levels; there must be some."""
+    levels = [check_number(where, "sigmas", sigma) for sigma in sigmas]
+    check(where, levels, "sigmas must hold at least one level", "none")
+    return levels
+
+
+def chunk_rows(dims: Sequence[int]) -> int:
+    """How many rows of these dims are treated at a time."""
+    return max(1, min(ROWS, ENTRIES // math.prod(dims)))
+
+
+def to_device(model: Model, x: Tensor) -> Tensor:
+    """x on the device of the model's parameters, where it has some."""
+    first = _parameter(model)
+    return x if first is None else x.to(first.device)
+
+
+def to_model(model: Model, x: Tensor) -> Tensor:
+    """x in the dtype and on the device of the model's parameters; without any, as data: float32."""
+    first = _parameter(model)
+    return x.float() if first is None else x.to(first)
+
+
+def _parameter(model: Model) -> Tensor | None:
+    return next(model.parameters(), None) if isinstance(model, nn.Module) else None
