@@ -9,7 +9,8 @@ from .accuracy import accuracy
 from .calibration import calibration_figures, recalibrate
 from .chains import run_chains
 from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
-from .figures import evaluate, plain_json
+from .figures import evaluate
+from .plain import plain_json
 
 __all__ = [
     "Denoised",

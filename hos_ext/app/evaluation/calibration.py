@@ -54,7 +54,7 @@ def recalibrate(
     check_count(where, "limit", limit)
     rows = held_out(where, source, "validation", seed).up_to(limit)
     clean = rows.clean()
-    sigma = draw_sigma(len(clean), (low, high), seed=seed, offset=rows.key.offset)
+    sigma = draw_sigma(len(clean), (low, high), seed=seed, offset=rows.offset)
     level = sigma.view(-1, *[1] * (clean.dim() - 1))
     noise = rows.noise(clean)
     # In units of sigma: the clean sample, the noisy one, and the noisy one as the model takes it.

@@ -91,7 +91,7 @@ def _level(model: Model, rows: HeldOut, sigma: float, scale: float) -> dict[str,
     for chunk in rows.chunks():
         result = denoise_rows(model, chunk, sigma)
         added = {name: len(chunk) * mean for name, mean in _means(result, scale).items()}
-        spectra = min(len(chunk), _SPECTRA - int(chunk.key.first))
+        spectra = min(len(chunk), _SPECTRA - chunk.first)
         if spectra > 0:
             added |= component_sums(result, spectra)
         for name, total in added.items():

@@ -28,12 +28,15 @@ class HeldOut:
     Fields:
         raw: shape (n, *dims), in raw units.
         scaling: of the data.
-        key: of dequantisation and noise.
+        seed, offset: key of dequantisation and noise.
+        first: the number of row 0 in the part.
     """
 
     raw: Tensor
     scaling: data.Scaling
-    key: Key
+    seed: int
+    offset: int
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -44,18 +47,18 @@ class HeldOut:
 
     def clean(self) -> Tensor:
         """The rows in data units, dequantised. Shape (n, *dims), float32."""
-        seed, offset, first = self.key
-        return self.scaling.forward(self.raw, seed=seed, offset=offset, first=first)
+        return self.scaling.forward(self.raw, seed=self.seed, offset=self.offset, first=self.first)
 
     def noise(self, clean: Tensor) -> Tensor:
         """Standard normals for the clean rows, in their shape."""
-        return draw_normal(self.key, STREAM_EVALUATION, clean.shape, clean)
+        key = Key(self.seed, self.offset, self.first)
+        return draw_normal(key, STREAM_EVALUATION, clean.shape, clean)
 
     def chunks(self) -> Iterator[HeldOut]:
-        """The rows in parts that `chunk_rows` allows, each with the noise that it has in whole."""
-        first = self.key.first
+        """The rows in parts that `chunk_rows` allows, each under the noise that is its own."""
+        first = self.first
         for raw in self.raw.split(chunk_rows(self.raw.shape[1:])):
-            yield replace(self, raw=raw, key=self.key._replace(first=first))
+            yield replace(self, raw=raw, first=first)
             first += len(raw)
 
 
@@ -64,7 +67,7 @@ def held_out(where: str, source: data.Source, part: str, seed: int) -> HeldOut:
     one_of(where, "part", part, tuple(_OFFSETS))
     raw = source.test if part == "test" else source.validation
     check(where, len(raw), f"source must have {part} rows", f"none in {source.spec}")
-    return HeldOut(raw, source.scaling, Key(seed, _OFFSETS[part]))
+    return HeldOut(raw, source.scaling, seed, _OFFSETS[part])
 
 
 def noise_levels(where: str, sigmas: Iterable[float]) -> list[float]:

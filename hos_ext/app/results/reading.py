@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...checks import require
 from .. import data
+from ..data.images import image_values
 
 _KINDS = ("uint8", "float16", "float32", "float64")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -73,10 +74,10 @@ def _read_images(path: Path) -> np.ndarray:
     pages = []
     with pillow.open(path) as image:
         for page in sequence.Iterator(image):
-            if page.mode not in ("L", "RGB", "F"):
+            values = image_values(page)
+            if values is None:
                 raise ValueError(f"mode {page.mode}, neither 8-bit grey, RGB nor floating grey")
-            values = np.array(page)
-            pages.append(values.transpose(2, 0, 1) if values.ndim == 3 else values[None])
+            pages.append(values)
     return np.stack(pages)
 
 
