@@ -28,7 +28,7 @@ WIDE = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = (*WIDE, *HALF)
 
-_DROPOUT = (
+DROPOUT = (
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -297,7 +297,7 @@ def refuse_half(where: str, x: Tensor) -> None:
 def refuse_dropout(where: str, model: object) -> None:
     """No dropout at work, where several points are visited."""
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if module.training and isinstance(module, _DROPOUT) and module.p > 0:
+        if module.training and isinstance(module, DROPOUT) and module.p > 0:
             raise ValueError(
                 f"{where}: dropout must be off when several points are visited (its masks differ "
                 f"between them), got p = {module.p} in {path or type(module).__name__!r}"

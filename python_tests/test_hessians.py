@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hos_ext import DPLR, MLP
 from hos_ext.densities import GaussianMixture
-from hos_ext.linalg import jacobian as hessians
-from hos_ext.linalg.jacobian import ScoreHessian
+from hos_ext.linalg import ScoreHessian, block_lanczos
 from hos_ext.schedules import from_alphas_cumprod
 from hos_ext.tweedie import eps_from_score, posterior_mean, v_from_score
 from hos_ext.tweedie.conversions import score_from_eps, score_from_v, score_from_x0, x0_from_score
@@ -331,7 +330,7 @@ def test_estimates_repeat_do_not_depend_on_chunks_and_are_exact_from_d_probes_on
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("largest", [True, False])
 def test_extreme_eigenpairs_of_kappa_are_exact(monkeypatch, dense, largest):
-    monkeypatch.setattr(hessians, "_DENSE", 64 if dense else 0)
+    monkeypatch.setattr(block_lanczos, "_DENSE", 64 if dense else 0)
     sigma, k = 0.4, 6
     density = mixture(50).noisy(sigma)
     x = points(density)
@@ -376,7 +375,7 @@ def test_a_row_that_has_converged_waits_for_the_others():
 def test_a_block_almost_inside_the_basis_becomes_orthogonal_to_it():
     basis = torch.linalg.qr(random(1, 100, 8))[0]
     block = basis[..., :3] + 1e-8 * random(1, 100, 3, seed=2)
-    both = torch.cat([basis, hessians._orthonormal(block, basis)], -1)
+    both = torch.cat([basis, block_lanczos._orthonormal(block, basis)], -1)
     assert (both.mT @ both - torch.eye(11).double()).abs().max() < 1e-14
 
 

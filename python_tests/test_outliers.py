@@ -143,7 +143,7 @@ def test_a_row_that_is_not_finite_is_nan_and_harms_no_other(kind: Any) -> None:
     law = gaussian()
     scores = exact_scores(law, law.sample(4, seed=1), 0.5)
     want = outlier_score(scores, kind=kind)
-    for field, row in (("score", 0), ("c", 1), ("factor", 3)):
+    for field, row in (("scaled_score", 0), ("c", 1), ("factor", 3)):
         broken = getattr(scores, field).clone(memory_format=torch.contiguous_format)
         broken[row].view(-1)[0] = torch.nan
         got = outlier_score(scores._replace(**{field: broken}), kind=kind)

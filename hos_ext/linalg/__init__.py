@@ -1,7 +1,9 @@
 """Symmetric matrices: diagonal plus low rank, by products alone, and functions of them."""
 
+from .block_lanczos import Eigenpairs, eigenpairs
 from .dplr import DPLR
-from .jacobian import Eigenpairs, Estimate, ScoreHessian
+from .hutchinson import Estimate
+from .jacobian import ScoreHessian
 from .lanczos import LanczosResult, lanczos
 from .operator import BatchRows, DenseOperator, hessian_of
 from .spectrum import Spectrum
@@ -16,6 +18,7 @@ __all__ = [
     "LanczosResult",
     "ScoreHessian",
     "Spectrum",
+    "eigenpairs",
     "hessian_of",
     "lanczos",
     "low_rank_eigh",

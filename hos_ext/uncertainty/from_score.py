@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from ..checks import check_samples, positive
-from ..linalg.jacobian import CHUNK, Score, ScoreHessian
+from ..linalg.autodiff import CHUNK, Score
+from ..linalg.jacobian import ScoreHessian
 from ..tweedie.posterior import Posterior, posterior_mean
 
 

@@ -1,0 +1,75 @@
+"""Traces and diagonals from products with random signs, with the error to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.noise import draw_uniform
+from ..random import STREAM_PROBE, Key
+
+
+class Estimate(NamedTuple):
+    """The mean of independent terms, and what to expect of its error.
+
+    Fields:
+        value: the mean.
+        standard_error: of the mean; zero where the value is exact. Shape of value.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def mean(chunks: Iterator[Tensor]) -> Estimate:
+    """The mean over the last axis of all chunks, and its standard error.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.hutchinson import mean
+        >>> mean(iter([torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]])])).value
+        tensor([2.])
+    """
+    n, value, squares = 0, torch.zeros(()), torch.zeros(())
+    for terms in chunks:
+        m = terms.shape[-1]
+        new = terms.mean(-1)
+        spread = (terms - new.unsqueeze(-1)).square().sum(-1)
+        if n == 0:
+            value, squares = new, spread
+        else:  # Chan, Golub and LeVeque: no difference of large sums
+            gap = new - value
+            value = value + gap * (m / (n + m))
+            squares = squares + spread + gap.square() * (n * m / (n + m))
+        n += m
+    return Estimate(value, (squares / (n * (n - 1))).sqrt())
+
+
+def exact(value: Tensor) -> Estimate:
+    """A value without error."""
+    return Estimate(value, torch.zeros_like(value))
+
+
+def random_signs(n: int, key: Key, like: Tensor, step: int) -> Iterator[Tensor]:
+    """n vectors of random signs for points like (B, D), in chunks (B, D, c) with c <= step.
+
+    Probe j draws with offset j, so that a row's probes depend neither on its batch nor on step.
+    """
+    for start in range(0, n, step):
+        draws = [
+            draw_uniform(key._replace(offset=j), STREAM_PROBE, like.shape, like)
+            for j in range(start, min(start + step, n))
+        ]
+        yield torch.where(torch.stack(draws, -1) < 0.5, -1.0, 1.0).to(like.dtype)
+
+
+def unit_vectors(like: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    """The unit vectors of points like (B, D) in chunks (B, D, c), with the index of the first."""
+    batch, size = like.shape
+    for start in range(0, size, step):
+        columns = like.new_zeros((size, min(step, size - start)))
+        columns[start : start + step].fill_diagonal_(1.0)
+        yield start, columns.expand(batch, -1, -1)
