@@ -66,7 +66,7 @@ def main() -> None:
     model = work.train(digits.train, arguments.training)
     count, std, schedule = arguments.digits, work.NOISE_STD, work.SCHEDULE
     truth = work.dequantise(digits.test[:count], seed=6)
-    start = prior(schedule, (count * work.DRAWS, *work.SHAPE), data_std=work.DATA_STD, seed=7)
+    start = prior((count * work.DRAWS, *work.SHAPE), schedule, data_std=work.DATA_STD, seed=7)
     low, high = schedule.t_min, schedule.t_max
     print(f"{'':32}{'rmse':>8}{'energy':>9}{'50 %':>8}{'90 %':>7}{'ms/step':>11}")
     for title, problem in (("inpainting", work.inpainting()), ("deblurring", work.deblurring())):
@@ -76,15 +76,15 @@ def main() -> None:
         base = azula_denoiser(model, schedule)
         contestants = {
             "learned C, closed form": guided(
-                model, schedule, y.flatten(1), problem.operator, std, covariance=False
+                model, y.flatten(1), problem.operator, std, schedule, with_covariance=False
             ),
             "learned C, functions": guided(
                 model,
-                schedule,
                 y,
                 (problem.forward, problem.adjoint),
                 std,
-                covariance=False,
+                schedule,
+                with_covariance=False,
                 tolerance=1e-3,
             ),
             "azula TMPD": as_model(tmpd(base, y, problem.forward, std**2), low, high),
@@ -115,7 +115,7 @@ def main() -> None:
                 problem.scored,
                 milliseconds,
             )
-        whole = guided(model, schedule, y.flatten(1), problem.operator, std)
+        whole = guided(model, y.flatten(1), problem.operator, std, schedule)
         n = arguments.steps // 2
         began = time.perf_counter()
         x = second_order_reverse(whole, start, schedule, n_steps=n, seed=10)

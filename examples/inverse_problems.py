@@ -249,7 +249,7 @@ def main() -> None:
     print(f"trained {steps} steps in {time.perf_counter() - began:.0f} s")
     truth = dequantise(digits.test[:count], seed=6)
     many = count * DRAWS
-    start = prior(SCHEDULE, (many, *SHAPE), data_std=DATA_STD, seed=7)
+    start = prior((many, *SHAPE), SCHEDULE, data_std=DATA_STD, seed=7)
     print(
         f"{count} held-out digits, {DRAWS} draws each, noise {NOISE_STD}\n{'':32}{'rmse':>8}"
         f"{'energy':>9}{'50 %':>8}{'90 %':>7}{'ms/step':>11}"
@@ -275,11 +275,11 @@ def main() -> None:
 
         run("unguided", heun, model, n, None)
         if title == "inpainting":
-            whole = guided(model, SCHEDULE, flat, problem.operator, NOISE_STD)
+            whole = guided(model, flat, problem.operator, NOISE_STD, SCHEDULE)
             draws = run("second order", second_order_reverse, whole, n // 2)
-            ours = guided(model, SCHEDULE, flat, problem.operator, NOISE_STD, covariance=False)
+            ours = guided(model, flat, problem.operator, NOISE_STD, SCHEDULE, with_covariance=False)
             run("learned C", heun, ours, n)
-        ours = guided(model, SCHEDULE, y, pair, NOISE_STD, covariance=False, tolerance=1e-3)
+        ours = guided(model, y, pair, NOISE_STD, SCHEDULE, with_covariance=False, tolerance=1e-3)
         learned = run("learned C, functions", heun, ours, n)
         if title == "deblurring":
             draws = learned

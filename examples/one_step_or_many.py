@@ -31,7 +31,7 @@ SAMPLERS = {
     "Euler, SDE": lambda *a, n, seed: reverse_sde(*a, n_steps=n, seed=seed),
     "Heun, ODE": lambda *a, n, seed: probability_flow_ode(*a, n_steps=n),
     "ancestral": lambda *a, n, seed: second_order_reverse(
-        *a, n_steps=n, seed=seed, covariance="none"
+        *a, n_steps=n, seed=seed, noise_covariance="none"
     ),
     "second order": lambda *a, n, seed: second_order_reverse(*a, n_steps=n, seed=seed),
 }
@@ -125,7 +125,7 @@ def main() -> None:
     data, schedule = ring(), EDM(sigma_min=0.02, sigma_max=20.0)
     model = exact_model(data, schedule)
     truth = data.sample(n, seed=0)
-    start = prior(schedule, (n, 2), data_std=truth.std().item(), seed=1)
+    start = prior((n, 2), schedule, data_std=truth.std().item(), seed=1)
 
     print(f"{'':28}{'energy distance':>16}{'off the modes':>15}{'weights off by':>16}")
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from hos_ext import ops
 from hos_ext.densities.gaussian import Gaussian, GaussianMixture
-from hos_ext.diffusion import reverse as diffusion
-from hos_ext.diffusion.reverse import (
+from hos_ext.diffusion import (
+    annealed,
     annealed_langevin,
     predictor_corrector,
     prior,
     probability_flow_ode,
     reverse_sde,
     second_order_reverse,
+    steps,
     tweedie_denoise,
 )
 from hos_ext.sampling import chains as samplers
@@ -125,7 +126,7 @@ def affine(step: Callable[[Tensor], Tensor], monkeypatch) -> tuple[Tensor, Tenso
         return z
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "normal", normal)
+        patch.setattr(ops.noise, "normal", normal)
         out = step(init)
     rows = out - out[0]
     return rows[1 : 1 + D].mT, rows[1 + D :].mT, out[0]
@@ -156,7 +157,7 @@ def distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 def test_second_order_steps_keep_a_gaussian_for_every_number_of_steps(schedule, n, monkeypatch):
     grid = schedule.times(n)
     for covariance, density in (("low_rank", GAUSSIAN), ("diagonal", DIAGONAL)):
-        sampler = partial(second_order_reverse, covariance=covariance)
+        sampler = partial(second_order_reverse, noise_covariance=covariance)
         start, end = (marginal(density, schedule, t) for t in (schedule.t_max, schedule.t_min))
         model = exact_model(density, schedule)
         reached = pushed(sampler, model, schedule, grid, start, monkeypatch)
@@ -168,7 +169,7 @@ def test_steps_that_leave_covariance_out_miss_the_gaussian(covariance, monkeypat
     schedule = VP()
     start, end = (marginal(GAUSSIAN, schedule, t) for t in (schedule.t_max, schedule.t_min))
     sampler, model = (
-        partial(second_order_reverse, covariance=covariance),
+        partial(second_order_reverse, noise_covariance=covariance),
         exact_model(GAUSSIAN, schedule),
     )
     errors = [
@@ -210,7 +211,7 @@ def test_one_step_on_a_mixture_has_the_exact_mean_and_covariance():
     worst = {}
     for covariance in ("low_rank", "none"):
         x = second_order_reverse(
-            model, start, schedule, times=[t, s], covariance=covariance, seed=1
+            model, start, schedule, times=[t, s], noise_covariance=covariance, seed=1
         )
         centred = x - alpha * mean
         terms = [centred, centred[:, :, None] * centred[:, None] - wanted]
@@ -230,13 +231,15 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def test_few_second_order_steps_beat_ancestral_steps_on_a_mixture():
     schedule = VP()
-    start = prior(schedule, (1500, D), seed=0, dtype=F64)
+    start = prior((1500, D), schedule, seed=0, dtype=F64)
     model = exact_model(MIXTURE, schedule)
     truth = MIXTURE.noisy(schedule.sigma(schedule.t_min), schedule.alpha(schedule.t_min))
     draws = truth.sample(1500, seed=0)
     apart = {}
     for covariance in ("low_rank", "diagonal", "none"):
-        x = second_order_reverse(model, start, schedule, n_steps=6, covariance=covariance, seed=2)
+        x = second_order_reverse(
+            model, start, schedule, n_steps=6, noise_covariance=covariance, seed=2
+        )
         apart[covariance] = energy_distance(x, draws)
     assert apart["low_rank"] < apart["none"] / 3
     assert apart["diagonal"] < apart["none"] / 2
@@ -252,14 +255,14 @@ def test_ancestral_step_is_that_of_diffusers(monkeypatch):
     x, eps = (torch.randn(4, 3, dtype=F64, generator=generator) for _ in range(2))
     for t in (1, 30, 999):
         noise = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(t))
-        monkeypatch.setattr(ops, "normal", lambda *_, noise=noise, **__: noise)
+        monkeypatch.setattr(ops.noise, "normal", lambda *_, noise=noise, **__: noise)
         expected = scheduler.step(eps, t, x, generator=torch.Generator().manual_seed(t))
         out = second_order_reverse(
             lambda y, _: Scores(-eps, torch.ones_like(y)),
             x,
             schedule,
             times=[t, t - 1],
-            covariance="none",
+            noise_covariance="none",
         )
         torch.testing.assert_close(out, expected.prev_sample, rtol=1e-5, atol=1e-6)
 
@@ -300,7 +303,7 @@ def test_flow_maps_a_gaussian_by_standardising(schedule):
     std1, std0 = (
         (schedule.alpha(t) ** 2 * values + schedule.sigma(t) ** 2).sqrt() for t in (first, last)
     )
-    x = prior(schedule, (5, D), seed=3, dtype=F64)
+    x = prior((5, D), schedule, seed=3, dtype=F64)
     wanted = mean0 + (x - mean1) @ vectors * (std0 / std1) @ vectors.mT
     model = gaussian_model(GAUSSIAN, schedule)
     errors = [
@@ -314,7 +317,7 @@ def test_flow_maps_a_gaussian_by_standardising(schedule):
 @pytest.mark.parametrize("schedule", WHOLE, ids=named)
 def test_whole_schedules_run_from_prior_to_data(schedule):
     model = gaussian_model(GAUSSIAN, schedule)
-    x = prior(schedule, (2000, D), data_std=0.9, seed=0, dtype=F64)
+    x = prior((2000, D), schedule, data_std=0.9, seed=0, dtype=F64)
     n = 120
     ends = [
         reverse_sde(model, x, schedule, n_steps=n, method="heun", seed=1),
@@ -380,7 +383,7 @@ def test_corrector_moves_a_wrong_marginal_by_its_closed_form(corrector):
 def test_no_corrections_leave_the_predictor(predictor):
     schedule = VP()
     model = exact_model(GAUSSIAN, schedule)
-    x = prior(schedule, (3, D), seed=0, dtype=F64)
+    x = prior((3, D), schedule, seed=0, dtype=F64)
     options = {"n_steps": 5, "seed": 3}
     alone = (
         second_order_reverse(model, x, schedule, **options)
@@ -401,9 +404,9 @@ def test_corrections_use_each_step_of_the_chain_noise_once(monkeypatch):
         used.extend(range(options["state"]["step"], options["state"]["step"] + options["burn_in"]))
         return original(*args, **options)
 
-    monkeypatch.setattr(diffusion, "sample", spy)
+    monkeypatch.setattr(steps, "sample", spy)
     schedule = VP()
-    x = prior(schedule, (2, D), seed=0, dtype=F64)
+    x = prior((2, D), schedule, seed=0, dtype=F64)
     model = gaussian_model(GAUSSIAN, schedule)
     predictor_corrector(model, x, schedule, n_steps=4, corrector_steps=3, offset=5, seed=0)
     assert used == list(range(15, 27))
@@ -465,12 +468,12 @@ def test_score_alone_suffices_where_only_the_score_is_used():
     def alone(x: Tensor, sigma: Tensor) -> Scores:
         return gaussian_model(GAUSSIAN, schedule)(x, sigma)._replace(c=None)
 
-    x = prior(schedule, (50, D), seed=0, dtype=F64)
+    x = prior((50, D), schedule, seed=0, dtype=F64)
     near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
     runs = [
-        partial(second_order_reverse, covariance="none"),
+        partial(second_order_reverse, noise_covariance="none"),
         predictor_corrector,
-        partial(predictor_corrector, predictor="second_order", covariance="none"),
+        partial(predictor_corrector, predictor="second_order", noise_covariance="none"),
     ]
     for run in runs:
         options = {"schedule": schedule, "n_steps": 3, "seed": 1}
@@ -492,7 +495,7 @@ def test_score_alone_suffices_where_only_the_score_is_used():
     )
     for run in (
         second_order_reverse,
-        partial(second_order_reverse, covariance="diagonal"),
+        partial(second_order_reverse, noise_covariance="diagonal"),
         partial(predictor_corrector, corrector="ozaki"),
         partial(predictor_corrector, predictor="second_order"),
     ):
@@ -510,7 +513,8 @@ def test_adjusted_langevin_corrects_its_ratio_where_there_is_c(monkeypatch):
         seen.append(type(score_fn(options["state"]["x"])))
         return original(score_fn, *args, **options)
 
-    monkeypatch.setattr(diffusion, "sample", spy)
+    for module in (annealed, steps):
+        monkeypatch.setattr(module, "sample", spy)
     for method in ("langevin", "mala", "ozaki"):
         annealed_langevin(rowwise, X, [1.0], n_steps=1, method=method)
         predictor_corrector(rowwise, X, VP(), n_steps=1, corrector=method)
@@ -551,7 +555,7 @@ def test_annealed_chains_sum_over_levels_what_can_be_summed(monkeypatch):
         chains.stats["seconds"] = 2.5
         return chains
 
-    monkeypatch.setattr(diffusion, "sample", timed)
+    monkeypatch.setattr(annealed, "sample", timed)
     options = {"n_steps": 4, "seed": 0, "method": "mh_ozaki", "step_size": 0.5}
     whole = annealed_langevin(rowwise, X, [1.0, 0.7, 0.5], **options).stats
     assert whole["seconds"] == 7.5
@@ -604,12 +608,12 @@ def test_one_step_takes_a_time_for_each_sample():
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=named)
 def test_prior_has_the_variance_of_the_last_marginal(schedule):
-    x = prior(schedule, (4000, 2, 3), data_std=2.0, seed=0)
+    x = prior((4000, 2, 3), schedule, data_std=2.0, seed=0)
     variance = schedule.sigma(schedule.t_max) ** 2 + 4 * schedule.alpha(schedule.t_max) ** 2
     assert x.dtype == torch.get_default_dtype()
     error = (x.double() ** 2).mean().item() / variance - 1
     assert abs(error) < WITHIN * math.sqrt(2 / x.numel())
-    assert torch.equal(prior(schedule, (3, 2, 3), data_std=2.0, seed=0, first=7), x[7:10])
+    assert torch.equal(prior((3, 2, 3), schedule, data_std=2.0, seed=0, first=7), x[7:10])
 
 
 # ------------------------------------------------------------------------------------- the noise
@@ -634,8 +638,8 @@ SAMPLERS = {
     "reverse_sde euler": partial(reverse_sde, method="euler"),
     "reverse_sde heun": partial(reverse_sde, method="heun"),
     "second_order_reverse low_rank": second_order_reverse,
-    "second_order_reverse diagonal": partial(second_order_reverse, covariance="diagonal"),
-    "second_order_reverse none": partial(second_order_reverse, covariance="none"),
+    "second_order_reverse diagonal": partial(second_order_reverse, noise_covariance="diagonal"),
+    "second_order_reverse none": partial(second_order_reverse, noise_covariance="none"),
     "predictor_corrector": partial(predictor_corrector, corrector="ozaki", corrector_steps=2),
 }
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
@@ -651,14 +655,14 @@ def rowwise(x: Tensor, sigma: Tensor) -> Scores:
 @every_sampler
 def test_chunks_and_processes_draw_the_same(sampler):
     schedule = VP()
-    x = prior(schedule, (7, 3), seed=0)
+    x = prior((7, 3), schedule, seed=0)
     options = {"n_steps": 5, "seed": 4}
     whole = sampler(rowwise, x, schedule, **options)
     for chunk in (1, 3, 100):
         assert torch.equal(sampler(rowwise, x, schedule, chunk_size=chunk, **options), whole)
     assert torch.equal(sampler(rowwise, x[2:], schedule, first=2, **options), whole[2:])
     assert not torch.equal(sampler(rowwise, x[2:], schedule, **options), whole[2:])
-    assert torch.equal(x, prior(schedule, (7, 3), seed=0))
+    assert torch.equal(x, prior((7, 3), schedule, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -666,8 +670,8 @@ def test_chunks_and_processes_draw_the_same(sampler):
 )
 @pytest.mark.parametrize("schedule", [VP(), from_alphas_cumprod(TABLE)], ids=named)
 def test_draws_are_the_same_on_every_device(sampler, schedule, device):
-    x = prior(schedule, (5, 3), seed=0, dtype=F64)
-    there = prior(schedule, (5, 3), seed=0, dtype=F64, device=device)
+    x = prior((5, 3), schedule, seed=0, dtype=F64)
+    there = prior((5, 3), schedule, seed=0, dtype=F64, device=device)
     assert_near(there, x)
     options = {"n_steps": 5, "seed": 4}
     moved = sampler(rowwise, there, schedule, **options)
@@ -678,7 +682,7 @@ def test_draws_are_the_same_on_every_device(sampler, schedule, device):
 @every_sampler
 def test_a_run_in_two_parts_is_one_run(sampler):
     schedule = VP()
-    x, times = prior(schedule, (4, 3), seed=0, dtype=F64), schedule.times(6)
+    x, times = prior((4, 3), schedule, seed=0, dtype=F64), schedule.times(6)
     whole = sampler(rowwise, x, schedule, times=times, seed=4)
     half = sampler(rowwise, x, schedule, times=times[:3], seed=4)
     ends = [
@@ -692,7 +696,7 @@ def test_a_run_in_two_parts_is_one_run(sampler):
 @every_sampler
 def test_images_are_rows_of_their_entries(sampler):
     schedule = VP()
-    x = prior(schedule, (4, 6), seed=0)
+    x = prior((4, 6), schedule, seed=0)
     flat = sampler(rowwise, x, schedule, n_steps=4, seed=4)
     image = sampler(rowwise, x.reshape(4, 1, 2, 3), schedule, n_steps=4, seed=4)
     assert torch.equal(image.flatten(1), flat)
@@ -702,7 +706,7 @@ def test_images_are_rows_of_their_entries(sampler):
 @every_sampler
 def test_seed_comes_from_torch_where_none_is_given(sampler):
     schedule = VP()
-    x = prior(schedule, (2, 3), seed=0)
+    x = prior((2, 3), schedule, seed=0)
     draws = []
     for torch_seed in (0, 0, 1):
         torch.manual_seed(torch_seed)
@@ -722,7 +726,7 @@ def test_streams_are_apart():
     options = {"n_steps": 1, "seed": 0}
     corrected = predictor_corrector(model, zero, schedule, **options)
     draws = [
-        prior(schedule, (4, 3), seed=0, dtype=F64),
+        prior((4, 3), schedule, seed=0, dtype=F64),
         reverse_sde(model, zero, schedule, **options),
         second_order_reverse(model, zero, schedule, **options),
     ]
@@ -780,7 +784,7 @@ def test_scores_that_are_not_finite_name_time_and_sample(name, value):
             assert bool(sampler(model, x, schedule, **options).isfinite().all())
         with pytest.raises(ValueError, match=rf"^predictor_corrector: {name} from model must be f"):
             predictor_corrector(model, x, schedule, corrector="ozaki", **options)
-        options["covariance"] = "none"
+        options["noise_covariance"] = "none"
         assert bool(second_order_reverse(model, x, schedule, **options).isfinite().all())
 
 
@@ -809,11 +813,11 @@ def test_negative_variances_name_time_and_sample():
     # rowwise's factor at 0 is 0: the variance is c sigma^2 / alpha^2
     value = -1000 * sigma**2 / alpha**2
     for covariance in ("low_rank", "diagonal"):
-        assert run(negative, covariance=covariance) == (
+        assert run(negative, noise_covariance=covariance) == (
             f"posterior variance must be at least 0, got {value:g} at t = 0.5 for sample 5"
         )
     assert bool(
-        second_order_reverse(negative, x, schedule, times=[0.5, 0.1], covariance="none")
+        second_order_reverse(negative, x, schedule, times=[0.5, 0.1], noise_covariance="none")
         .isfinite()
         .all()
     )
@@ -884,10 +888,10 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
             "probability_flow_ode: method must be one of 'euler', 'heun', got 'rk4'",
         ),
         (
-            lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, covariance="full"),
+            lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, noise_covariance="full"),
             (
-                "second_order_reverse: covariance must be one of 'low_rank', 'diagonal', 'none', "
-                "got 'full'"
+                "second_order_reverse: noise_covariance must be one of 'low_rank', 'diagonal', "
+                "'none', got 'full'"
             ),
         ),
         (
@@ -964,7 +968,7 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
             "annealed_langevin: step_size must be finite and > 0, got inf",
         ),
         (
-            lambda: prior(VP(), (2, 3), data_std=-1.0),
+            lambda: prior((2, 3), VP(), data_std=-1.0),
             "prior: data_std must be finite and >= 0, got -1",
         ),
         (
@@ -1002,8 +1006,8 @@ def test_bad_values_are_refused(call, message):
             lambda: reverse_sde(rowwise, X, 0.5, n_steps=1),
             "reverse_sde: schedule must be a Schedule, got float",
         ),
-        (lambda: prior("VP", (2, 3)), "prior: schedule must be a Schedule, got str"),
-        (lambda: prior(VP(), (2, 3), data_std="1"), "prior: data_std must be a number, got '1'"),
+        (lambda: prior((2, 3), "VP"), "prior: schedule must be a Schedule, got str"),
+        (lambda: prior((2, 3), VP(), data_std="1"), "prior: data_std must be a number, got '1'"),
         (
             lambda: reverse_sde(rowwise, X, VP(), times="ab"),
             "reverse_sde: times must be a sequence of numbers, got str",

@@ -235,7 +235,7 @@ def test_an_empty_batch_is_conditioned():
                     pair = functions(matrix, DIMS)
                     assert condition_mean(empty, y, pair, 0.1).shape == (0, *DIMS)
     for operator in (FIRST, ROW):
-        model = guided(lambda x, _: Scores(x, x), VP(), Y, operator, STD)
+        model = guided(lambda x, _: Scores(x, x), Y, operator, STD, VP())
         scores = model(torch.zeros(0, D, dtype=F64), torch.ones(0))
         assert scores.scaled_score.shape == scores.c.shape == (0, D)
 
@@ -282,7 +282,7 @@ def check_single(posterior: Posterior, y: Tensor, operator: Tensor, matrix: Tens
     def model(x: Tensor, _: Tensor) -> Scores:
         return Scores(torch.zeros_like(x), c.diag, c.factor)
 
-    scores = guided(model, schedule, y, operator, std)(x, torch.full((len(x),), sigma))
+    scores = guided(model, y, operator, std, schedule)(x, torch.full((len(x),), sigma))
     assert (scores.scaled_score - (mean - posterior.mean)).abs().max() < 2e-5
     kappa = DPLR(scores.c.double(), scores.factor.double(), scores.sign).dense()
     assert (kappa - covariance).abs().max() < 2e-6
@@ -384,7 +384,7 @@ def test_second_order_steps_reach_the_conditional_law_in_any_number(
 ):
     law = posterior_of(GAUSSIAN, matrix)
     start, end = (marginal(law, schedule, t) for t in (schedule.t_max, schedule.t_min))
-    model = guided(exact_model(GAUSSIAN, schedule), schedule, Y, operator, STD)
+    model = guided(exact_model(GAUSSIAN, schedule), Y, operator, STD, schedule)
     for n in (1, 2, 6):
         reached = pushed(
             second_order_reverse, model, schedule, schedule.times(n), start, monkeypatch
@@ -407,7 +407,9 @@ def test_first_order_samplers_converge_to_the_conditional_law(kind, monkeypatch)
     law = posterior_of(GAUSSIAN, ROW)
     start, end = (marginal(law, schedule, t) for t in (schedule.t_max, schedule.t_min))
     operator = ROW if kind == "matrix" else functions(ROW, (D,))
-    model = guided(exact_model(GAUSSIAN, schedule), schedule, Y, operator, STD, covariance=False)
+    model = guided(
+        exact_model(GAUSSIAN, schedule), Y, operator, STD, schedule, with_covariance=False
+    )
     for sampler, order in (
         (partial(reverse_sde, method="euler"), 1),
         (partial(probability_flow_ode, method="heun"), 2),
@@ -422,9 +424,9 @@ def test_first_order_samplers_converge_to_the_conditional_law(kind, monkeypatch)
 
 def test_guided_scores_are_those_of_the_conditional_law_of_noisy_samples():
     schedule = VP()
-    x = prior(schedule, (5, D), seed=0, dtype=F64)
+    x = prior((5, D), schedule, seed=0, dtype=F64)
     law = posterior_of(GAUSSIAN, ROW)
-    model = guided(exact_model(GAUSSIAN, schedule), schedule, Y, ROW, STD)
+    model = guided(exact_model(GAUSSIAN, schedule), Y, ROW, STD, schedule)
     for t in (0.01, 0.3, 1.0):
         sigma = schedule.sigma(t)
         scores = model(x, torch.full((5,), sigma, dtype=F64)).unscaled(sigma)
@@ -453,7 +455,9 @@ def test_guided_images_match_the_dense_moments(kind, signed):
     mean, covariance = dense_condition(law, y, matrix, variance)
     shift = mean.reshape(x.shape) - law.mean
     for moments in (True, False):
-        ours = guided(lambda *_: head, schedule, y, operator, 0.2, covariance=moments)(x, sigma)
+        ours = guided(lambda *_: head, y, operator, 0.2, schedule, with_covariance=moments)(
+            x, sigma
+        )
         assert (ours.scaled_score - score - a / s * shift).abs().max() < 1e-9
         assert ours.c.shape == x.shape
         if moments:
@@ -507,7 +511,7 @@ def by_backprop(schedule, y: Tensor, *, isotropic: float | None = None):
 
 @pytest.mark.parametrize("schedule", [VP(), EDM()], ids=lambda s: type(s).__name__)
 def test_guidance_is_moment_matching_by_backprop_where_scores_are_exact(schedule):
-    ours = guided(exact_model(MIXTURE, schedule), schedule, Y, ROW, STD)
+    ours = guided(exact_model(MIXTURE, schedule), Y, ROW, STD, schedule)
     peer = by_backprop(schedule, Y)
     for part in (0.0, 0.3, 0.7, 1.0):
         t = schedule.t_min + part * (schedule.t_max - schedule.t_min)
@@ -528,9 +532,9 @@ def test_on_a_mixture_moment_matching_beats_an_isotropic_covariance_over_many_y(
     wanted = torch.stack([law.weights @ law.means for law in laws])
     draws = torch.stack([law.sample(rows, seed=2) for law in laws])
     every = y.repeat_interleave(rows, 0)
-    start = prior(schedule, (len(every), D), seed=3, dtype=F64)
+    start = prior((len(every), D), schedule, seed=3, dtype=F64)
     models = {
-        "ours": guided(exact_model(MIXTURE, schedule), schedule, every, ROW, STD),
+        "ours": guided(exact_model(MIXTURE, schedule), every, ROW, STD, schedule),
         "isotropic": by_backprop(schedule, every, isotropic=1.2),
         "none": exact_model(MIXTURE, schedule),
     }
@@ -689,33 +693,34 @@ def test_guided_refuses_what_it_cannot_do():
     model = exact_model(GAUSSIAN, schedule)
     pair = functions(ROW, (D,))
     with pytest.raises(
-        ValueError, match=r"^guided: covariance must be False for an operator of functions \(C_y"
+        ValueError,
+        match=r"^guided: with_covariance must be False for an operator of functions \(C_y",
     ):
-        guided(model, schedule, Y, pair, STD)
-    with pytest.raises(TypeError, match=r"^guided: covariance must be a bool, got int"):
-        guided(model, schedule, Y, ROW, STD, covariance=1)
+        guided(model, Y, pair, STD, schedule)
+    with pytest.raises(TypeError, match=r"^guided: with_covariance must be a bool, got int"):
+        guided(model, Y, ROW, STD, schedule, with_covariance=1)
     with pytest.raises(TypeError, match=r"^guided: schedule must be a Schedule, got NoneType"):
-        guided(model, None, Y, ROW, STD)
+        guided(model, Y, ROW, STD, None)
     with pytest.raises(ValueError, match=r"^guided: rmatvec must be the adjoint of matvec"):
-        guided(model, schedule, Y, (pair[0], lambda u: 2 * pair[1](u)), STD, covariance=False)
+        guided(model, Y, (pair[0], lambda u: 2 * pair[1](u)), STD, schedule, with_covariance=False)
     with pytest.raises(ValueError, match=r"^guided: dropout must be off .*, got p = 0.5 in '1'"):
-        guided(nn.Sequential(nn.Identity(), nn.Dropout()), schedule, Y, ROW, STD)
-    guided(nn.Sequential(nn.Identity(), nn.Dropout()).eval(), schedule, Y, ROW, STD)
+        guided(nn.Sequential(nn.Identity(), nn.Dropout()), Y, ROW, STD, schedule)
+    guided(nn.Sequential(nn.Identity(), nn.Dropout()).eval(), Y, ROW, STD, schedule)
     start = torch.zeros(2, D, dtype=F64)
-    alone = guided(model, schedule, Y, pair, STD, covariance=False)
+    alone = guided(model, Y, pair, STD, schedule, with_covariance=False)
     with pytest.raises(
         ValueError, match=r"^second_order_reverse: c from model must be finite, got nan"
     ):
         second_order_reverse(alone, start, schedule, n_steps=2)
-    split = guided(model, schedule, Y.repeat(2, 1), ROW, STD)
+    split = guided(model, Y.repeat(2, 1), ROW, STD, schedule)
     with pytest.raises(ValueError, match=r"^guided: y must have 1 row or 1 like x, got 2 \(a samp"):
         reverse_sde(split, start, schedule, n_steps=2, chunk_size=1)
-    negative = guided(lambda x, _: Scores(x, -torch.ones_like(x)), schedule, Y, ROW, STD)
+    negative = guided(lambda x, _: Scores(x, -torch.ones_like(x)), Y, ROW, STD, schedule)
     with pytest.raises(
         ValueError, match=r"^guided: diagonal part of the posterior covariance must be at least 0"
     ):
         reverse_sde(negative, start, schedule, n_steps=2)
-    first_order = guided(gaussian_model(GAUSSIAN, schedule), schedule, Y, ROW, STD)
+    first_order = guided(gaussian_model(GAUSSIAN, schedule), Y, ROW, STD, schedule)
     assert first_order(start, torch.full((2,), 0.5, dtype=F64)).factor.shape == (2, D, 1)
 
 

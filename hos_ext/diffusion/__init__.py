@@ -1,9 +1,9 @@
 """Along a noise schedule: reverse processes, guidance, likelihood."""
 
+from .annealed import annealed_langevin
 from .guidance import condition, condition_mean, guided
 from .likelihood import log_likelihood
 from .reverse import (
-    annealed_langevin,
     predictor_corrector,
     prior,
     probability_flow_ode,

@@ -9,14 +9,16 @@ learned covariance stands for backprop through the network. Exact if x0 is Gauss
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import (
+    check,
     check_count,
+    check_kind,
     check_number,
     check_samples,
     check_tensor,
@@ -24,7 +26,8 @@ from ..checks import (
     refuse_dropout,
 )
 from ..linalg.dplr import DPLR
-from ..random import STREAM_ADJOINT
+from ..ops.noise import draw_normal
+from ..random import STREAM_ADJOINT, Key
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -134,12 +137,12 @@ def condition_mean(
 
 def guided(
     model: Model,
-    schedule: Schedule,
     y: Tensor,
     operator: Operator,
     noise_std: float | Tensor,
+    schedule: Schedule,
     *,
-    covariance: bool = True,
+    with_covariance: bool = True,
     tolerance: float | None = None,
     max_iterations: int = 1000,
 ) -> Model:
@@ -154,12 +157,12 @@ def guided(
 
     Args:
         model: `model(x, sigma) -> Scores`.
-        schedule: a `Schedule`: the alpha that goes with sigma.
         y, operator, noise_std, tolerance, max_iterations: as `condition_mean`. With y of B rows
             every call must have B rows: no chunk_size in the samplers.
-        covariance: False: the score alone and c = NaN, which `reverse_sde`, `probability_flow_ode`
-            and first-order correctors do not look at and second-order steps refuse. The only choice
-            for an operator of functions, whose C_y is no DPLR.
+        schedule: a `Schedule`: the alpha that goes with sigma.
+        with_covariance: False: the score alone and c = NaN, which `reverse_sde`,
+            `probability_flow_ode` and first-order correctors do not look at and second-order steps
+            refuse. The only choice for an operator of functions, whose C_y is no DPLR.
 
     Returns:
         A function (x, sigma) -> Scores. It raises what `condition_mean` and the model raise.
@@ -168,24 +171,20 @@ def guided(
         TypeError, ValueError: an argument of the wrong kind or out of range; a model with active
             dropout.
 
-    Reference:
+    References:
         Boys et al. 2023, arXiv:2310.06721 (moment matching, there by backprop); Song et al. 2023,
         Pseudoinverse-guided diffusion (C = r^2 I, the score by backprop).
     """
     where = "guided"
     refuse_dropout(where, model)
     check_schedule(where, schedule)
-    if not isinstance(covariance, bool):
-        raise TypeError(f"{where}: covariance must be a bool, got {type(covariance).__name__}")
-    if covariance and isinstance(operator, tuple):
-        raise ValueError(
-            f"{where}: covariance must be False for an operator of functions (C_y is no DPLR), got "
-            "True"
-        )
+    check_kind(where, "with_covariance", with_covariance, bool)
+    rule = "with_covariance must be False for an operator of functions (C_y is no DPLR)"
+    check(where, not (with_covariance and isinstance(operator, tuple)), rule, True)
     problem = _problem(where, y, operator, noise_std)
     tolerance = _check_stop(where, tolerance, max_iterations, problem.y)
 
-    def conditioned(x: Tensor, sigma: Tensor) -> Scores:
+    def conditioned(x: Tensor, sigma: Tensor | float, /) -> Scores:
         check_samples(where, "x", x)
         scores = model_scores(where, model, x, sigma)
         level = positive(where, "sigma", sigma, x)
@@ -196,7 +195,7 @@ def guided(
         c, factor, sign = torch.full_like(x, torch.nan), None, None
         if isinstance(operator, Tensor):
             shift, law = _dense(where, problem, spread, residual)
-            if covariance:
+            if with_covariance:
                 scaled = law().to(x.dtype).scale(ratio.square().flatten())
                 c, factor, sign = scaled.diag.reshape(x.shape), scaled.factor, scaled.sign
         else:
@@ -241,134 +240,123 @@ def _problem(where: str, y: Tensor, operator: Operator, noise_std: float | Tenso
     """All checks that need no x."""
     check_samples(where, "y", y)
     if isinstance(operator, Tensor):
-        if operator.dtype == torch.bool:
-            count, rows = int(operator.sum()), "true entries in the mask"
-        else:
-            check_tensor(where, "operator", operator, like=y, because=" like y")
-            if operator.dim() != 2:
-                raise ValueError(
-                    f"{where}: operator must be a matrix (m, D) or a boolean mask, got shape "
-                    f"{tuple(operator.shape)}"
-                )
-            if not bool(operator.isfinite().all()):
-                value = operator[~operator.isfinite()][0].item()
-                raise ValueError(f"{where}: operator must be finite, got {value}")
-            count, rows = operator.shape[0], "rows of the matrix"
-        if operator.device != y.device:
-            raise ValueError(f"{where}: operator must be on {y.device}, got {operator.device}")
-        if tuple(y.shape[1:]) != (count,):
-            raise ValueError(
-                f"{where}: y must have shape (B, {count}) for {count} {rows}, got {tuple(y.shape)}"
-            )
-    elif not (isinstance(operator, tuple) and len(operator) == 2 and all(map(callable, operator))):
-        raise TypeError(
-            f"{where}: operator must be a matrix, a boolean mask or two functions (matvec, "
-            f"rmatvec), got {type(operator).__name__}"
-        )
-    if not bool(y.isfinite().all()):
-        raise ValueError(f"{where}: y must be finite, got {y[~y.isfinite()][0].item()}")
-    if isinstance(noise_std, Tensor) and noise_std.dim() > 0:
-        shape = tuple(y.shape[1:])
-        check_tensor(
-            where, "noise_std", noise_std, like=y, shape=shape, because=" as one measurement"
-        )
-        bad = ~((noise_std > 0) & noise_std.isfinite())
-        if bool(bad.any()):
-            value = noise_std[bad][0].item()
-            raise ValueError(f"{where}: noise_std must be finite and > 0, got {value:g}")
-        variance = noise_std.flatten().double().square()
+        _check_dense_operator(where, y, operator)
     else:
-        std = check_number(where, "noise_std", noise_std)
-        variance = y.new_full((y.shape[1:].numel(),), std**2, dtype=torch.float64)
-    if isinstance(operator, Tensor) and operator.dtype != torch.bool:
-        operator = operator.double()
+        pair = isinstance(operator, tuple) and len(operator) == 2 and all(map(callable, operator))
+        rule = "operator must be a matrix, a boolean mask or two functions (matvec, rmatvec)"
+        check(where, pair, rule, type(operator).__name__, TypeError)
+    finite = y.isfinite()
+    check(where, bool(finite.all()), "y must be finite", lambda: y[~finite][0].item())
+    variance = _variances(where, y, noise_std)
+    if isinstance(operator, Tensor):
+        return _Problem(
+            y, operator if operator.dtype == torch.bool else operator.double(), variance
+        )
     problem = _Problem(y, operator, variance)
-    if not isinstance(operator, Tensor):
-        _check_adjoint(where, problem)
+    _check_adjoint(where, problem)
     return problem
+
+
+def _check_dense_operator(where: str, y: Tensor, operator: Tensor) -> None:
+    """A mask or a matrix, with as many measurements as y has."""
+    if operator.dtype == torch.bool:
+        count, rows = int(operator.sum()), "true entries in the mask"
+    else:
+        check_tensor(where, "operator", operator, like=y, because=" like y")
+        rule = "operator must be a matrix (m, D) or a boolean mask"
+        check(where, operator.dim() == 2, rule, f"shape {tuple(operator.shape)}")
+        finite = operator.isfinite()
+        rule = "operator must be finite"
+        check(where, bool(finite.all()), rule, lambda: operator[~finite][0].item())
+        count, rows = operator.shape[0], "rows of the matrix"
+    check(where, operator.device == y.device, f"operator must be on {y.device}", operator.device)
+    rule, shape = f"y must have shape (B, {count}) for {count} {rows}", tuple(y.shape)
+    check(where, shape[1:] == (count,), rule, shape)
+
+
+def _variances(where: str, y: Tensor, noise_std: float | Tensor) -> Tensor:
+    """The variance of each measurement (m,), float64."""
+    if not isinstance(noise_std, Tensor) or noise_std.dim() == 0:
+        std = check_number(where, "noise_std", noise_std)
+        return y.new_full((y.shape[1:].numel(),), std**2, dtype=torch.float64)
+    shape, because = tuple(y.shape[1:]), " as one measurement"
+    check_tensor(where, "noise_std", noise_std, like=y, shape=shape, because=because)
+    good = (noise_std > 0) & noise_std.isfinite()
+    rule = "noise_std must be finite and > 0"
+    check(where, bool(good.all()), rule, lambda: f"{noise_std[~good][0].item():g}")
+    return noise_std.flatten().double().square()
 
 
 def _check_adjoint(where: str, problem: _Problem) -> None:
     """<A v, u> = <v, A^T u> for one random u and v."""
     y = problem.y
 
-    def noise(shape: tuple[int, ...], offset: int) -> Tensor:
-        return ops.normal(
-            shape,
-            seed=0,
-            offset=offset,
-            stream=STREAM_ADJOINT,
-            dtype=y.dtype,
-            device=y.device,
-        )
-
-    u = noise((1, len(problem.variance)), 0)
+    u = draw_normal(Key(0, 0), STREAM_ADJOINT, (1, len(problem.variance)), y)
     back = problem.adjoint(where, u, None)
-    v = noise(tuple(back.shape), 1)
+    v = draw_normal(Key(0, 1), STREAM_ADJOINT, back.shape, y)
     there = problem.forward(where, v)
     left, right = float((there * u).sum()), float((v * back).sum())
     # Far above the rounding of either side, below what two unrelated operators give by chance.
     size = float(there.norm() * u.norm() + v.norm() * back.norm())
-    if not abs(left - right) <= torch.finfo(y.dtype).eps ** 0.5 * size:
-        raise ValueError(
-            f"{where}: rmatvec must be the adjoint of matvec, got <A v, u> = {left:g} and "
-            f"<v, A^T u> = {right:g} for random u, v"
-        )
+    adjoint = abs(left - right) <= torch.finfo(y.dtype).eps ** 0.5 * size
+    got = f"<A v, u> = {left:g} and <v, A^T u> = {right:g} for random u, v"
+    check(where, adjoint, "rmatvec must be the adjoint of matvec", got)
 
 
 def _moments(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
     """Mean and covariance, the latter finite and not negative."""
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"{where}: posterior must be a Posterior, got {type(posterior).__name__}")
-    mean, covariance = posterior
-    diag, factor = covariance.diag, covariance.factor
+    mean, covariance = check_kind(where, "posterior", posterior, Posterior)
+    diag, factor, of = covariance.diag, covariance.factor, "of the posterior covariance"
     for part, value in (("diagonal part", diag), ("factor", factor)):
         # A finite sum shows it too, several times faster.
-        if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
-            raise ValueError(
-                f"{where}: {part} of the posterior covariance must be finite, got "
-                f"{value[~value.isfinite()][0].item()}"
-            )
-    if bool((diag < 0).any()):
-        sample = int((diag < 0).any(1).nonzero()[0])
-        raise ValueError(
-            f"{where}: diagonal part of the posterior covariance must be at least 0, got "
-            f"{diag[diag < 0][0].item():g} for sample {sample}"
-        )
+        finite = bool(value.sum().isfinite()) or bool(value.isfinite().all())
+        check(where, finite, f"{part} {of} must be finite", partial(_not_finite, value))
+    low = diag < 0
+    check(
+        where,
+        not bool(low.any()),
+        f"diagonal part {of} must be at least 0",
+        lambda: f"{diag[low][0].item():g} for sample {_first_of(low.any(1))}",
+    )
     if covariance.sign is not None and bool((covariance.sign < 0).any()):
         bad = ~covariance.is_positive_definite()
-        if bool(bad.any()):
-            raise ValueError(
-                f"{where}: the posterior covariance must be positive definite, got one that is not "
-                f"for sample {int(bad.nonzero()[0])}"
-            )
+        check(
+            where,
+            not bool(bad.any()),
+            "the posterior covariance must be positive definite",
+            lambda: f"one that is not for sample {_first_of(bad)}",
+        )
     return mean, covariance
+
+
+def _not_finite(value: Tensor) -> float:
+    return value[~value.isfinite()][0].item()
+
+
+def _first_of(bad: Tensor) -> int:
+    return int(bad.nonzero()[0])
 
 
 def _residual(where: str, problem: _Problem, mean: Tensor) -> Tensor:
     """y - A m, shape (B, m), after the checks that need an x; float64 unless A is functions."""
     y, operator = problem.y, problem.operator
     check_tensor(where, "y", y, like=mean, because=" like x")
-    if len(y) not in (1, len(mean)):
-        raise ValueError(
-            f"{where}: y must have 1 row or {len(mean)} like x, got {len(y)} (a sampler's "
-            "chunk_size must not split the rows)"
-        )
-    if isinstance(operator, Tensor):
-        dims = tuple(mean.shape[1:])
-        if operator.dtype == torch.bool:
-            if tuple(operator.shape) != dims:
-                raise ValueError(
-                    f"{where}: operator must be a mask of shape {dims} like one x, got "
-                    f"{tuple(operator.shape)}"
-                )
-        elif operator.shape[1] != mean.shape[1:].numel():
-            raise ValueError(
-                f"{where}: operator must have {mean.shape[1:].numel()} columns for x of dims "
-                f"{dims}, got {operator.shape[1]}"
-            )
-        return y.double().flatten(1) - problem.forward(where, mean)
-    return y.flatten(1) - problem.forward(where, mean)
+    check(
+        where,
+        len(y) in (1, len(mean)),
+        f"y must have 1 row or {len(mean)} like x",
+        f"{len(y)} (a sampler's chunk_size must not split the rows)",
+    )
+    if not isinstance(operator, Tensor):
+        return y.flatten(1) - problem.forward(where, mean)
+    dims, shape = tuple(mean.shape[1:]), tuple(operator.shape)
+    if operator.dtype == torch.bool:
+        check(where, shape == dims, f"operator must be a mask of shape {dims} like one x", shape)
+    else:
+        size = mean.shape[1:].numel()
+        rule = f"operator must have {size} columns for x of dims {dims}"
+        check(where, shape[1] == size, rule, shape[1])
+    return y.double().flatten(1) - problem.forward(where, mean)
 
 
 # ---------------------------------------------------------------------------------- closed forms
@@ -452,11 +440,12 @@ def _refuse(
     where: str, problem: _Problem, bad: Tensor, why: str = "to be told from rounding in float64"
 ) -> None:
     """Raises for the first sample that is bad (B,): it takes a noise too small to be resolved."""
-    if bool(bad.any()):
-        raise ValueError(
-            f"{where}: noise_std must be large enough {why}, got "
-            f"{problem.variance.min().sqrt().item():g} for sample {int(bad.nonzero()[0])}"
-        )
+    check(
+        where,
+        not bool(bad.any()),
+        f"noise_std must be large enough {why}",
+        lambda: f"{problem.variance.min().sqrt().item():g} for sample {_first_of(bad)}",
+    )
 
 
 # --------------------------------------------------------------------------- conjugate gradients

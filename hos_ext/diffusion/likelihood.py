@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import (
+    check,
     check_count,
     check_first,
     check_like,
@@ -28,12 +29,13 @@ from ..checks import (
     refuse_dropout,
 )
 from ..linalg.dplr import DPLR
-from ..random import STREAM_PROBE
+from ..ops.noise import draw_uniform
+from ..random import STREAM_PROBE, Key
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
-from .reverse import Run, given_seed, time_grid
+from .inputs import noise_key, time_grid
+from .steps import Run
 
-_METHODS = ("heun", "rk4")
 _TRACES = ("learned", "hutchinson", "exact")
 
 
@@ -91,14 +93,24 @@ def log_likelihood(
         ValueError: an argument out of range; a model with active dropout; scores that do not fit x
             or are not finite; a score that is not differentiable in x where it has to be.
 
-    Reference:
+    References:
         Song et al. 2021, arXiv:2011.13456, Eq. 39 (with Hutchinson's trace).
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import VE, Scores
+        >>> from hos_ext.diffusion import log_likelihood
+        >>> def model(x, sigma):  # exact for data N(0, I)
+        ...     c = 1 / (1 + sigma.unsqueeze(1) ** 2)
+        ...     return Scores(-sigma.unsqueeze(1) * c * x, c.expand_as(x))
+        >>> log_likelihood(model, torch.zeros(1, 2), VE(), n_steps=10)  # -log(2 pi) for N(0, I)
+        tensor([-1.8380])
     """
     where = "log_likelihood"
     refuse_dropout(where, model)
     check_samples(where, "x", x)
     check_schedule(where, schedule)
-    one_of(where, "method", method, _METHODS)
+    average = _METHODS[one_of(where, "method", method, _METHODS)]
     one_of(where, "trace", trace, _TRACES)
     std = check_number(where, "data_std", data_std, positive=False)
     check_count(where, "n_probes", n_probes)
@@ -114,7 +126,7 @@ def log_likelihood(
     steps = zip(levels.diff().tolist(), ends[:-1], middle, ends[1:], strict=True)
     scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
 
-    run = Run(where, model, schedule, 0, first)
+    run = Run(where, model, schedule, Key(0, 0, first))
     # A caller's inference mode would keep the traces from differentiating the score. Leaving it
     # turns gradients on, so no_grad comes second; the copy of x is no inference tensor.
     with torch.inference_mode(False), torch.no_grad():
@@ -123,23 +135,40 @@ def log_likelihood(
         w = x.detach().clone() / scale_0
         value = w.new_full((len(w),), size * math.log(scale_t / scale_0))
         for h, start, half, end in steps:
-            slope, rate = slope_at(w, start)
-            if method == "heun":
-                slope_2, rate_2 = slope_at(w + h * slope, end)
-                slope, rate = (slope + slope_2) / 2, (rate + rate_2) / 2
-            else:
-                slope_2, rate_2 = slope_at(w + h / 2 * slope, half)
-                slope_3, rate_3 = slope_at(w + h / 2 * slope_2, half)
-                slope_4, rate_4 = slope_at(w + h * slope_3, end)
-                slope = (slope + 2 * slope_2 + 2 * slope_3 + slope_4) / 6
-                rate = (rate + 2 * rate_2 + 2 * rate_3 + rate_4) / 6
+            slope, rate = average(slope_at, w, h, start, half, end)
             w, value = w + h * slope, value + h * rate
-            run.refuse_non_finite("x after a step", w, end)
+            run.check_finite("x after a step", w, end)
         if log_prior is None:
             return value + _log_normal(w) - size * math.log(scale_t)
         log_end = log_prior(scale_t * w)
         check_tensor(where, "log_prior(x)", log_end, like=x, shape=(len(x),))
         return value + log_end
+
+
+# Of a step of length h: the average slope of w and rate of log p, by their values at some points.
+_SlopeAt: TypeAlias = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+
+
+def _heun(
+    slope_at: _SlopeAt, w: Tensor, h: float, start: float, half: float, end: float
+) -> tuple[Tensor, Tensor]:
+    slope, rate = slope_at(w, start)
+    slope_2, rate_2 = slope_at(w + h * slope, end)
+    return (slope + slope_2) / 2, (rate + rate_2) / 2
+
+
+def _rk4(
+    slope_at: _SlopeAt, w: Tensor, h: float, start: float, half: float, end: float
+) -> tuple[Tensor, Tensor]:
+    slope, rate = slope_at(w, start)
+    slope_2, rate_2 = slope_at(w + h / 2 * slope, half)
+    slope_3, rate_3 = slope_at(w + h / 2 * slope_2, half)
+    slope_4, rate_4 = slope_at(w + h * slope_3, end)
+    slope = (slope + 2 * slope_2 + 2 * slope_3 + slope_4) / 6
+    return slope, (rate + 2 * rate_2 + 2 * rate_3 + rate_4) / 6
+
+
+_METHODS = {"heun": _heun, "rk4": _rk4}
 
 
 def _slope(
@@ -175,11 +204,9 @@ def _pull_back(
     if score.requires_grad:
         products = torch.autograd.grad(score, x, probe, retain_graph=again, allow_unused=True)
         product = products[0]
-    if product is None:
-        raise ValueError(
-            f"{where}: scaled_score from model must be differentiable in x for "
-            f"trace={trace!r}, got one without a graph"
-        )
+    rule = f"scaled_score from model must be differentiable in x for trace={trace!r}"
+    check(where, product is not None, rule, "one without a graph")
+    assert product is not None
     return product
 
 
@@ -192,18 +219,9 @@ def _unit(x: Tensor, k: int) -> Tensor:
 
 def _probes(x: Tensor, n_probes: int, seed: int | None, first: int) -> Tensor:
     """Vectors of +-1 at random, (n_probes, B, *dims)."""
-    key = given_seed("log_likelihood", seed)
+    key = noise_key("log_likelihood", x.shape, seed, first=first)
     draws = [
-        ops.uniform(
-            x.shape,
-            seed=key,
-            offset=k,
-            first=first,
-            stream=STREAM_PROBE,
-            dtype=x.dtype,
-            device=x.device,
-        )
-        for k in range(n_probes)
+        draw_uniform(key._replace(offset=k), STREAM_PROBE, x.shape, x) for k in range(n_probes)
     ]
     return torch.where(torch.stack(draws) < 0.5, -1.0, 1.0).to(x.dtype)
 
