@@ -10,6 +10,7 @@ import torch
 from hos_ext import DPLR, ops
 from hos_ext.app import plots
 from hos_ext.app.evaluation import Denoised
+from hos_ext.app.plots.samples import percent, scale_of
 from hos_ext.tweedie.posterior import Posterior
 
 GREY, COLOUR, SIGNAL = (6, 8), (3, 8, 8), (20,)
@@ -130,15 +131,15 @@ def test_no_text_lies_on_another_or_outside(name):
     ],
 )
 def test_samples_are_shown_by_their_dims(dims, kind):
-    assert plots._scale(torch.zeros(2, *dims)).kind == kind
+    assert scale_of(torch.zeros(2, *dims)).kind == kind
 
 
 def test_the_range_is_that_of_8_bit_data_or_of_the_samples():
     values = torch.tensor([[-0.9, -0.8, -0.9, 0.5]] * 2).reshape(2, 2, 2).repeat(1, 2, 1)
-    assert plots._scale(values) == ("grey", -1.0, 1.0, "gray_r")
-    assert plots._scale(-values) == ("grey", -1.0, 1.0, "gray")  # no paper: light on light
-    assert plots._scale(10 * values)[1:3] == (pytest.approx(-9.0), pytest.approx(5.0))
-    assert plots._scale(torch.full((2, 4, 4), math.nan))[1:3] == (-1.0, 1.0)
+    assert scale_of(values) == ("grey", -1.0, 1.0, "gray_r")
+    assert scale_of(-values) == ("grey", -1.0, 1.0, "gray")  # no paper: light on light
+    assert scale_of(10 * values)[1:3] == (pytest.approx(-9.0), pytest.approx(5.0))
+    assert scale_of(torch.full((2, 4, 4), math.nan))[1:3] == (-1.0, 1.0)
 
 
 def _shown(ax):
@@ -188,7 +189,7 @@ def test_images_in_colour_are_in_colour_and_their_eigenvectors_about_grey():
 
 
 def test_a_share_below_one_percent_is_not_zero():
-    assert [plots._percent(torch.tensor(x)) for x in (0.0712, 0.01, 0.0043)] == [
+    assert [percent(torch.tensor(x)) for x in (0.0712, 0.01, 0.0043)] == [
         "7 %",
         "1 %",
         "0.4 %",
