@@ -285,10 +285,10 @@ def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
 # --------------------------------------------------------------------------- precision and models
 
 
-def refuse_half(where: str, x: Tensor) -> None:
+def refuse_half(where: str, x0: Tensor) -> None:
     """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
-    rule, kind = "variance reduction needs float32 or float64", x.device.type
-    check(where, x.dtype not in HALF, rule, f"x {x.dtype}")
+    rule, kind = "variance reduction needs float32 or float64", x0.device.type
+    check(where, x0.dtype not in HALF, rule, f"x0 {x0.dtype}")
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         check(where, dtype not in HALF, rule, f"autocast to {dtype}")

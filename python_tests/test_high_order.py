@@ -14,12 +14,11 @@ from torch.func import jacfwd, jvp, vmap
 import hos_ext
 from hos_ext.losses.high_order import (
     hermite,
-    noise_moment_loss,
     order_k_loss,
     order_k_matching_loss,
     order_k_vr_loss,
-    second_moment_loss,
 )
+from hos_ext.losses.moment_losses import noise_moment_loss, second_moment_loss
 from hos_ext.tweedie.moments import psi_from_scores
 
 F64 = torch.float64
@@ -845,7 +844,7 @@ ERRORS = {
     "training_x": (
         lambda: train(x=Z[0]),
         ValueError,
-        "order_k_matching_loss: x must have shape (B, *dims), got (2,)",
+        "order_k_matching_loss: x0 must have shape (B, *dims), got (2,)",
     ),
     "training_sigma": (
         lambda: train(sigma=-1.0),
@@ -969,12 +968,12 @@ ERRORS = {
     "second_x": (
         lambda: second_moment_loss(Z[0], Z[0], S1[0], S2[0], 1.0),
         ValueError,
-        "second_moment_loss: x must have shape (B, *dims), got (2,)",
+        "second_moment_loss: x0 must have shape (B, *dims), got (2,)",
     ),
-    "second_x_noisy": (
+    "second_noisy": (
         lambda: second_moment_loss(Z, Z[:2], S1, S2, 1.0),
         ValueError,
-        "second_moment_loss: x_noisy must have shape (3, 2), got (2, 2)",
+        "second_moment_loss: x must have shape (3, 2), got (2, 2)",
     ),
     "second_score": (
         lambda: noise_moment_loss(Z, Z, S2, S2, 1.0),

@@ -1,5 +1,6 @@
 """The training objective against dense oracles, its minimiser, its variance, and every error."""
 
+import inspect
 import math
 import re
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hos_ext import ops
-from hos_ext.losses.score_matching import score_matching_loss
+from hos_ext.losses.score_matching import Objective, score_matching_loss
 from hos_ext.nn.mlp import MLP
 from hos_ext.ops import reference
 from hos_ext.scores import Scores, UnscaledScores
@@ -582,7 +583,7 @@ def test_variance_reduction_refuses_half_precision(options):
     x, noise = batch()
     rule = "score_matching_loss: variance reduction needs float32 or float64, got "
     half = x.bfloat16()
-    with pytest.raises(ValueError, match=exactly(f"{rule}x torch.bfloat16")):
+    with pytest.raises(ValueError, match=exactly(f"{rule}x0 torch.bfloat16")):
         score_matching_loss(half_outputs, half, 0.3, **options)
     if not options.get("diagonal"):
         with pytest.raises(ValueError, match=exactly(f"{rule}scaled_score torch.bfloat16")):
@@ -658,24 +659,24 @@ RULE = "score_matching_loss: "
             "alpha must be a float or have shape () or (5,), got (5, 1)",
         ),
         (
-            {"x": torch.zeros(5, dtype=torch.float64)},
-            "x must be floating point of shape (B, *dims), got torch.float64 of shape (5,)",
+            {"x0": torch.zeros(5, dtype=torch.float64)},
+            "x0 must be floating point of shape (B, *dims), got torch.float64 of shape (5,)",
         ),
         (
-            {"x": torch.zeros(5, *DIMS, dtype=torch.int64)},
-            "x must be floating point of shape (B, *dims), got torch.int64 of shape (5, 2, 3)",
+            {"x0": torch.zeros(5, *DIMS, dtype=torch.int64)},
+            "x0 must be floating point of shape (B, *dims), got torch.int64 of shape (5, 2, 3)",
         ),
         (
             {"noise": torch.zeros(5, *DIMS)},
             (
-                "noise must have shape (5, 2, 3), dtype torch.float64 and device cpu like x, "
+                "noise must have shape (5, 2, 3), dtype torch.float64 and device cpu like x0, "
                 "got (5, 2, 3), torch.float32, cpu"
             ),
         ),
         (
             {"noise": torch.zeros(5, 6, dtype=torch.float64)},
             (
-                "noise must have shape (5, 2, 3), dtype torch.float64 and device cpu like x, "
+                "noise must have shape (5, 2, 3), dtype torch.float64 and device cpu like x0, "
                 "got (5, 6), torch.float64, cpu"
             ),
         ),
@@ -698,7 +699,7 @@ RULE = "score_matching_loss: "
     ],
 )
 def test_loss_refuses_bad_arguments(options, message):
-    arguments = {"model": Field(), "x": batch()[0], "sigma": 0.3} | options
+    arguments = {"model": Field(), "x0": batch()[0], "sigma": 0.3} | options
     with pytest.raises(ValueError, match=exactly(RULE + message)):
         score_matching_loss(**arguments)
 
@@ -706,7 +707,7 @@ def test_loss_refuses_bad_arguments(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"x": [[1.0]]}, "x must be a Tensor, got list"),
+        ({"x0": [[1.0]]}, "x0 must be a Tensor, got list"),
         ({"noise": [[1.0]]}, "noise must be a Tensor, got list"),
         ({"sigma": "0.3"}, "sigma must be a float or a Tensor, got str"),
         ({"sigma": True}, "sigma must be a float or a Tensor, got bool"),
@@ -719,7 +720,7 @@ def test_loss_refuses_bad_arguments(options, message):
     ],
 )
 def test_loss_refuses_arguments_of_the_wrong_kind(options, message):
-    arguments = {"model": Field(), "x": batch()[0], "sigma": 0.3} | options
+    arguments = {"model": Field(), "x0": batch()[0], "sigma": 0.3} | options
     with pytest.raises(TypeError, match=exactly(RULE + message)):
         score_matching_loss(**arguments)
 
@@ -734,6 +735,16 @@ def test_loss_refuses_a_model_that_does_not_return_scores():
     message = RULE + "model must return Scores, got tuple"
     with pytest.raises(TypeError, match=exactly(message)):
         score_matching_loss(lambda x, sigma: (x, x), batch()[0], 0.3)
+
+
+def test_options_by_name_are_those_of_the_function():
+    """`Objective` is what the loss module takes and editors complete."""
+    parameters = inspect.signature(score_matching_loss).parameters
+    for name, kind in Objective.__annotations__.items():
+        text = kind if isinstance(kind, str) else kind.__forward_arg__
+        assert parameters[name].annotation == text
+    others = {"model", "x0", "sigma", "alpha", "noise", "seed", "offset", "first", "return_terms"}
+    assert parameters.keys() - Objective.__annotations__.keys() == others
 
 
 def test_loss_compiles_whole_and_draws_afresh():

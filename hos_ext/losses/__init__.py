@@ -2,13 +2,12 @@
 
 from .high_order import (
     hermite,
-    noise_moment_loss,
     order_k_loss,
     order_k_matching_loss,
     order_k_vr_loss,
-    second_moment_loss,
 )
 from .module import ScoreMatchingLoss
+from .moment_losses import noise_moment_loss, second_moment_loss
 from .score_matching import score_matching_loss
 
 __all__ = [

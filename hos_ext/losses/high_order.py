@@ -1,11 +1,13 @@
 """Score matching of order k (Theorem 4 in Hermite form), and the objectives of Theorem 2.
 
-With x = alpha x0 + sigma z, E[He_k(z) | x] = (-sigma)^k psi_k, psi_k = (D^k p) / p the k-th Bell
-polynomial of s1, ..., sk and He_k the Hermite tensor. So least squares on (-1/sigma)^k He_k(z) fit
-psi_k, and with s1, ..., s_(k-1) given they fit sk: k = 1 is denoising score matching, k = 2 is Eq.
-13 of Meng et al. 2021 (arXiv:2111.04726). He_k is orthogonal to every polynomial of lower degree:
-pairing +z with -z and taking Taylor terms of psi_k below order k away changes no mean and leaves a
-gradient variance of O(1) as sigma -> 0.
+Let x = alpha x0 + sigma z. Then E[He_k(z) | x] = (-sigma)^k psi_k. He_k is the Hermite tensor and
+psi_k = (D^k p) / p is the k-th Bell polynomial of s1, ..., sk. So least squares on
+(-1/sigma)^k He_k(z) fit psi_k. With s1, ..., s_(k-1) given they fit sk: k = 1 is denoising score
+matching, k = 2 is Eq. 13 of Meng et al. 2021 (arXiv:2111.04726).
+
+He_k is orthogonal to every polynomial of lower degree. So one may pair +z with -z and take Taylor
+terms of psi_k below order k away: no mean changes, and the variance of the gradient is O(1) as
+sigma -> 0.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from .. import ops
 from ..checks import (
+    check,
     check_count,
-    check_like,
     check_samples,
     check_tensor,
     per_sample,
@@ -28,13 +29,12 @@ from ..checks import (
     refuse_dropout,
     refuse_half,
 )
-from ..random import STREAM_DIRECTION, STREAM_TRAINING
-from ..tweedie.moments import bell, is_dense, posterior_moments, project
+from ..ops.noise import draw_normal
+from ..random import STREAM_DIRECTION, STREAM_TRAINING, Key
+from ..tweedie.moments import bell, is_dense
+from .reduction import Reduction, check_reduction, summed
 
-Reduction = Literal["mean", "sum", "none"]
-
-
-# ----------------------------------------------------------------------------- operators
+Form = Literal["dense", "diagonal", "directional"]
 
 
 def hermite(
@@ -64,10 +64,18 @@ def hermite(
     where = "hermite"
     check_samples(where, "noise", noise)
     check_count(where, "k", k)
-    if diagonal and directions is not None:
-        raise ValueError(f"{where}: diagonal must be False where directions are given, got True")
     if directions is not None:
-        along = project(where, noise, directions)
+        rule = "diagonal must be False where directions are given"
+        check(where, not diagonal, rule, diagonal)
+        _check_directions(where, directions, noise)
+    return _hermite(noise, k, diagonal, directions)
+
+
+def _hermite(noise: Tensor, k: int, diagonal: bool, directions: Tensor | None) -> Tensor:
+    if directions is not None:
+        along = (directions * noise.flatten(1).unsqueeze(1)).sum(
+            -1
+        )  # autocast would halve a matmul
         return bell([along, -directions.square().sum(-1)], k, False)[-1]
     if diagonal:
         return bell([noise, -torch.ones_like(noise)], k, False)[-1]
@@ -94,7 +102,7 @@ def order_k_loss(
 
     Args:
         k: order, >= 1.
-        score_k: the model of sk at alpha x + sigma z, units 1/data^k. float32 or float64.
+        score_k: the model of sk at alpha x0 + sigma z, units 1/data^k. float32 or float64.
             Dense: shape (B, D, ..., D) with k axes D, in row-major order of dims; the loss sums
             over all entries, so those that symmetry makes equal count each time.
             Diagonal: the entries sk[i, ..., i]. Shape (B, *dims).
@@ -115,14 +123,15 @@ def order_k_loss(
         ValueError: shapes, dtypes or devices disagree; k or sigma is not positive.
 
     Reference:
-        Meng et al. 2021, arXiv:2111.04726, Theorem 4, for He_k(z) in place of x (x) ... (x) x:
-        unlike that moment it does not involve x~, which would let errors in s1 bias sk.
+        Meng et al. 2021, arXiv:2111.04726, Theorem 4, for He_k(z) in place of x0 (x) ... (x) x0:
+        unlike that moment it does not involve x, which would let errors in s1 bias sk.
     """
     where = "order_k_loss"
+    check_reduction(where, reduction)
     dense = _check_scores(where, k, score_k, lower_scores, noise, directions, 0)
     target = _target(where, k, noise, sigma, dense, directions)
     psi = bell([*lower_scores, score_k], k, dense)[-1]
-    return _reduce(where, psi * (psi - 2 * target), reduction)
+    return summed(psi * (psi - 2 * target), reduction)
 
 
 def order_k_vr_loss(
@@ -138,8 +147,8 @@ def order_k_vr_loss(
 ) -> Tensor:
     """`order_k_loss` with reduced variance, for k = 1 to 4: the same mean, gradient variance O(1).
 
-    (|psi+|^2 + |psi-|^2) / 2 - (-1/sigma)^k <He_k(z), difference>, psi+- at alpha x +- sigma z,
-    psi0 at the clean point alpha x, ' along sigma z there:
+    (|psi+|^2 + |psi-|^2) / 2 - (-1/sigma)^k <He_k(z), difference>, psi+- at alpha x0 +- sigma z,
+    psi0 at the clean point alpha x0, ' along sigma z there:
 
         k = 1: psi+ - psi-               k = 3: psi+ - psi- - 2 psi0'
         k = 2: psi+ + psi- - 2 psi0      k = 4: psi+ + psi- - 2 psi0 - psi0''
@@ -156,7 +165,7 @@ def order_k_vr_loss(
         noise: standard normal draw z at the first point (-z at the second). Shape (B, *dims).
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         derivative: for k = 3 the first, for k = 4 the second derivative of
-            t -> psi_k(alpha x + t sigma z) at t = 0, shape of psi_k at one point. Without it the
+            t -> psi_k(alpha x0 + t sigma z) at t = 0, shape of psi_k at one point. Without it the
             gradient variance is sigma^-4.
         directions: as `order_k_loss`; the same at all points.
         reduction: "mean" or "sum" over the batch, or "none".
@@ -170,26 +179,26 @@ def order_k_vr_loss(
             or derivative is given for k below 3.
     """
     where = "order_k_vr_loss"
+    check_reduction(where, reduction)
     _check_vr_order(where, k)
     dense = _check_scores(where, k, score_k, lower_scores, noise, directions, 3 - k % 2)
     target = _target(where, k, noise, sigma, dense, directions)
     if derivative is not None:
-        if k < 3:
-            raise ValueError(f"{where}: derivative must be None for k = {k}, got a tensor")
+        check(where, k >= 3, f"derivative must be None for k = {k}", "a tensor")
         check_tensor(where, "derivative", derivative, like=noise, shape=tuple(target.shape))
     psi = bell([*lower_scores, score_k], k, dense)[-1]
-    return _reduce(where, _paired(k, psi, target, derivative), reduction)
+    return summed(_paired(k, psi, target, derivative), reduction)
 
 
 def order_k_matching_loss(
     model: Callable[..., Tensor],
-    x: Tensor,
+    x0: Tensor,
     sigma: float | Tensor,
     *,
     k: int,
     lower: Callable[..., list[Tensor]] | None = None,
     alpha: float | Tensor = 1.0,
-    form: Literal["dense", "diagonal", "directional"] = "diagonal",
+    form: Form = "diagonal",
     n_directions: int = 1,
     variance_reduction: bool = True,
     scale_free: bool = True,
@@ -201,7 +210,7 @@ def order_k_matching_loss(
 ) -> Tensor:
     """Train a model of the order-k score by `order_k_vr_loss` (or `order_k_loss`).
 
-    The batch is noised once, x~ = alpha x + sigma z. Models speak in scaled quantities,
+    The batch is noised once, x = alpha x0 + sigma z. Models speak in scaled quantities,
     sigma^j s_j, of order one at every noise level. With variance reduction model and lower visit
     two (k odd) or three points in one batch and, for k = 3 and 4, the clean point once more under
     one `torch.func.jvp`, or two nested, which they must support.
@@ -210,7 +219,7 @@ def order_k_matching_loss(
         model: `model(x, sigma)` -> sigma^k sk in the asked form, shapes as `order_k_loss`;
             `model(x, sigma, directions)` for the directional one. Must give each row the same
             value in any batch. x (N, *dims), sigma a float or (N,), directions (N, m, D).
-        x: clean samples. Shape (B, *dims). float32 or float64. Data units.
+        x0: clean samples. Shape (B, *dims). float32 or float64. Data units.
         sigma: noise standard deviation. float or (B,), > 0. Data units.
         k: order: 1 to 4 with variance reduction, else >= 1.
         lower: likewise -> [sigma s1, ..., sigma^(k - 1) s_(k - 1)] in the same form. Called under
@@ -224,7 +233,7 @@ def order_k_matching_loss(
         variance_reduction: False: one point, gradient variance sigma^(-2k) (before the weight of
             scale_free).
         scale_free: the loss times sigma^(2k), so that every noise level has the same weight.
-        noise: standard normal draw z, shape, dtype and device of x. None draws it.
+        noise: standard normal draw z, shape, dtype and device of x0. None draws it.
         seed: key of the draws, an int or a 0-d int64 tensor. None takes one from torch's default
             generator.
         offset: second key, such as the step number; likewise.
@@ -242,205 +251,47 @@ def order_k_matching_loss(
             (rounding is divided by sigma^k).
     """
     where = "order_k_matching_loss"
-    check_samples(where, "x", x)
-    s = positive(where, "sigma", sigma, x)
-    a = per_sample(where, "alpha", alpha, x)
-    if form not in ("dense", "diagonal", "directional"):
-        raise ValueError(
-            f"{where}: form must be 'dense', 'diagonal' or 'directional', got {form!r}"
-        )
-    check_count(where, "k", k)
-    check_count(where, "n_directions", n_directions)
-    if (lower is None) != (k == 1):
-        rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
-        raise ValueError(f"{where}: lower must {rule}, got {lower}")
-    if variance_reduction:
-        _check_vr_order(where, k)
-        refuse_half(where, x)
-        networks: Any = (model, lower)
-        for network in networks:
-            refuse_dropout(where, network)
-    if form != "directional" and n_directions != 1:
-        raise ValueError(f"{where}: n_directions must be 1 for form {form!r}, got {n_directions}")
-    if noise is not None and form != "directional":
-        if seed is not None:
-            raise ValueError(f"{where}: seed must be None where nothing is drawn, got {seed}")
-    elif seed is None:
+    s, a = _check_batch(where, x0, sigma, alpha, noise, seed, form, n_directions)
+    _check_models(where, k, x0, model, lower, variance_reduction)
+    check_reduction(where, reduction)
+    if seed is None and (noise is None or form == "directional"):
         seed = torch.randint(2**63 - 1, ())
-
-    def draw(shape: tuple[int, ...], stream: int) -> Tensor:
-        keys: dict[str, Any] = {"seed": seed, "offset": offset, "first": first, "stream": stream}
-        return ops.normal(shape, dtype=x.dtype, device=x.device, **keys)
-
+    key = Key(0 if seed is None else seed, offset, first)
     if noise is None:
-        noise = draw(tuple(x.shape), STREAM_TRAINING)
-    check_tensor(where, "noise", noise, like=x, shape=tuple(x.shape))
-    rows, size = x.shape[0], x.shape[1:].numel()
+        noise = draw_normal(key, STREAM_TRAINING, x0.shape, x0)
     directions = None
     if form == "directional":
-        directions = draw((rows, n_directions, size), STREAM_DIRECTION)
+        shape = (x0.shape[0], n_directions, x0.shape[1:].numel())
+        directions = draw_normal(key, STREAM_DIRECTION, shape, x0)
         directions = directions / directions.norm(dim=-1, keepdim=True)
 
     def psi(*points: Tensor) -> Tensor:
         """sigma^k psi_k at each of the points, stacked."""
-        count = len(points)
-        arguments: list[Any] = [torch.cat(points), sigma]
+        count, arguments = len(points), [torch.cat(points), sigma]
         if isinstance(sigma, Tensor):
-            arguments[1] = s.reshape(-1).expand(rows).repeat(count)
+            arguments[1] = s.reshape(-1).expand(x0.shape[0]).repeat(count)
         if directions is not None:
             arguments.append(directions.repeat(count, 1, 1))
-        given: list[Tensor] = []
-        if lower is not None:
-            with torch.no_grad():  # keeps forward-mode derivatives, which detach() would cut
-                given = lower(*arguments)
-            if not isinstance(given, (list, tuple)) or len(given) != k - 1:
-                got = f"{len(given)}" if isinstance(given, (list, tuple)) else type(given).__name__
-                raise TypeError(f"{where}: lower must return a list of {k - 1} Tensors, got {got}")
-        scores = [*given, model(*arguments)]
-        for j, score in enumerate(scores, 1):
-            name = "what model returns" if j == k else f"what lower returns for s{j}"
-            shape = {
-                "dense": (count * rows, *[size] * j),
-                "diagonal": (count * rows, *x.shape[1:]),
-                "directional": (count * rows, n_directions),
-            }[form]
-            check_tensor(where, name, score, like=x, shape=shape)
+        scores = _model_scores(where, k, model, lower, arguments, form)
         value = bell(scores, k, form == "dense")[-1]
-        return value.reshape(count, rows, *value.shape[1:])
+        return value.reshape(count, x0.shape[0], *value.shape[1:])
 
     # Scaled scores turn the loss into sigma^(2k) times itself, as if sigma were 1.
-    diagonal = form == "diagonal"
-    target = (-1) ** k * hermite(noise, k, diagonal=diagonal, directions=directions)
-    centre, shift = a * x, s * noise
+    target = (-1) ** k * _hermite(noise, k, form == "diagonal", directions)
+    centre, shift = a * x0, s * noise
     if variance_reduction:
         points = [centre + shift, centre - shift, centre][: 3 - k % 2]
-        derivative = _derivative(lambda t: psi(centre + t * shift)[0], k - 2, x)
+        derivative = _derivative(lambda t: psi(centre + t * shift)[0], k - 2, x0)
         entries = _paired(k, psi(*points), target, derivative)
     else:
         value = psi(centre + shift)[0]
         entries = value * (value - 2 * target)
     if not scale_free:
         entries = entries / s.reshape(-1, *[1] * (entries.dim() - 1)) ** (2 * k)
-    return _reduce(where, entries, reduction)
-
-
-# ---------------------------------------------------------------- reference objectives, Theorem 2
-
-
-def second_moment_loss(
-    x: Tensor,
-    x_noisy: Tensor,
-    score: Tensor,
-    hessian: Tensor,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Eq. 11, |x x^T - E_model[x x^T | x~]|^2: a reference, not to be trained on.
-
-    alpha^2 times its residual is -sigma^4 (psi + C) - sigma sym(x~ (z + sigma s1)^T), against
-    psi + C of Eq. 13, C = (I - z z^T) / sigma^2. The second term has mean zero only where s1 is
-    exact: with s1 off by delta the minimiser is psi - sym(x~ delta^T) / sigma^2, sym(A) = A + A^T,
-    where Eq. 12 and 13 (`d2sm_loss`) still learn psi. And its gradient has variance sigma^-6
-    against sigma^-4 (after division by sigma^8).
-
-    Args:
-        x: clean samples. Shape (B, *dims). float32 or float64. Data units.
-        x_noisy: alpha x + sigma z, same shape, dtype and device.
-        score: the model of s1 at x_noisy. Shape (B, *dims). Units 1/data.
-        hessian: the model of s2 at x_noisy. Shape (B, D, D), D in row-major order of dims; small D.
-            Units 1/data^2.
-        sigma: noise standard deviation, units of the data. float or (B,), > 0.
-        alpha: signal scale. float or (B,), > 0.
-        reduction: "mean" or "sum" over the batch, or "none".
-
-    Returns:
-        The loss, summed over entries, constants included: a scalar, or (B,) with
-        reduction="none". Units data^4.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
-
-    Reference:
-        Meng et al. 2021, arXiv:2111.04726, Theorem 2, Eq. 11, with alpha.
-    """
-    where = "second_moment_loss"
-    scores = _check_second(where, x, x_noisy, score, hessian)
-    positive(where, "sigma", sigma, x)
-    positive(where, "alpha", alpha, x)
-    model = posterior_moments(x_noisy, scores, sigma, alpha)[1]
-    return _reduce(where, (_outer(x) - model).square(), reduction)
-
-
-def noise_moment_loss(
-    x: Tensor,
-    x_noisy: Tensor,
-    score: Tensor,
-    hessian: Tensor,
-    sigma: float | Tensor,
-    alpha: float | Tensor = 1.0,
-    *,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Eq. 12, |(alpha x - x~)(alpha x - x~)^T - sigma^2 I - sigma^4 psi|^2: a reference.
-
-    It is sigma^8 times Eq. 13, |psi + (I - z z^T) / sigma^2|^2: `d2sm_loss` plus its constant.
-
-    Args:
-        x, x_noisy, score, hessian, sigma, alpha, reduction: as `second_moment_loss`.
-
-    Returns:
-        The loss, summed over entries, constants included: a scalar, or (B,) with
-        reduction="none". Units data^4.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
-
-    Reference:
-        Meng et al. 2021, arXiv:2111.04726, Theorem 2, Eq. 12, with alpha.
-    """
-    where = "noise_moment_loss"
-    scores = _check_second(where, x, x_noisy, score, hessian)
-    error = positive(where, "alpha", alpha, x) * x - x_noisy
-    variance = positive(where, "sigma", sigma, hessian).square()
-    eye = torch.eye(hessian.shape[-1], dtype=x.dtype, device=x.device)
-    residual = _outer(error) - variance * eye - variance.square() * bell(scores, 2, True)[1]
-    return _reduce(where, residual.square(), reduction)
+    return summed(entries, reduction)
 
 
 # ------------------------------------------------------------------------------------------ pieces
-
-
-def _check_vr_order(where: str, k: Any) -> None:
-    check_count(where, "k", k)
-    if k > 4:
-        raise ValueError(f"{where}: k must be at most 4 with variance reduction, got {k}")
-
-
-def _check_scores(
-    where: str,
-    k: Any,
-    score_k: Any,
-    lower_scores: Any,
-    noise: Any,
-    directions: Tensor | None,
-    points: int,
-) -> bool:
-    """Whether the scores are dense; refuses what does not fit together."""
-    check_count(where, "k", k)
-    check_samples(where, "noise", noise)
-    if not isinstance(lower_scores, (list, tuple)):
-        raise TypeError(
-            f"{where}: lower_scores must be a list of Tensors, got {type(lower_scores).__name__}"
-        )
-    if len(lower_scores) != k - 1:
-        raise ValueError(
-            f"{where}: lower_scores must hold {k - 1} for k = {k}, got {len(lower_scores)}"
-        )
-    like = noise if directions is None else project(where, noise, directions)
-    scores = [*lower_scores, score_k]
-    return is_dense(where, "scores", scores, like, directions is not None, points)
 
 
 def _target(
@@ -453,7 +304,7 @@ def _target(
 ) -> Tensor:
     """(-1/sigma)^k He_k(z), whose mean given x~ is psi_k."""
     diagonal = not dense and directions is None
-    polynomial = hermite(noise, k, diagonal=diagonal, directions=directions)
+    polynomial = _hermite(noise, k, diagonal, directions)
     return (-1 / positive(where, "sigma", sigma, polynomial)) ** k * polynomial
 
 
@@ -485,27 +336,108 @@ def _derivative(function: Callable[[Tensor], Tensor], order: int, like: Tensor) 
     return curvature
 
 
-def _check_second(
-    where: str, x: Tensor, x_noisy: Tensor, score: Tensor, hessian: Tensor
+def _model_scores(
+    where: str,
+    k: int,
+    model: Callable[..., Tensor],
+    lower: Callable[..., list[Tensor]] | None,
+    arguments: list[Any],
+    form: Form,
 ) -> list[Tensor]:
-    check_samples(where, "x", x)
-    check_like(where, "x_noisy", x_noisy, x)
-    check_like(where, "score", score, x)
-    size = x.shape[1:].numel()
-    check_tensor(where, "hessian", hessian, like=x, shape=(x.shape[0], size, size))
-    return [score.flatten(1), hessian]
+    """[sigma s1, ..., sigma^k sk] at the points: what the models return, which is checked."""
+    given: list[Tensor] = []
+    if lower is not None:
+        with torch.no_grad():  # keeps forward-mode derivatives, which detach() would cut
+            given = lower(*arguments)
+        if not isinstance(given, (list, tuple)) or len(given) != k - 1:
+            got = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+            raise TypeError(f"{where}: lower must return a list of {k - 1} Tensors, got {got}")
+    points = arguments[0]
+    rows, size = points.shape[0], points.shape[1:].numel()
+    scores = [*given, model(*arguments)]
+    for j, score in enumerate(scores, 1):
+        name = "what model returns" if j == k else f"what lower returns for s{j}"
+        shape = tuple(points.shape)
+        if form == "dense":
+            shape = (rows, *[size] * j)
+        elif form == "directional":
+            shape = tuple(arguments[2].shape[:2])
+        check_tensor(where, name, score, like=points, shape=shape)
+    return scores
 
 
-def _outer(x: Tensor) -> Tensor:
-    flat = x.flatten(1)
-    return flat.unsqueeze(-1) * flat.unsqueeze(-2)
+# -------------------------------------------------------------------------------------- the border
 
 
-def _reduce(where: str, entries: Tensor, reduction: str) -> Tensor:
-    """Sums over the entries of a sample, then over the batch as asked."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{where}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    loss = entries.flatten(1).sum(1)
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+def _check_vr_order(where: str, k: Any) -> None:
+    check_count(where, "k", k)
+    check(where, k <= 4, "k must be at most 4 with variance reduction", k)
+
+
+def _check_directions(where: str, directions: Any, noise: Tensor) -> None:
+    rows, size = noise.shape[0], noise.shape[1:].numel()
+    check_tensor(where, "directions", directions, like=noise, shape=(rows, "m", size))
+
+
+def _check_scores(
+    where: str,
+    k: Any,
+    score_k: Any,
+    lower_scores: Any,
+    noise: Any,
+    directions: Tensor | None,
+    points: int,
+) -> bool:
+    """Whether the scores are dense; refuses what does not fit together."""
+    check_count(where, "k", k)
+    check_samples(where, "noise", noise)
+    kind, many = type(lower_scores), isinstance(lower_scores, (list, tuple))
+    check(where, many, "lower_scores must be a list of Tensors", kind.__name__, TypeError)
+    n = len(lower_scores)
+    check(where, n == k - 1, f"lower_scores must hold {k - 1} for k = {k}", n)
+    like = noise
+    if directions is not None:
+        _check_directions(where, directions, noise)
+        like = noise.new_empty(directions.shape[:2])
+    scores = [*lower_scores, score_k]
+    return is_dense(where, "scores", scores, like, directions is not None, points)
+
+
+def _check_batch(
+    where: str,
+    x0: Tensor,
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | int | None,
+    form: Form,
+    n_directions: int,
+) -> tuple[Tensor, Tensor]:
+    """sigma and alpha, shaped to broadcast against x0."""
+    check_samples(where, "x0", x0)
+    s = positive(where, "sigma", sigma, x0)
+    a = per_sample(where, "alpha", alpha, x0)
+    directional = form == "directional"
+    rule = "form must be 'dense', 'diagonal' or 'directional'"
+    check(where, directional or form in ("dense", "diagonal"), rule, f"{form!r}")
+    check_count(where, "n_directions", n_directions)
+    rule = f"n_directions must be 1 for form {form!r}"
+    check(where, directional or n_directions == 1, rule, n_directions)
+    if noise is not None:
+        rule = "seed must be None where nothing is drawn"
+        check(where, directional or seed is None, rule, seed)
+        check_tensor(where, "noise", noise, like=x0, shape=tuple(x0.shape))
+    return s, a
+
+
+def _check_models(
+    where: str, k: int, x0: Tensor, model: object, lower: object, variance_reduction: bool
+) -> None:
+    check_count(where, "k", k)
+    rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
+    check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: lower)
+    if variance_reduction:
+        _check_vr_order(where, k)
+        refuse_half(where, x0)
+        refuse_dropout(where, model)
+        refuse_dropout(where, lower)

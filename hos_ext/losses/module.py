@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..checks import check_int, check_number
-from ..random import STREAM_TIME
+from ..checks import check, check_int, check_number
+from ..ops.noise import uniform
+from ..random import STREAM_TIME, Key
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
-from .score_matching import score_matching_loss
+from .score_matching import Objective, score_matching_loss
 
-_OPTIONS = {
-    "gamma",
-    "variance_reduction",
-    "first_order",
-    "diagonal",
-    "scale_free",
-    "detach_score",
-    "centred",
-    "reduction",
-}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ScoreMatchingLoss(nn.Module):
     """`score_matching_loss` as a module that draws the noise levels too, for any training loop.
 
     `loss = criterion(model, batch)` in a plain loop or in Lightning's `training_step`. In training
-    mode every call is one step: levels and noise are functions of (seed, step, first + row), and
-    the step is a buffer, so that a run resumed from a checkpoint draws what it would have drawn.
-    Under torch.distributed every rank draws the rows behind those of the ranks before it. In
-    evaluation mode the step stands still: the same draws at each call, or those of `step`.
+    mode every call is one step: levels and noise are functions of (seed, step, first + row). The
+    step is a buffer, so that a run resumed from a checkpoint draws what it would have drawn. Under
+    torch.distributed every rank draws the rows behind those of the ranks before it. In evaluation
+    mode the step stands still: the same draws at each call, or those of `step`.
 
     Args:
         sigma: noise level, a float; or (low, high), drawn log-uniformly for each sample; None with
@@ -41,12 +33,19 @@ class ScoreMatchingLoss(nn.Module):
         schedule: a `Schedule`; times are drawn by its `sample_t`.
         alpha: signal scale, with a fixed sigma.
         seed: key of all draws.
-        options: further arguments of `score_matching_loss`: gamma, variance_reduction, diagonal,
-            centred, ...
+        options: what is fitted, as `score_matching_loss` describes it: gamma, variance_reduction,
+            first_order, diagonal, scale_free, detach_score, centred, reduction.
 
     Raises:
         TypeError, ValueError: sigma and schedule are both given or neither, or sigma is not
             positive; what `score_matching_loss` raises, at the call.
+
+    Example:
+        >>> import hos_ext, torch
+        >>> model = hos_ext.MLP((2,), 1)
+        >>> criterion = hos_ext.ScoreMatchingLoss((0.1, 1.0), centred=True)
+        >>> criterion(model, torch.zeros(4, 2)).shape, int(criterion.step)
+        (torch.Size([]), 1)
     """
 
     step: Tensor
@@ -58,28 +57,24 @@ class ScoreMatchingLoss(nn.Module):
         schedule: Schedule | None = None,
         alpha: float = 1.0,
         seed: int = 0,
-        **options: Any,
+        **options: Unpack[Objective],
     ) -> None:
         super().__init__()
         where = "ScoreMatchingLoss"
-        unknown = sorted(options.keys() - _OPTIONS)
-        if unknown:
-            raise TypeError(
-                f"{where}: options must be of {', '.join(sorted(_OPTIONS))}, got {unknown[0]}"
-            )
+        known = sorted(Objective.__annotations__)
+        for name in sorted(options.keys() - known):
+            raise TypeError(f"{where}: options must be of {', '.join(known)}, got {name}")
         if schedule is not None:
             check_schedule(where, schedule)
         self.alpha = check_number(where, "alpha", alpha)
-        if alpha != 1 and not isinstance(sigma, (int, float)):
-            raise ValueError(f"{where}: alpha must be 1 but with a fixed sigma, got {alpha}")
-        if (sigma is None) == (schedule is None):
-            both = "neither" if sigma is None else "both"
-            raise ValueError(
-                f"{where}: exactly one of sigma and schedule must be given, got {both}"
-            )
+        fixed = isinstance(sigma, (int, float))
+        check(where, alpha == 1 or fixed, "alpha must be 1 but with a fixed sigma", alpha)
+        rule = "exactly one of sigma and schedule must be given"
+        got = "neither" if sigma is None else "both"
+        check(where, (sigma is None) != (schedule is None), rule, got)
         if isinstance(sigma, tuple):
-            if len(sigma) != 2 or not sigma[0] < sigma[1]:
-                raise ValueError(f"{where}: sigma must be a float or (low, high), got {sigma}")
+            rising = len(sigma) == 2 and sigma[0] < sigma[1]
+            check(where, rising, "sigma must be a float or (low, high)", sigma)
             sigma = (check_number(where, "sigma", sigma[0]), check_number(where, "sigma", sigma[1]))
         elif sigma is not None:
             sigma = check_number(where, "sigma", sigma)
@@ -88,34 +83,48 @@ class ScoreMatchingLoss(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, model: Model, x: Tensor, *, step: Tensor | int | None = None, first: int | None = None
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        step: Tensor | int | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
         Args:
             model: `model(x, sigma) -> Scores`.
-            x: clean samples. Shape (B, *dims).
+            x0: clean samples. Shape (B, *dims). Data units.
             step: number of the step, in place of the module's own, which then stands still.
             first: global index of row 0, for micro-batches of one step. None: the rank times the
                 rows of the batch under torch.distributed (the same number on every rank), else 0.
+
+        Returns:
+            As `score_matching_loss`: a scalar, or (B,) with reduction="none".
+
+        Raises:
+            TypeError, ValueError: what `score_matching_loss` raises.
         """
         if first is None:
             spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-            first = torch.distributed.get_rank() * len(x) if spread else 0
-        offset = self.step.clone() if step is None else step
+            first = torch.distributed.get_rank() * len(x0) if spread else 0
+        key = Key(self.seed, self.step.clone() if step is None else step, first)
         if self.training and step is None:
             self.step += 1
-        alpha: Tensor | float = self.alpha
-        sigma: Any = self.sigma
-        keys: dict[str, Any] = {"seed": self.seed, "offset": offset, "first": first}
-        if self.schedule is not None:
-            t = self.schedule.sample_t(len(x), dtype=torch.float64, device=x.device, **keys)
-            alpha, sigma = self.schedule.alpha(t).to(x.dtype), self.schedule.sigma(t).to(x.dtype)
-        elif isinstance(self.sigma, tuple):
-            low, high = self.sigma
-            u = ops.uniform(
-                (len(x),), stream=STREAM_TIME, dtype=torch.float64, device=x.device, **keys
-            )
-            sigma = (low * (high / low) ** u).to(x.dtype)
-        loss: Tensor = score_matching_loss(model, x, sigma, alpha=alpha, **keys, **self.options)
+        sigma, alpha = self._levels(x0, key)
+        draws: dict[str, Any] = key._asdict()
+        loss: Tensor = score_matching_loss(model, x0, sigma, alpha=alpha, **draws, **self.options)
         return loss
+
+    def _levels(self, x0: Tensor, key: Key) -> tuple[Tensor | float, Tensor | float]:
+        """sigma and alpha of a batch."""
+        draws: dict[str, Any] = {**key._asdict(), "dtype": torch.float64, "device": x0.device}
+        if self.schedule is not None:
+            t = self.schedule.sample_t(len(x0), **draws)
+            return self.schedule.sigma(t).to(x0.dtype), self.schedule.alpha(t).to(x0.dtype)
+        if isinstance(self.sigma, tuple):
+            low, high = self.sigma
+            u = uniform((len(x0),), stream=STREAM_TIME, **draws)
+            return (low * (high / low) ** u).to(x0.dtype), self.alpha
+        assert self.sigma is not None  # the schedule's absence says so
+        return self.sigma, self.alpha

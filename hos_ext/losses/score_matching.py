@@ -1,81 +1,85 @@
 """Training objectives: noise a batch once, visit the model once, call the operators.
 
-Networks speak in scaled quantities (`models`), and sigma^4 loss(s1, d, U, sigma) =
-loss(sigma s1, sigma^2 d, sigma U, 1): the operators are called at sigma = 1 with (score, c - 1,
-factor), without a rescaling pass over the factor. Equation numbers are those of Meng et al. 2021.
+Networks speak in scaled quantities (see `Scores`), and sigma^4 loss(s1, d, U, sigma) =
+loss(sigma s1, sigma^2 d, sigma U, 1). So the operators are called at sigma = 1 with
+(scaled_score, c - 1, factor), without a rescaling pass over the factor. Equation numbers are those
+of Meng et al. 2021.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import HALF, check_level, refuse_dropout, refuse_half
+from ..checks import HALF, check, check_level, refuse_dropout, refuse_half
 from ..ops._operator import functorch_active, is_plain
-from ..random import STREAM_TRAINING
+from ..ops.noise import draw_normal
+from ..random import STREAM_TRAINING, Key
 from ..scores import Model, Scores
+from .reduction import Reduction, check_reduction, reduced
 
-_NAME = "score_matching_loss"
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_WHERE = "score_matching_loss"
+FirstOrder = Literal["antithetic", "vr", "plain"]
+
+
+class Objective(TypedDict, total=False):
+    """What `score_matching_loss` fits, as options by name; the function describes them."""
+
+    gamma: float
+    variance_reduction: bool
+    first_order: FirstOrder
+    diagonal: bool
+    scale_free: bool
+    detach_score: bool
+    centred: bool
+    reduction: Reduction
+
+
+class _Options(Objective, total=False):
+    alpha: Tensor | float
+    noise: Tensor | None
+    seed: Tensor | int | None
+    offset: Tensor | int
+    first: int
 
 
 @overload
 def score_matching_loss(
     model: Model,
-    x: Tensor,
+    x0: Tensor,
     sigma: Tensor | float,
     *,
-    alpha: Tensor | float = ...,
-    gamma: float = ...,
-    variance_reduction: bool = ...,
-    first_order: Literal["antithetic", "vr", "plain"] = ...,
-    diagonal: bool = ...,
-    scale_free: bool = ...,
-    detach_score: bool = ...,
-    centred: bool = ...,
-    noise: Tensor | None = ...,
-    seed: Tensor | int | None = ...,
-    offset: Tensor | int = ...,
-    first: int = ...,
-    reduction: Literal["mean", "sum", "none"] = ...,
     return_terms: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
 @overload
 def score_matching_loss(
     model: Model,
-    x: Tensor,
+    x0: Tensor,
     sigma: Tensor | float,
     *,
-    alpha: Tensor | float = ...,
-    gamma: float = ...,
-    variance_reduction: bool = ...,
-    first_order: Literal["antithetic", "vr", "plain"] = ...,
-    diagonal: bool = ...,
-    scale_free: bool = ...,
-    detach_score: bool = ...,
-    centred: bool = ...,
-    noise: Tensor | None = ...,
-    seed: Tensor | int | None = ...,
-    offset: Tensor | int = ...,
-    first: int = ...,
-    reduction: Literal["mean", "sum", "none"] = ...,
     return_terms: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def score_matching_loss(
     model: Model,
-    x: Tensor,
+    x0: Tensor,
     sigma: Tensor | float,
     *,
     alpha: Tensor | float = 1.0,
     gamma: float = 1.0,
     variance_reduction: bool = True,
-    first_order: Literal["antithetic", "vr", "plain"] = "antithetic",
+    first_order: FirstOrder = "antithetic",
     diagonal: bool = False,
     scale_free: bool = True,
     detach_score: bool = True,
@@ -84,19 +88,19 @@ def score_matching_loss(
     seed: Tensor | int | None = None,
     offset: Tensor | int = 0,
     first: int = 0,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Joint first- and second-order denoising score matching: second + gamma * first.
 
-    The batch is noised once, x~ = alpha x + sigma z, and the model is called once with every point
-    that the two terms need: alpha x + sigma z always, alpha x - sigma z for variance reduction or
-    first_order="antithetic", alpha x for variance reduction or first_order="vr".
+    The batch is noised once, x = alpha x0 + sigma z, and the model is called once with every point
+    that the two terms need: alpha x0 + sigma z always, alpha x0 - sigma z for variance reduction or
+    first_order="antithetic", alpha x0 for variance reduction or first_order="vr".
 
     Args:
-        model: `model(x, sigma) -> Scores` in scaled quantities (see `models`), smooth in x when
+        model: `model(x, sigma) -> Scores` in scaled quantities , smooth in x when
             variance is reduced. Must give each row the same value in any batch.
-        x: clean samples. Shape (B, *dims). Data units.
+        x0: clean samples. Shape (B, *dims). Data units.
         sigma: noise standard deviation, > 0 (on an accelerator a tensor is not checked for it, as
             that would wait for the device). Float or shape (B,). Data units.
         alpha: signal scale. Float or shape (B,). 1 in the paper; sqrt(1 - sigma^2) for VP.
@@ -112,12 +116,12 @@ def score_matching_loss(
             restricted s2 pull s1 off: gradient 4 (psi_model - psi) s1 at the true s1.
         centred: the second-order term matches kappa = I + sigma^2 s2 to e e^T, e = z + sigma s1, in
             place of kappa + sigma^2 s1 s1^T to z z^T (Eq. 13, 17), averaged over the noisy points.
-            For the true s1 the minimiser is the same, E[e e^T | x~] = kappa; for a learned one it
+            For the true s1 the minimiser is the same, E[e e^T | x] = kappa; for a learned one it
             is the second moment of the errors that the denoiser makes, which is what calibration
             asks for, and the noise of the target along s1 is gone. With variance_reduction it has
             the pairing and the control variate of Eq. 33 and the same minimiser, at any noise
             level. Needs detach_score.
-        noise: standard normal draw z, shape, dtype and device of x. None draws it.
+        noise: standard normal draw z, shape, dtype and device of x0. None draws it.
         seed: key of the draw, an int or a 0-d int64 tensor. None takes one from torch's default
             generator.
         offset: second key, such as the step number; likewise.
@@ -143,108 +147,97 @@ def score_matching_loss(
     Reference:
         Meng et al. 2021, arXiv:2111.04726, Eq. 3, 13-17, 32, 33.
     """
-    name = _NAME
-    if first_order not in ("antithetic", "vr", "plain"):
-        raise ValueError(
-            f"{name}: first_order must be 'antithetic', 'vr' or 'plain', got {first_order!r}"
-        )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if isinstance(gamma, bool) or not isinstance(gamma, (float, int)):
-        raise TypeError(f"{name}: gamma must be a float, got {type(gamma).__name__}")
-    if not gamma >= 0:
-        raise ValueError(f"{name}: gamma must be at least 0, got {gamma}")
-    if centred and not detach_score:
-        raise ValueError(f"{name}: detach_score must be True with centred, got {detach_score}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"{name}: x must be floating point of shape (B, *dims), "
-            f"got {x.dtype} of shape {tuple(x.shape)}"
-        )
-    _check_level("sigma", sigma, x, positive=True)
-    _check_level("alpha", alpha, x, positive=False)
-    if isinstance(sigma, Tensor) and sigma.dim() == 0 and sigma.device != x.device:
-        sigma = sigma.item()  # a scalar on the CPU
-    reduced = variance_reduction or first_order == "vr"
-    if reduced:
-        refuse_half(name, x)
-    if reduced or first_order == "antithetic":
-        refuse_dropout(name, model)
+    where = _WHERE
+    rule = "first_order must be 'antithetic', 'vr' or 'plain'"
+    check(where, first_order in ("antithetic", "vr", "plain"), rule, f"{first_order!r}")
+    check_reduction(where, reduction)
+    plain_number = isinstance(gamma, (float, int)) and not isinstance(gamma, bool)
+    check(where, plain_number, "gamma must be a float", type(gamma).__name__, TypeError)
+    check(where, gamma >= 0, "gamma must be at least 0", gamma)
+    check(
+        where, detach_score or not centred, "detach_score must be True with centred", detach_score
+    )
+    _check_batch(x0, sigma, alpha, noise, seed)
+    with_clean = variance_reduction or first_order == "vr"
+    with_minus = variance_reduction or first_order == "antithetic"
+    if with_clean:
+        refuse_half(where, x0)
+    if with_clean or with_minus:
+        refuse_dropout(where, model)
 
     if noise is None:
         if seed is None:  # kept a tensor: reading it would break a compiled graph
             seed = torch.randint(2**63 - 1, ())
-        noise = ops.normal(
-            x.shape,
-            seed=seed,
-            offset=offset,
-            first=first,
-            stream=STREAM_TRAINING,
-            dtype=x.dtype,
-            device=x.device,
-        )
-    elif seed is not None:
-        raise ValueError(f"{name}: seed must be None where noise is given, got {seed}")
-    elif not isinstance(noise, Tensor):
-        raise TypeError(f"{name}: noise must be a Tensor, got {type(noise).__name__}")
-    elif noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
-        raise ValueError(
-            f"{name}: noise must have shape {tuple(x.shape)}, dtype {x.dtype} and device "
-            f"{x.device} like x, got {tuple(noise.shape)}, {noise.dtype}, {noise.device}"
-        )
-
-    centre, shift = _column(alpha, x) * x, _column(sigma, x) * noise
-    stacked = [centre + shift]
-    if variance_reduction or first_order == "antithetic":
-        stacked.append(centre - shift)
-    if reduced:
-        stacked.append(centre)
-    count = len(stacked)
-    points = torch.cat(stacked)
-    levels = sigma.expand(x.shape[:1]).repeat(count) if isinstance(sigma, Tensor) else sigma
+        noise = draw_normal(Key(seed, offset, first), STREAM_TRAINING, x0.shape, x0)
+    if isinstance(sigma, Tensor) and sigma.dim() == 0 and sigma.device != x0.device:
+        sigma = sigma.item()  # a scalar on the CPU
+    points, levels = _evaluation_points(x0, noise, sigma, alpha, with_minus, with_clean)
     scores = model(points, levels)
-    _check_scores(name, scores, points, diagonal)
-    for key, value in (
-        ("scaled_score", scores.scaled_score),
-        ("c", scores.c),
-        ("factor", scores.factor),
-    ):
-        if reduced and value is not None and value.dtype in HALF:
-            raise ValueError(
-                f"{name}: variance reduction needs float32 or float64, got {key} {value.dtype}"
-            )
-
-    with torch.autocast(x.device.type, enabled=False):
+    _check_scores(scores, points, diagonal, with_clean)
+    with torch.autocast(x0.device.type, enabled=False):
         z = _wide(noise).flatten(1)
-        score = _wide(scores.scaled_score).reshape(count, *z.shape)
-        diag = _wide(scores.c).reshape(count, *z.shape) - 1
-        factor = None
-        if scores.factor is not None:
-            factor = _wide(scores.factor)
-            factor = factor.reshape(count, *z.shape, factor.shape[-1])
-        given = score.detach() if detach_score else score
+        at = _by_point(scores, 1 + with_minus + with_clean, z)
+        first_term = _first_order(at.score, z, first_order)
+        if detach_score:
+            at = at._replace(score=at.score.detach())
         if centred:
-            noisy = 2 if variance_reduction or first_order == "antithetic" else 1
-            second = _centred_order(
-                given, diag, factor, z, scores.sign, noisy, variance_reduction, diagonal
-            )
+            second_term = _centred_order(at, z, 1 + with_minus, variance_reduction, diagonal)
         else:
-            second = _second_order(
-                given, diag, factor, z, scores.sign, variance_reduction, diagonal
-            )
-        terms = {"first": _first_order(score, z, first_order), "second": second}
+            second_term = _second_order(at, z, variance_reduction, diagonal)
         if not scale_free:
             level = sigma.to(z.dtype) if isinstance(sigma, Tensor) else sigma
-            terms = {"first": terms["first"] / level**2, "second": terms["second"] / level**4}
-        loss = _reduce(terms["second"] + gamma * terms["first"], reduction)
+            first_term, second_term = first_term / level**2, second_term / level**4
+        loss = reduced(second_term + gamma * first_term, reduction)
         if not return_terms:
             return loss
-        return loss, {key: _reduce(term.detach(), reduction) for key, term in terms.items()}
+        terms = {"first": first_term, "second": second_term}
+        return loss, {key: reduced(term.detach(), reduction) for key, term in terms.items()}
 
 
-def _first_order(score: Tensor, z: Tensor, kind: str) -> Tensor:
+def _evaluation_points(
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor | float,
+    alpha: Tensor | float,
+    with_minus: bool,
+    with_clean: bool,
+) -> tuple[Tensor, Tensor | float]:
+    """alpha x0 + sigma z, [alpha x0 - sigma z], [alpha x0], one batch; and sigma for each row."""
+    centre, shift = _column(alpha, x0) * x0, _column(sigma, x0) * noise
+    points = [centre + shift]
+    if with_minus:
+        points.append(centre - shift)
+    if with_clean:
+        points.append(centre)
+    if isinstance(sigma, Tensor):
+        sigma = sigma.expand(x0.shape[:1]).repeat(len(points))
+    return torch.cat(points), sigma
+
+
+class _ByPoint(NamedTuple):
+    """Scores at sigma = 1 with the points as an axis in front and samples flat."""
+
+    score: Tensor
+    """Shape (points, B, D), as diag."""
+    diag: Tensor
+    factor: Tensor | None
+    """Shape (points, B, D, r)."""
+    sign: Tensor | None
+
+
+def _by_point(scores: Scores, count: int, z: Tensor) -> _ByPoint:
+    shape, factor = (count, *z.shape), None
+    if scores.factor is not None:
+        factor = _wide(scores.factor).reshape(*shape, scores.factor.shape[-1])
+    return _ByPoint(
+        _wide(scores.scaled_score).reshape(shape),
+        _wide(scores.c).reshape(shape) - 1,
+        factor,
+        scores.sign,
+    )
+
+
+def _first_order(score: Tensor, z: Tensor, kind: FirstOrder) -> Tensor:
     """sigma^2 times Eq. 3 or 32, per sample. score: points +, [-], [clean], each `(B, D)`."""
     if kind == "antithetic":
         both = ops.dsm_loss(score[:2].flatten(0, 1), torch.cat([z, -z]), 1.0, reduction="none")
@@ -254,16 +247,9 @@ def _first_order(score: Tensor, z: Tensor, kind: str) -> Tensor:
     return ops.dsm_loss(score[0], z, 1.0, reduction="none")
 
 
-def _second_order(
-    score: Tensor,
-    diag: Tensor,
-    factor: Tensor | None,
-    z: Tensor,
-    sign: Tensor | None,
-    variance_reduction: bool,
-    diagonal: bool,
-) -> Tensor:
+def _second_order(at: _ByPoint, z: Tensor, variance_reduction: bool, diagonal: bool) -> Tensor:
     """sigma^4 times Eq. 13 or 17, or its variance-reduced form, per sample."""
+    score, diag, factor, sign = at
     if variance_reduction:
         if diagonal:
             return ops.d2sm_diag_vr_loss(score, diag, z, 1.0, reduction="none")
@@ -275,14 +261,7 @@ def _second_order(
 
 
 def _centred_order(
-    score: Tensor,
-    diag: Tensor,
-    factor: Tensor | None,
-    z: Tensor,
-    sign: Tensor | None,
-    noisy: int,
-    variance_reduction: bool,
-    diagonal: bool,
+    at: _ByPoint, z: Tensor, noisy: int, variance_reduction: bool, diagonal: bool
 ) -> Tensor:
     """|kappa - e e^T|^2 - |I - e e^T|^2 per sample, averaged over the first `noisy` points.
 
@@ -296,6 +275,7 @@ def _centred_order(
     a second difference of A, a first one of A s, and s^T A s: each O(sigma^4), the weight of a
     level. (One <C, A> is O(sigma^2): its variance over sigma^8 is O(sigma^-4).)
     """
+    score, diag, factor, sign = at
     error = (torch.stack([z, -z])[:noisy] + score[:noisy]).flatten(0, 1)
     nothing = torch.zeros_like(error)
     # Split, not sliced: the backward of each slice would fill a tensor of the whole size.
@@ -322,12 +302,6 @@ def _split(value: Tensor, noisy: int) -> list[Tensor]:
     return [first.flatten(0, 1), *(other.squeeze(0) for other in others)]
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
-
-
 def _wide(value: Tensor) -> Tensor:
     """float32 in place of half precision, else as it is."""
     return value.float() if value.dtype in HALF else value
@@ -340,47 +314,69 @@ def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
     return value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _check_level(name: str, value: Any, x: Tensor, *, positive: bool) -> None:
+# ------------------------------------------------------------------------------------- the border
+
+
+def _check_batch(
+    x0: Tensor, sigma: Any, alpha: Any, noise: Tensor | None, seed: Tensor | int | None
+) -> None:
+    where = _WHERE
+    check(where, isinstance(x0, Tensor), "x0 must be a Tensor", type(x0).__name__, TypeError)
+    if x0.dim() < 2 or not x0.is_floating_point():
+        raise ValueError(
+            f"{where}: x0 must be floating point of shape (B, *dims), got {x0.dtype} of shape "
+            f"{tuple(x0.shape)}"
+        )
+    _check_level("sigma", sigma, x0, positive=True)
+    _check_level("alpha", alpha, x0, positive=False)
+    if noise is None:
+        return
+    check(where, seed is None, "seed must be None where noise is given", seed)
+    kind = type(noise).__name__
+    check(where, isinstance(noise, Tensor), "noise must be a Tensor", kind, TypeError)
+    if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
+        raise ValueError(
+            f"{where}: noise must have shape {tuple(x0.shape)}, dtype {x0.dtype} and device "
+            f"{x0.device} like x0, got {tuple(noise.shape)}, {noise.dtype}, {noise.device}"
+        )
+
+
+def _check_level(name: str, value: Any, x0: Tensor, *, positive: bool) -> None:
     """sigma and alpha: a float or `(B,)`, without gradient, positive or finite; read on the CPU."""
-    check_level(_NAME, name, value, x.shape[0], x, positive=positive)
+    check_level(_WHERE, name, value, x0.shape[0], x0, positive=positive)
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_plain(value):
         return
     if torch.compiler.is_compiling() or functorch_active():
         return
     good = value.isfinite() & (value > 0) if positive else value.isfinite()
-    if not good.all():
-        rule = "positive and finite" if positive else "finite"
-        raise ValueError(f"{_NAME}: {name} must be {rule}, got {value[~good].flatten()[0]}")
+    rule = f"{name} must be {'positive and finite' if positive else 'finite'}"
+    check(_WHERE, good.all(), rule, lambda: value[~good].flatten()[0].item())
 
 
-def _check_scores(name: str, scores: Scores, points: Tensor, diagonal: bool) -> None:
+def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bool) -> None:
+    """What the model returned fits the points, and the precision that variance reduction needs."""
+    rule = f"{_WHERE}: model must return"
     if not isinstance(scores, Scores):
-        raise TypeError(f"{name}: model must return Scores, got {type(scores).__name__}")
-    shape = tuple(points.shape)
-    for key, value in (
-        ("scaled_score", scores.scaled_score),
-        ("c", scores.c),
-        ("factor", scores.factor),
-    ):
-        if not isinstance(value, Tensor) and not (key == "factor" and value is None):
-            raise TypeError(
-                f"{name}: model must return {key} as a Tensor, got {type(value).__name__}"
-            )
-    for key, value in (("scaled_score", scores.scaled_score), ("c", scores.c)):
-        if tuple(value.shape) != shape:
+        raise TypeError(f"{rule} Scores, got {type(scores).__name__}")
+    shape, size, factor = tuple(points.shape), points.shape[1:].numel(), scores.factor
+    parts = {"scaled_score": scores.scaled_score, "c": scores.c}
+    for name, value in parts.items() if factor is None else (*parts.items(), ("factor", factor)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{rule} {name} as a Tensor, got {type(value).__name__}")
+        if name != "factor" and tuple(value.shape) != shape:
+            raise ValueError(f"{rule} {name} of shape {shape}, got {tuple(value.shape)}")
+        if with_clean and value.dtype in HALF:
             raise ValueError(
-                f"{name}: model must return {key} of shape {shape}, got {tuple(value.shape)}"
+                f"{_WHERE}: variance reduction needs float32 or float64, got {name} {value.dtype}"
             )
-    if scores.factor is None:
+    if factor is None:
         return
-    size = points.shape[1:].numel()
-    if scores.factor.dim() != 3 or tuple(scores.factor.shape[:2]) != (shape[0], size):
+    if factor.dim() != 3 or tuple(factor.shape[:2]) != (shape[0], size):
         raise ValueError(
-            f"{name}: model must return factor of shape ({shape[0]}, {size}, r), "
-            f"got {tuple(scores.factor.shape)}"
+            f"{rule} factor of shape ({shape[0]}, {size}, r), got {tuple(factor.shape)}"
         )
     if diagonal:
         raise ValueError(
-            f"{name}: diagonal=True needs a model without factor (rank 0), "
-            f"got rank {scores.factor.shape[2]}"
+            f"{_WHERE}: diagonal=True needs a model without factor (rank 0), got rank "
+            f"{factor.shape[2]}"
         )
