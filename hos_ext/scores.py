@@ -149,7 +149,7 @@ def score_of(scores: AnyScores) -> Tensor:
     return scores if isinstance(scores, Tensor) else scores.score
 
 
-def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor) -> Scores:
+def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> Scores:
     """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x."""
     scores = model(x, sigma)
     if not isinstance(scores, Scores):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check, check_count, check_int, check_number, check_samples, one_of
-from ..random import STREAM_PRIOR, Key
+from ..random import STREAM_PRIOR
 from ..sampling.chains import ADJUSTED, UNADJUSTED
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
@@ -81,9 +81,9 @@ def prior(
     check_schedule("prior", schedule)
     data_std = check_number("prior", "data_std", data_std, positive=False)
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
-    seed = noise_key("prior", (), seed).seed
+    key = noise_key("prior", (), seed)
     place: dict[str, Any] = {"dtype": dtype, "device": device}
-    noise = ops.normal(shape, seed=seed, first=first, stream=STREAM_PRIOR, **place)
+    noise = ops.normal(shape, seed=key.seed, first=first, stream=STREAM_PRIOR, **place)
     return noise * math.hypot(alpha * data_std, sigma)
 
 
@@ -394,7 +394,8 @@ def _descend(
     check_samples(where, "init", init)
     check_schedule(where, schedule)
     times = time_grid(where, schedule, *grid)
-    seed, offset, first = noise_key(where, init.shape, *noise)
+    seed, offset, first = noise
+    key = noise_key(where, init.shape, seed, offset, first)
     chunk = max(len(init), 1)
     if chunk_size is not None:
         check_count(where, "chunk_size", chunk_size, limit=2**63)
@@ -402,7 +403,7 @@ def _descend(
     out = torch.empty_like(init, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():
         for low in range(0, len(init), chunk):
-            run = Run(where, model, schedule, Key(seed, offset, first + low))
+            run = Run(where, model, schedule, key._replace(first=first + low))
             x = init[low : low + chunk].detach()
             for number, (t, s) in enumerate(pairwise(times), offset):
                 x = step(run, x, t, s, number)

@@ -139,7 +139,7 @@ def second_order(noise_covariance: str) -> Step:
                 "the step's covariance must be positive definite",
                 lambda: f"one that is not at {run.place(bad, t)}",
             )
-        draw = law.sample(1, seed=run.key.seed, offset=number, first=run.key.first)[0]
+        draw = law.sample(1, seed=_seed(run.key), offset=number, first=run.key.first)[0]
         return mean + draw.reshape(x.shape)
 
     return step
@@ -196,8 +196,12 @@ def corrected(
 
 def chain_state(x: Tensor, key: Key, *, step: int) -> ChainState:
     """Chains at x, whose next step has this number."""
+    return ChainState(x=x, step=step, since_draw=0, seed=_seed(key), first_chain=key.first)
+
+
+def _seed(key: Key) -> int:
     assert isinstance(key.seed, int)
-    return ChainState(x=x, step=step, since_draw=0, seed=key.seed, first_chain=key.first)
+    return key.seed
 
 
 def chain_scores(scores: Scores, sigma: float, method: str) -> Tensor | UnscaledScores:
