@@ -140,12 +140,12 @@ def main() -> None:
     for sigma in SIGMAS:
         held = noised(model, digits.validation, sigma, seed=1)
         test = noised(model, digits.test, sigma, seed=2)
-        factor = recalibration_factor(held.clean, held.posterior)
-        scaled = test.posterior.recalibrated(factor)
+        scale = recalibration_factor(held.clean, held.posterior)
+        scaled = test.posterior.recalibrated(scale)
         directions = leading_directions(held.clean - held.posterior.mean)
         for title, reports, fit in (
             ("as trained", before, test.posterior),
-            (f"covariance times {factor:.3f}", after, scaled),
+            (f"covariance times {scale:.3f}", after, scaled),
         ):
             report = calibration_report(test.clean, fit, directions=directions, levels=levels)
             reports.append(report)

@@ -102,11 +102,11 @@ def test_the_posterior_of_a_gaussian_from_its_scores_is_calibrated():
 def test_recalibration_factor_makes_the_figure_one(tau, a):
     x, fit = random_posterior(200, 6, 2)
     wrong = fit.recalibrated(a)
-    factor = recalibration_factor(x, wrong, tau=tau)
-    assert calibration(x, wrong.recalibrated(factor), tau=tau)["mahalanobis"] == pytest.approx(
+    scale = recalibration_factor(x, wrong, tau=tau)
+    assert calibration(x, wrong.recalibrated(scale), tau=tau)["mahalanobis"] == pytest.approx(
         1, abs=2e-6
     )
-    assert factor * a == pytest.approx(recalibration_factor(x, fit, tau=tau), rel=5e-6)
+    assert scale * a == pytest.approx(recalibration_factor(x, fit, tau=tau), rel=5e-6)
 
 
 def test_recalibration_factor_without_tau_maximises_the_likelihood():
@@ -154,24 +154,24 @@ LIKE = " like posterior.mean, got "
 @pytest.mark.parametrize(
     ("functions", "case", "kind", "message"),
     [
-        (BOTH, {"x": 3}, TypeError, "x must be a Tensor, got int"),
+        (BOTH, {"x": 3}, TypeError, "x0 must be a Tensor, got int"),
         (
             BOTH,
             {"x": torch.ones(3, 5).double()},
             ValueError,
-            "x must have shape (3, 4)" + LIKE + "(3, 5)",
+            "x0 must have shape (3, 4)" + LIKE + "(3, 5)",
         ),
         (
             BOTH,
             {"x": torch.ones(3, 4)},
             ValueError,
-            "x must have dtype torch.float64" + LIKE + "torch.float32",
+            "x0 must have dtype torch.float64" + LIKE + "torch.float32",
         ),
         (
             BOTH,
             {"x": torch.ones(3, 4, device="meta").double()},
             ValueError,
-            "x must be on cpu" + LIKE + "meta",
+            "x0 must be on cpu" + LIKE + "meta",
         ),
         (BOTH, {"tau": -0.1}, ValueError, "tau must be finite and >= 0, got -0.1"),
         (BOTH, {"tau": float("nan")}, ValueError, "tau must be finite and >= 0, got nan"),
@@ -181,7 +181,7 @@ LIKE = " like posterior.mean, got "
             BOTH[1:],
             {"x": "mean"},
             ValueError,
-            "x - posterior.mean must be finite and not all zero, got mean square 0.0",
+            "x0 - posterior.mean must be finite and not all zero, got mean square 0.0",
         ),
         (
             BOTH[1:],
@@ -205,8 +205,8 @@ def test_recalibration_factor_refuses_what_no_factor_calibrates():
     with pytest.raises(ValueError, match=r"^recalibration_factor") as error:
         recalibration_factor(x, fit, tau=0.1)
     assert str(error.value) == (
-        "recalibration_factor: x must be calibrated by a factor in 1e-27 ... 1e27, got mean square "
-        f"{2.0**-200} of x - posterior.mean"
+        "recalibration_factor: x0 must be calibrated by a factor in 1e-27 ... 1e27, got mean square "
+        f"{2.0**-200} of x0 - posterior.mean"
     )
 
 
@@ -219,12 +219,12 @@ def test_calibration_refuses_another_posterior():
     x, fit = random_posterior(3, 4, 1)
     with pytest.raises(TypeError) as error:
         calibration(x, tuple(fit))
-    assert str(error.value) == "calibration: posterior must be a tweedie.Posterior, got tuple"
+    assert str(error.value) == "calibration: posterior must be a Posterior, got tuple"
 
 
 def test_calibration_refuses_an_empty_batch():
     fit = Posterior(torch.ones(0, 4), DPLR(torch.ones(0, 4)))
-    with pytest.raises(ValueError, match=r"^calibration: x must have shape \(B, \*dims\), B >= 1"):
+    with pytest.raises(ValueError, match=r"^calibration: x0 must have shape \(B, \*dims\), B >= 1"):
         calibration(torch.ones(0, 4), fit)
 
 
@@ -523,7 +523,7 @@ def test_report_refuses(options, kind, message):
 def test_report_refuses_one_sample_and_negative_variances():
     x, fit = random_posterior(3, 4, 1)
     one = Posterior(fit.mean[:1], DPLR(fit.covariance.diag[:1], fit.covariance.factor[:1]))
-    with pytest.raises(ValueError, match=r"^calibration_report: x must have at least 2 samples"):
+    with pytest.raises(ValueError, match=r"^calibration_report: x0 must have at least 2 samples"):
         calibration_report(x[:1], one)
     wrong = Posterior(fit.mean, DPLR(-fit.covariance.diag, fit.covariance.factor))
     with pytest.raises(ValueError, match=r"positive definite, got 3 of 3 that are not$"):

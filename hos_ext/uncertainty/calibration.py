@@ -1,9 +1,9 @@
 """Does the covariance of a posterior tell the truth: are the errors of its mean as it says.
 
-With residuals e = x - m, the law N(m, C) is calibrated where E[e e^T] = C, in all and in every
+With residuals e = x0 - m, the law N(m, C) is calibrated where E[e e^T] = C, in all and in every
 direction. `calibration` gives two figures, `calibration_report` these with error bars, variances
 along directions and coverage curves, and `recalibration_factor` the scalar that mends the size of
-C. Everything is O(D r^2) in float64 and asks for the true x: use samples not trained on.
+C. Everything is O(D r^2) in float64 and asks for the true x0: use samples not trained on.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..checks import check_number, check_tensor
+from ..checks import check, check_kind, check_number, check_shape, check_tensor
 from ..linalg.dplr import DPLR
-from ..random import STREAM_REPORT
+from ..ops.noise import draw_normal
+from ..random import STREAM_REPORT, Key
 from ..tweedie.posterior import Posterior
 
 _BAND = 1.959964  # normal quantile of a two-sided 95%
@@ -37,7 +37,7 @@ class CalibrationReport(NamedTuple):
         z_squared: mean of (v^T e)^2 / (v^T C v) for each direction v. Shape (k,), float64.
         z_squared_error: standard errors of these. Shape (k,).
         levels: nominal probabilities. Shape (L,), float64.
-        entries: share of the entries of x inside their central interval of that probability, and
+        entries: share of the entries of x0 inside their central interval of that probability, and
             the ends of a 95% confidence band. Shape (L, 3): share, low, high.
         ellipsoid: likewise the share of samples inside the ellipsoid e^T C^-1 e = the quantile of
             chi^2_D. Shape (L, 3).
@@ -80,10 +80,10 @@ class CalibrationReport(NamedTuple):
 
 
 @torch.no_grad()
-def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[str, float]:
+def calibration(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[str, float]:
     """How well posteriors N(m, C) cover the clean samples: 1 is calibrated, above overconfident.
 
-    With the residual e = x - m and A = (C + tau^2 I)^-1, over the batch:
+    With the residual e = x0 - m and A = (C + tau^2 I)^-1, over the batch:
 
         mahalanobis = mean (e^T A e + tau^2 tr A) / D
         trace_ratio = (mean |e|^2 + D tau^2) / (mean tr C + D tau^2)
@@ -95,8 +95,8 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
     sees the total variance alone. A `mahalanobis` below 0 means that C is not positive definite.
 
     Args:
-        x: the clean samples. Shape (B, *dims), dtype and device of the posterior.
-        posterior: posteriors of x given noisy samples: mean (B, *dims) and covariance (a DPLR).
+        x0: the clean samples. Shape (B, *dims), dtype and device of the posterior.
+        posterior: posteriors of x0 given noisy samples: mean (B, *dims) and covariance (a DPLR).
         tau: standard deviation of the added noise, in units of the data, >= 0.
 
     Returns:
@@ -105,9 +105,18 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
     Raises:
         ValueError: shapes, dtypes or devices disagree, an empty batch, tau negative or not finite,
             C singular at tau = 0.
-        TypeError: x is not a tensor, posterior not a Posterior, or tau not a number.
+        TypeError: x0 is not a tensor, posterior not a Posterior, or tau not a number.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR, Posterior, normal
+        >>> from hos_ext.uncertainty import calibration
+        >>> x0 = normal((1000, 2), seed=0)
+        >>> claimed = Posterior(torch.zeros(1000, 2), DPLR(torch.full((1000, 2), 0.5)))
+        >>> round(calibration(x0, claimed)["mahalanobis"], 1)  # the variance is 1, not 1/2
+        2.0
     """
-    residual = _residual("calibration", x, posterior, tau)
+    residual = _residual("calibration", x0, posterior, tau)
     tau = float(tau)
     covariance = posterior.covariance.to(torch.float64)
     squares, expected = _sizes(residual, covariance, tau)
@@ -119,7 +128,7 @@ def calibration(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[st
 
 @torch.no_grad()
 def calibration_report(
-    x: Tensor,
+    x0: Tensor,
     posterior: Posterior,
     *,
     directions: Tensor | None = None,
@@ -131,18 +140,18 @@ def calibration_report(
 
     One report is for one noise level: a mean over levels hides what is wrong with each.
 
-        reports = {s: calibration_report(x, denoise(x, s)) for s in (0.2, 0.4, 0.8)}
+        reports = {s: calibration_report(x0, denoise(x0 + s * noise, s)) for s in (0.2, 0.4, 0.8)}
 
     Figures and variances along directions are right for every posterior whose first two moments
     are; coverage asks for Gaussian posteriors as well, so that a true C of a skewed or bounded
     posterior covers other shares than the nominal ones.
 
     Args:
-        x: the clean samples. Shape (B, *dims), B >= 2, dtype and device of the posterior.
-        posterior: posteriors of x given noisy samples: mean (B, *dims) and a positive definite
+        x0: the clean samples. Shape (B, *dims), B >= 2, dtype and device of the posterior.
+        posterior: posteriors of x0 given noisy samples: mean (B, *dims) and a positive definite
             covariance.
         directions: columns v, of any length but zero: (D, k), or (B, D, k) for each sample its
-            own, dtype and device of x. Choose them on OTHER DATA or by another model. Along the
+            own, dtype and device of x0. Choose them on OTHER DATA or by another model. Along the
             leading eigenvectors of C itself z^2 reads low, and along the last ones high, even if
             C is right on average in every fixed direction: they are where its errors are largest.
         levels: nominal probabilities of the coverage curves, each in (0, 1).
@@ -151,7 +160,7 @@ def calibration_report(
         seed: key of the noise that coverage draws at tau > 0.
 
     Returns:
-        A CalibrationReport; its tensors are on the device of x. The entries of one sample are no
+        A CalibrationReport; its tensors are on the device of x0. The entries of one sample are no
         independent trials: their band is Wilson's for as many trials as would have the variance
         seen between the samples, at most B D. Samples are taken as independent.
 
@@ -159,33 +168,36 @@ def calibration_report(
         ValueError: as `recalibration_factor`; B < 2; directions do not fit, or one is zero or not
             finite; a level is not in (0, 1), or there is none.
         TypeError: as `recalibration_factor`; directions is not a tensor; a level not a number.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR, Posterior, normal
+        >>> from hos_ext.uncertainty import calibration_report
+        >>> x0 = normal((1000, 2), seed=0)
+        >>> claimed = Posterior(torch.zeros(1000, 2), DPLR(torch.full((1000, 2), 0.5)))
+        >>> report = calibration_report(x0, claimed)
+        >>> bool(report.entries[0, 0] < 0.5)  # too few are in the 50% interval
+        True
     """
     where = "calibration_report"
-    residual = _residual(where, x, posterior, tau)
+    residual = _residual(where, x0, posterior, tau)
     tau = float(tau)
     batch, size = residual.shape
-    if batch < 2:
-        raise ValueError(f"{where}: x must have at least 2 samples, got {batch}")
-    nominal = torch.tensor(_levels(where, levels), dtype=torch.float64, device=x.device)
+    check(where, batch >= 2, "x0 must have at least 2 samples", batch)
+    nominal = torch.tensor(_levels(where, levels), dtype=torch.float64, device=x0.device)
     covariance = posterior.covariance.to(torch.float64)
-    recalibration = _factor(where, residual, covariance, tau)
+    recalibration = _scale(where, residual, covariance, tau)
 
     distances = _distances(residual, covariance, tau) / size
     squares, expected = _sizes(residual, covariance, tau)
     ratio = squares.mean() / expected.mean()
     if directions is None:
-        directions = x.new_empty(size, 0)
-    z_squared = _along(where, directions, x, residual, covariance, tau)
+        directions = x0.new_empty(size, 0)
+    z_squared = _along(where, directions, x0, residual, covariance, tau)
 
     shifted = covariance + tau**2
     if tau > 0:
-        drawn = ops.normal(
-            residual.shape,
-            seed=seed,
-            stream=STREAM_REPORT,
-            dtype=residual.dtype,
-            device=residual.device,
-        )
+        drawn = draw_normal(Key(seed), STREAM_REPORT, residual.shape, residual)
         residual = residual + tau * drawn
     # A point is inside where its own probability is at most the level: no quantile is needed.
     interval = torch.erf((residual.square() / (2 * shifted.diagonal())).sqrt())
@@ -209,17 +221,17 @@ def calibration_report(
 
 
 @torch.no_grad()
-def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -> float:
-    """The scalar a > 0 for which a * C is calibrated on (x, posterior), a validation split.
+def recalibration_factor(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) -> float:
+    """The scalar a > 0 for which a * C is calibrated on (x0, posterior), a validation split.
 
-    Defined by calibration(x, N(m, a C), tau=tau)["mahalanobis"] = 1. At tau = 0 that is
+    Defined by calibration(x0, N(m, a C), tau=tau)["mahalanobis"] = 1. At tau = 0 that is
     a = mean e^T C^-1 e / D, which also maximises the Gaussian likelihood of the residuals over a.
     For tau > 0 the equation is solved as it stands rather than by likelihood: it is the figure
     that is reported, and it falls strictly from above 1 (a -> 0) to 0 (a -> infinity), so that the
     root exists and is unique whenever C is positive definite and the residuals are not all zero.
 
     Args:
-        x, posterior, tau: as in `calibration`. Use `posterior.recalibrated(a)` afterwards, with
+        x0, posterior, tau: as in `calibration`. Use `posterior.recalibrated(a)` afterwards, with
             the tau it was fitted for: one scalar cannot calibrate every tau of a misshapen C.
 
     Returns:
@@ -229,25 +241,29 @@ def recalibration_factor(x: Tensor, posterior: Posterior, *, tau: float = 0.0) -
         ValueError: as in `calibration`; residuals all zero or not finite; C not positive definite;
             a outside 1e-27 ... 1e27 for tau > 0.
         TypeError: as in `calibration`.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR, Posterior, normal
+        >>> from hos_ext.uncertainty import recalibration_factor
+        >>> x0 = normal((1000, 2), seed=0)
+        >>> claimed = Posterior(torch.zeros(1000, 2), DPLR(torch.full((1000, 2), 0.5)))
+        >>> round(recalibration_factor(x0, claimed), 1)
+        2.0
     """
     where = "recalibration_factor"
-    residual = _residual(where, x, posterior, tau)
-    return _factor(where, residual, posterior.covariance.to(torch.float64), float(tau))
+    residual = _residual(where, x0, posterior, tau)
+    return _scale(where, residual, posterior.covariance.to(torch.float64), float(tau))
 
 
-def _factor(caller: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
+def _scale(where: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
     """`recalibration_factor` of float64 residuals (B, D) and covariances."""
     size = float(residual.square().mean())
-    if not 0 < size < math.inf:
-        raise ValueError(
-            f"{caller}: x - posterior.mean must be finite and not all zero, got mean square {size}"
-        )
-    indefinite = int((~covariance.is_positive_definite()).sum())
-    if indefinite:
-        raise ValueError(
-            f"{caller}: posterior.covariance must be positive definite, got {indefinite} of "
-            f"{len(residual)} that are not"
-        )
+    rule = "x0 - posterior.mean must be finite and not all zero"
+    check(where, 0 < size < math.inf, rule, f"mean square {size}")
+    bad = int((~covariance.is_positive_definite()).sum())
+    rule, got = "posterior.covariance must be positive definite", f"{bad} of {len(residual)}"
+    check(where, bad == 0, rule, f"{got} that are not")
     if tau == 0:
         return float(_distances(residual, covariance, 0.0).mean()) / residual.shape[1]
 
@@ -256,30 +272,23 @@ def _factor(caller: str, residual: Tensor, covariance: DPLR, tau: float) -> floa
         return float(distances.mean()) / residual.shape[1] - 1
 
     low, high = -64.0, 64.0
-    if not excess(low) > 0 > excess(high):
-        raise ValueError(
-            f"{caller}: x must be calibrated by a factor in 1e-27 ... 1e27, got mean square {size} "
-            "of x - posterior.mean"
-        )
+    rule = "x0 must be calibrated by a factor in 1e-27 ... 1e27"
+    got = f"mean square {size} of x0 - posterior.mean"
+    check(where, excess(low) > 0 > excess(high), rule, got)
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
     return math.exp((low + high) / 2)
 
 
-def _residual(caller: str, x: Tensor, posterior: Posterior, tau: float) -> Tensor:
-    """x - m in float64, flat (B, D), after checking the arguments."""
-    if not isinstance(posterior, Posterior):
-        raise TypeError(
-            f"{caller}: posterior must be a tweedie.Posterior, got {type(posterior).__name__}"
-        )
-    mean = posterior.mean
-    because = " like posterior.mean"
-    check_tensor(caller, "x", x, like=mean, shape=tuple(mean.shape), because=because)
-    if x.dim() < 2 or x.shape[0] == 0:
-        raise ValueError(f"{caller}: x must have shape (B, *dims), B >= 1, got {tuple(x.shape)}")
-    check_number(caller, "tau", tau, positive=False)
-    return (x - mean).flatten(1).double()
+def _residual(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tensor:
+    """x0 - m in float64, flat (B, D), after checking the arguments."""
+    mean = check_kind(where, "posterior", posterior, Posterior).mean
+    shape, because = tuple(mean.shape), " like posterior.mean"
+    check_tensor(where, "x0", x0, like=mean, shape=shape, because=because)
+    check(where, len(shape) > 1 and shape[0] > 0, "x0 must have shape (B, *dims), B >= 1", shape)
+    check_number(where, "tau", tau, positive=False)
+    return (x0 - mean).flatten(1).double()
 
 
 def _distances(residual: Tensor, covariance: DPLR, tau: float) -> Tensor:
@@ -301,23 +310,16 @@ def _sizes(residual: Tensor, covariance: DPLR, tau: float) -> tuple[Tensor, Tens
 
 
 def _along(
-    where: str, directions: Tensor, x: Tensor, residual: Tensor, covariance: DPLR, tau: float
+    where: str, directions: Tensor, x0: Tensor, residual: Tensor, covariance: DPLR, tau: float
 ) -> Tensor:
     """((v^T e)^2 + tau^2 |v|^2) / (v^T C v + tau^2 |v|^2) for each column v. Shape (B, k)."""
-    check_tensor(where, "directions", directions, like=x)
+    check_tensor(where, "directions", directions, like=x0)
     batch, size = residual.shape
-    if directions.dim() not in (2, 3) or directions.shape[:-1] not in ((size,), (batch, size)):
-        want = f"({size}, k) or ({batch}, {size}, k)"
-        raise ValueError(
-            f"{where}: directions must have shape {want}, got {tuple(directions.shape)}"
-        )
+    check_shape(where, "directions", directions, (size, "k"), (batch, size, "k"))
     length = directions.double().norm(dim=-2, keepdim=True)
-    bad = ~((length > 0) & length.isfinite())
-    if bool(bad.any()):
-        raise ValueError(
-            f"{where}: directions must be finite and not zero, got one of length "
-            f"{length[bad][0].item()}"
-        )
+    good = (length > 0) & length.isfinite()
+    rule = "directions must be finite and not zero"
+    check(where, bool(good.all()), rule, lambda: f"one of length {length[~good][0].item()}")
     v = directions.double() / length
     low_rank = (covariance.factor.mT @ v).square()  # (B, r, k)
     if covariance.sign is not None:
@@ -330,8 +332,8 @@ def _along(
 
 def _levels(where: str, levels: Sequence[float]) -> list[float]:
     numbers = [check_number(where, "levels", level) for level in levels]
-    if not numbers or max(numbers) >= 1:
-        raise ValueError(f"{where}: levels must be in (0, 1), at least one, got {levels}")
+    inside = bool(numbers) and max(numbers) < 1
+    check(where, inside, "levels must be in (0, 1), at least one", levels)
     return numbers
 
 

@@ -59,6 +59,17 @@ def posterior_from_score(
         TypeError: an argument has a wrong type.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive; what
             `ScoreHessian` and its `low_rank` refuse.
+
+    Example:
+        Data N(0, I) at sigma 1, so that s1 = -x / 2 and the posterior is N(x / 2, I / 2).
+
+        >>> import torch
+        >>> from hos_ext.uncertainty import posterior_from_score
+        >>> found = posterior_from_score(lambda x: -x / 2, torch.ones(1, 4), 1.0, rank=1, seed=0)
+        >>> torch.allclose(found.mean, torch.tensor(0.5))
+        True
+        >>> torch.allclose(found.covariance.diagonal(), torch.tensor(0.5))
+        True
     """
     where = "posterior_from_score"
     check_samples(where, "x", x)

@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_like, check_number, check_samples, check_tensor, one_of
+from ..checks import (
+    check,
+    check_kind,
+    check_like,
+    check_number,
+    check_samples,
+    check_tensor,
+    one_of,
+)
 from ..linalg.dplr import DPLR
 from ..linalg.woodbury import low_rank_eigh
 from ..scores import Scores
@@ -69,14 +77,22 @@ def outlier_score(
     Raises:
         TypeError: scores is not a `Scores`, floor not a number.
         ValueError: an unknown kind, floor outside (0, 1], shapes, dtypes or devices that disagree.
+
+    Example:
+        Data N(0, I) at sigma 1: s1 = -x / 2, s2 = -I / 2.
+
+        >>> import torch
+        >>> from hos_ext import Scores
+        >>> from hos_ext.uncertainty import outlier_score
+        >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> outlier_score(Scores(-x / 2, torch.full_like(x, 0.5)), kind="mahalanobis")
+        tensor([ 0.0000, 12.5000])
     """
     where = "outlier_score"
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{where}: scores must be a Scores, got {type(scores).__name__}")
+    check_kind(where, "scores", scores, Scores)
     one_of(where, "kind", kind, _KINDS)
     floor = check_number(where, "floor", floor)
-    if floor > 1:
-        raise ValueError(f"{where}: floor must be in (0, 1], got {floor:g}")
+    check(where, floor <= 1, "floor must be in (0, 1]", f"{floor:g}")
     check_samples(where, "scores.scaled_score", scores.scaled_score)
     check_like(where, "scores.c", scores.c, scores.scaled_score)
     score = scores.scaled_score.flatten(1)
@@ -123,17 +139,21 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: another shape, dtype or device, no scores, or NaN among them.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.uncertainty import auroc
+        >>> auroc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
+        0.875
     """
     check_tensor("auroc", "inside", inside)
     check_tensor("auroc", "outside", outside, like=inside)
     for name, values in (("inside", inside), ("outside", outside)):
-        if values.dim() != 1 or len(values) == 0:
-            raise ValueError(
-                f"auroc: {name} must have shape (n,), n >= 1, got {tuple(values.shape)}"
-            )
+        some, shape = values.dim() == 1 and len(values) > 0, tuple(values.shape)
+        check("auroc", some, f"{name} must have shape (n,), n >= 1", shape)
         missing = int(values.isnan().sum())
-        if missing:
-            raise ValueError(f"auroc: {name} must not hold NaN, got {missing} of {len(values)}")
+        got = f"{missing} of {len(values)}"
+        check("auroc", missing == 0, f"{name} must not hold NaN", got)
     ranked, values = inside.detach().sort().values, outside.detach().contiguous()
     below = torch.searchsorted(ranked, values) + torch.searchsorted(ranked, values, right=True)
     return float(below.double().mean()) / (2 * len(ranked))
