@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .. import storage
-from ..checks import require
+from ..checks import check, require
+from ..scores import Model
 from ..tweedie.posterior import posterior
 from . import data, evaluation, plots, runs
 from .report import report_page
+from .results import write
 
 # Noise levels of the report, in data units (a pixel lies in [-1, 1]).
 LEVELS = (0.2, 0.4, 0.8)
 CHAIN_SIGMA = 0.4
 METHODS = ("langevin", "ozaki")
-STEP_SIZES = (0.1, 1.0)  # over sigma^2, see results.METHODS
+STEP_SIZES = (0.1, 1.0)  # over sigma^2
 QUICK = {"width": 64, "head_width": 64, "depth": 2, "batch_size": 32, "steps": 40}
 
 
@@ -40,8 +42,8 @@ def prepare(
     Raises:
         ValueError, OSError, RuntimeError: as `runs.prepare`; out holds a report.
     """
-    if (out / "report.html").exists() and not force:
-        raise ValueError(f"demo: --out must hold no report (--force replaces it), got {out}")
+    free = force or not (out / "report.html").exists()
+    check("demo", free, "--out must hold no report (--force replaces it)", out)
     small = QUICK | {"steps": min(steps, QUICK["steps"])} if quick else {}
     given = {"data": "digits", "seed": seed, "steps": steps, "tracker": "none"} | small
     return runs.prepare(given, out / "run", force=force)
@@ -64,20 +66,54 @@ def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> 
     """
     console = require("demo", "rich.console").Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    rank, seed, source = job.options["rank"], job.options["seed"], job.source
-    chains, chain_steps, burn_in = (8, 20, 2) if quick else (32, 1000, 200)
-    console.print(f"Training a rank-{rank} second-order model on 8x8 digits")
+    seed, source = job.options["seed"], job.source
+    chains, steps, burn_in = (8, 20, 2) if quick else (32, 1000, 200)
+    console.print(f"Training a rank-{job.options['rank']} second-order model on 8x8 digits")
     trained = runs.fit(job, progress=True)
     model, facts = runs.load_run(job.out)
-    factor = facts["recalibration"]
 
     console.print("Denoising held-out digits")
     results = [evaluation.denoise_held_out(model, source, s, seed=seed) for s in LEVELS]
-    calibration = [evaluation.calibration_figures(result, factor) for result in results]
+    scale = facts["recalibration"]
+    calibration = [evaluation.calibration_figures(result, scale) for result in results]
 
     console.print("Sampling with Langevin and Ozaki steps")
     starts = evaluation.denoise_held_out(model, source, CHAIN_SIGMA, count=chains, seed=seed).noisy
-    sampling, pictures, spreads = [], [("starts: noisy test digits", starts)], []
+    sampling, figures = _sample(model, starts, n_steps=steps, burn_in=burn_in, seed=seed)
+
+    figures["calibration"] = plots.calibration_figure(calibration, results, recalibration=scale)
+    for result in results:
+        scaled = result._replace(posterior=result.posterior.recalibrated(scale))
+        figures[f"denoise-{result.sigma:g}"] = plots.denoising_figure(scaled)
+    images = {name: plots.png(figure) for name, figure in figures.items()}
+    images["training"] = (job.out / "training.png").read_bytes()
+    trained["total_seconds"] = time.perf_counter() - started
+    metrics = {
+        "denoise": [evaluation.denoising_errors(result) for result in results],
+        "calibration": calibration,
+        "sampling": sampling,
+        "train": trained,
+    }
+    report = report_page(
+        metrics,
+        images,
+        chains=f"{chains} chains of {steps} steps at sigma {CHAIN_SIGMA:g}",
+        commands=next_commands(out, program),
+        example=example(out),
+        quick=quick,
+    )
+    write(out, {f"{name}.png": image for name, image in images.items()})
+    runs.write_json(out / "metrics.json", metrics)
+    write(out, {"report.html": report.encode()})
+    _summary(console, metrics, out / "report.html")
+    return metrics
+
+
+def _sample(
+    model: Model, starts: Tensor, *, n_steps: int, burn_in: int, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Chains of each method and step size: their rows of metrics.json, and their two figures."""
+    rows, pictures, spreads = [], [("starts: noisy test digits", starts)], []
     for method in METHODS:
         for multiple in STEP_SIZES:
             draws, row = evaluation.run_chains(
@@ -86,50 +122,19 @@ def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> 
                 CHAIN_SIGMA,
                 method=method,
                 step_size=round(multiple * CHAIN_SIGMA**2, 6),
-                n_steps=chain_steps,
+                n_steps=n_steps,
                 burn_in=burn_in,
                 seed=seed,
             )
-            sampling.append(row)
-            label = f"{method}, h = {row['step_size']:g}"
+            rows.append(row)
             with torch.no_grad():
                 ends = posterior(draws[:, -1], model(draws[:, -1], CHAIN_SIGMA), CHAIN_SIGMA).mean
-            pictures.append((f"{label}: ends, denoised", ends))
+            pictures.append((f"{method}, h = {row['step_size']:g}: ends, denoised", ends))
             spreads.append((method, row["step_size"], draws.flatten(0, 1).std(0)))
     clean = data.dequantise(torch.cat(data.load_digits(seed=seed)), seed=seed)
     exact = (clean.var(0) + CHAIN_SIGMA**2).sqrt()
-
-    figures = {
-        "calibration": plots.calibration_figure(calibration, results, recalibration=factor),
-        "chains": plots.chains_figure(pictures),
-        "spread": plots.spread_figure(spreads, exact),
-    }
-    for result in results:
-        scaled = result._replace(posterior=result.posterior.recalibrated(factor))
-        figures[f"denoise-{result.sigma:g}"] = plots.denoising_figure(scaled)
-    images = {name: plots.png(figure) for name, figure in figures.items()}
-    images["training"] = (job.out / "training.png").read_bytes()
-    for name, image in images.items():
-        storage.write_whole(out / f"{name}.png", image)
-    trained["total_seconds"] = time.perf_counter() - started
-    metrics = {
-        "denoise": [evaluation.denoising_errors(result) for result in results],
-        "calibration": calibration,
-        "sampling": sampling,
-        "train": trained,
-    }
-    runs.write_json(out / "metrics.json", metrics)
-    report = report_page(
-        metrics,
-        images,
-        chains=f"{chains} chains of {chain_steps} steps at sigma {CHAIN_SIGMA:g}",
-        commands=next_commands(out, program),
-        example=example(out),
-        quick=quick,
-    )
-    storage.write_whole(out / "report.html", report.encode())
-    _summary(console, metrics, out / "report.html")
-    return metrics
+    spread = plots.spread_figure(spreads, exact)
+    return rows, {"chains": plots.chains_figure(pictures), "spread": spread}
 
 
 def _summary(console: Any, metrics: dict[str, Any], report: Path) -> None:
