@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_tensor
-from .spectrum import Function, Rows
+from ..checks import check, check_count, check_tensor
+from .spectrum import Function, Matvec, Rows
 
 _BREAKDOWN = 10  # a Lanczos beta this many epsilons of the norm of A is rounding
 _GUESSED = 0.1  # what a change by a guessed step counts: 1 costs iterations, .01 misses some
 _MAX_ITERATIONS = 200
 
 
-# --------------------------------------------------------------------------------------- Lanczos
-
-
 class LanczosResult(NamedTuple):
-    """f(A) v for each function, and per sample how it was reached."""
+    """f(A) v for each function, and per sample how it was reached.
 
-    values: tuple[Tensor, ...]  # f(A) v, one for each function. Shape (B, D)
-    error: Tensor  # estimated relative error, the largest over the functions; NaN rows NaN. (B,)
-    iterations: Tensor  # products with A that went into the result. int64, (B,)
-    converged: Tensor  # error <= tolerance; False for NaN rows. bool, (B,)
+    Fields:
+        values: f(A) v, one for each function. Shape (B, D).
+        error: estimated relative error, the largest over the functions. Shape (B,). NaN for a row
+            that is not finite.
+        iterations: products with A that went into the result. int64, shape (B,).
+        converged: error <= tolerance. bool, shape (B,). False for a row that is not finite.
+    """
+
+    values: tuple[Tensor, ...]
+    error: Tensor
+    iterations: Tensor
+    converged: Tensor
 
 
 @torch.no_grad()
@@ -71,18 +77,18 @@ def lanczos(
         TypeError: an argument has a wrong type.
         ValueError: a shape, dtype, tolerance or max_iterations is wrong, or a product or a function
             returns another shape.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import DPLR, lanczos
+        >>> from hos_ext.linalg.spectrum import matrix_rows
+        >>> result = lanczos(matrix_rows(DPLR(torch.ones(1, 2))), torch.ones(1, 2), [torch.exp])
+        >>> result.values[0]
+        tensor([[2.7183, 2.7183]])
+        >>> result.iterations
+        tensor([1])
     """
-    check_tensor("lanczos", "v", v)
-    if v.dim() != 2 or v.shape[1] == 0:
-        raise ValueError(f"lanczos: v must have shape (B, D), D >= 1, got {tuple(v.shape)}")
-    if not functions:
-        raise ValueError("lanczos: functions must hold at least one, got none")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, float):
-        raise TypeError(f"lanczos: tolerance must be a float, got {type(tolerance).__name__}")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"lanczos: tolerance must be in (0, 1), got {tolerance}")
-    if max_iterations is not None:
-        check_count("lanczos", "max_iterations", max_iterations)
+    _check_arguments(v, functions, tolerance, max_iterations)
     batch, size = v.shape
     limit = min(size, _MAX_ITERATIONS if max_iterations is None else max_iterations)
     values = [torch.full_like(v, torch.nan) for _ in functions]
@@ -90,62 +96,118 @@ def lanczos(
     iterations = torch.zeros(batch, dtype=torch.int64, device=v.device)
     if batch == 0:
         return LanczosResult(tuple(values), error.to(v.dtype), iterations, iterations > 0)
+    q, length = _normalised(v)
+    product = rows(slice(None))
+    run = _Run.start(q, limit, len(functions))
+    next_check = 1
+    for m in range(1, limit + 1):
+        q = run.step(product, q, m)
+        if m < next_check and m < limit:
+            continue
+        next_check = m + 1 + m // 32
+        estimate = run.assess(m, functions, tolerance, m == limit)
+        stopped = run.going & ((estimate <= tolerance) | estimate.isnan() | (m == limit))
+        if not bool(stopped.any()):
+            continue
+        done = run.index[stopped]
+        error[done], iterations[done] = estimate[stopped], m
+        for value, coefficients in zip(values, run.before, strict=True):
+            weight = coefficients[stopped].to(v.dtype).unsqueeze(1)
+            row = length[done] * (weight @ run.basis[stopped, :m]).squeeze(1)
+            value[done] = row.masked_fill(estimate[stopped].isnan().unsqueeze(-1), torch.nan)
+        run.going = run.going & ~stopped
+        left = int(run.going.sum())
+        if left == 0:
+            break
+        if 4 * left <= 3 * run.going.numel():
+            q = q[run.going]
+            run.keep(run.going)
+            product = rows(run.index)
+    return LanczosResult(tuple(values), error.to(v.dtype), iterations, error <= tolerance)
 
+
+@dataclass
+class _Run:
+    """What the iterations hold of the n rows that are still in the products."""
+
+    index: Tensor  # their numbers in the batch. (n,)
+    going: Tensor  # those not stopped. (n,)
+    basis: Tensor  # Q. (n, capacity, D)
+    entries: Tensor  # of T: its alphas and betas, float64. (2, n, limit)
+    bound: Tensor  # of the norm of T, from below. (n,)
+    before: Tensor  # f(T) e_1 of the check before. (F, n, m)
+    recent: Tensor  # the estimate of the check before. (n,)
+
+    @classmethod
+    def start(cls, q: Tensor, limit: int, functions: int) -> _Run:
+        batch, size = q.shape
+        entries = torch.zeros((2, batch, limit), dtype=torch.float64, device=q.device)
+        return cls(
+            index=torch.arange(batch, device=q.device),
+            going=torch.ones(batch, dtype=torch.bool, device=q.device),
+            basis=q.new_empty((batch, min(16, limit), size)),
+            entries=entries,
+            bound=q.new_zeros(batch),
+            before=entries.new_zeros((functions, batch, 0)),
+            recent=entries.new_zeros(batch),
+        )
+
+    def step(self, product: Matvec, q: Tensor, m: int) -> Tensor:
+        """Iteration m: q joins the basis, T gains a row; the next q."""
+        if m > self.basis.shape[1]:
+            self.basis = torch.cat([self.basis, torch.empty_like(self.basis)], 1)
+        self.basis[:, m - 1] = q
+        image = product(q)
+        check_tensor("lanczos", "the product", image, like=q, shape=tuple(q.shape))
+        alpha, beta, image = _orthogonalise(self.basis[:, :m], image)
+        self.bound = torch.maximum(self.bound, torch.maximum(alpha.abs(), beta))
+        # Rounding, and after D iterations nothing else: the Krylov space is exhausted.
+        rounding = _BREAKDOWN * torch.finfo(q.dtype).eps * self.bound
+        spent = (beta <= rounding) | (m == q.shape[1])
+        beta = beta.masked_fill(spent, 0.0)
+        self.entries[0, :, m - 1], self.entries[1, :, m - 1] = alpha, beta
+        # Zero from then on: T falls into blocks, and later iterations change nothing.
+        q = image / beta.where(beta != 0, 1.0).unsqueeze(-1)
+        return q.masked_fill(spent.unsqueeze(-1), 0.0)
+
+    def assess(self, m: int, functions: Sequence[Function], tolerance: float, last: bool) -> Tensor:
+        """The error estimate of each row after m iterations: the larger of the last two."""
+        self.before, latest = _assess(
+            self.entries[..., :m], self.before, functions, tolerance, last
+        )
+        exhausted = (self.entries[1, :, :m] == 0).any(-1)
+        estimate = torch.maximum(latest, self.recent).masked_fill(exhausted, 0.0)
+        self.recent = latest
+        return estimate.masked_fill(latest.isnan(), torch.nan)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the other rows."""
+        self.index, self.basis, self.bound = self.index[rows], self.basis[rows], self.bound[rows]
+        self.entries, self.before = self.entries[:, rows], self.before[:, rows]
+        self.recent, self.going = self.recent[rows], self.going[rows]
+
+
+def _check_arguments(
+    v: Tensor, functions: Sequence[Function], tolerance: float, max_iterations: int | None
+) -> None:
+    where, kind = "lanczos", type(tolerance).__name__
+    check_tensor(where, "v", v)
+    flat = v.dim() == 2 and v.shape[1] > 0
+    check(where, flat, "v must have shape (B, D), D >= 1", tuple(v.shape))
+    check(where, functions, "functions must hold at least one", "none")
+    check(where, isinstance(tolerance, float), "tolerance must be a float", kind, TypeError)
+    check(where, 0 < tolerance < 1, "tolerance must be in (0, 1)", tolerance)
+    if max_iterations is not None:
+        check_count(where, "max_iterations", max_iterations)
+
+
+def _normalised(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v / |v| and |v| (B, 1); 0 for 0."""
     # Divided by the largest entry first: the square of a float32 overflows at 2e19.
     largest = v.abs().amax(-1, keepdim=True)
     q = v / largest.where(largest > 0, 1.0)
     norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-    q = q / norm.where(norm > 0, 1.0)
-    length = largest * norm
-
-    product = rows(slice(None))
-    index = torch.arange(batch, device=v.device)  # the batch rows still in the products
-    going = torch.ones(batch, dtype=torch.bool, device=v.device)  # of them, those not stopped
-    basis = v.new_empty((batch, min(16, limit), size))
-    entries = torch.zeros((2, batch, limit), dtype=torch.float64, device=v.device)  # of T
-    bound = v.new_zeros(batch)  # of the norm of T, from below
-    before = entries.new_zeros((len(functions), batch, 0))  # f(T) e_1 of the check before
-    recent = entries.new_zeros(batch)  # the estimate of the check before
-    check = 1
-    for m in range(1, limit + 1):
-        if m > basis.shape[1]:
-            basis = torch.cat([basis, torch.empty_like(basis)], 1)
-        basis[:, m - 1] = q
-        image = product(q)
-        check_tensor("lanczos", "the product", image, like=v, shape=tuple(q.shape))
-        alpha, beta, image = _orthogonalise(basis[:, :m], image)
-        bound = torch.maximum(bound, torch.maximum(alpha.abs(), beta))
-        # Rounding, and after D iterations nothing else: the Krylov space is exhausted.
-        spent = (beta <= _BREAKDOWN * torch.finfo(v.dtype).eps * bound) | (m == size)
-        beta = beta.masked_fill(spent, 0.0)
-        entries[0, :, m - 1], entries[1, :, m - 1] = alpha, beta
-        # Zero from then on: T falls into blocks, and later iterations change nothing.
-        q = (image / beta.where(beta != 0, 1.0).unsqueeze(-1)).masked_fill(spent.unsqueeze(-1), 0.0)
-        if m < check and m < limit:
-            continue
-        check = m + 1 + m // 32
-        before, latest = _assess(entries[..., :m], before, functions, tolerance, m == limit)
-        exhausted = (entries[1, :, :m] == 0).any(-1)
-        estimate, recent = torch.maximum(latest, recent).masked_fill(exhausted, 0.0), latest
-        estimate = estimate.masked_fill(latest.isnan(), torch.nan)
-        stopped = going & ((estimate <= tolerance) | estimate.isnan() | (m == limit))
-        if bool(stopped.any()):
-            done = index[stopped]
-            error[done], iterations[done] = estimate[stopped], m
-            for value, coefficients in zip(values, before, strict=True):
-                weight = coefficients[stopped].to(v.dtype).unsqueeze(1)
-                row = length[done] * (weight @ basis[stopped, :m]).squeeze(1)
-                value[done] = row.masked_fill(estimate[stopped].isnan().unsqueeze(-1), torch.nan)
-            going = going & ~stopped
-            left = int(going.sum())
-            if left == 0:
-                break
-            if 4 * left <= 3 * going.numel():
-                index, q, basis, bound = index[going], q[going], basis[going], bound[going]
-                entries, before, recent = entries[:, going], before[:, going], recent[going]
-                going = going[going]
-                product = rows(index)
-    return LanczosResult(tuple(values), error.to(v.dtype), iterations, error <= tolerance)
+    return q / norm.where(norm > 0, 1.0), largest * norm
 
 
 def _orthogonalise(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,11 +255,8 @@ def _coefficients(entries: Tensor, functions: Sequence[Function]) -> tuple[Tenso
     results = []
     for function in functions:
         weight = function(ritz)
-        if weight.shape != ritz.shape:
-            raise ValueError(
-                f"lanczos: functions must be elementwise, got {tuple(weight.shape)} from"
-                f" {tuple(ritz.shape)}"
-            )
+        got = f"{tuple(weight.shape)} from {tuple(ritz.shape)}"
+        check("lanczos", weight.shape == ritz.shape, "functions must be elementwise", got)
         results.append((vectors @ (weight * vectors[:, 0]).unsqueeze(-1)).squeeze(-1))
     return ritz, torch.stack(results)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor, per_sample
+from ..checks import check, check_tensor, per_sample
 from ..scores import SymmetricOperator
 from .dplr import DPLR
 from .operator import as_operator
@@ -28,15 +28,18 @@ _SYMMETRY = {torch.float32: 1e-5, torch.float64: 1e-10}  # allowed asymmetry ove
 _SPREAD = 8  # allowed spread of a constant diagonal, in machine epsilons
 
 
-# --------------------------------------------------------------------------------------- spectra
-
-
 class Spectrum(NamedTuple):
-    """Q diag(values) Q^T + rest (I - Q Q^T) for each sample of a batch."""
+    """Q diag(values) Q^T + rest (I - Q Q^T) for each sample of a batch.
 
-    basis: Tensor  # Q, orthonormal columns. Shape (B, D, m)
-    values: Tensor  # eigenvalues of these columns. Shape (B, m)
-    rest: Tensor | None  # the other D - m eigenvalues, all equal. Shape (B,); None where m = D
+    Fields:
+        basis: Q, orthonormal columns. Shape (B, D, m).
+        values: the eigenvalues of these columns. Shape (B, m).
+        rest: the other D - m eigenvalues, all equal. Shape (B,); None where m = D.
+    """
+
+    basis: Tensor
+    values: Tensor
+    rest: Tensor | None
 
 
 def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum:
@@ -53,33 +56,56 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
     Raises:
         TypeError: matrix is not a Tensor.
         ValueError: it has another shape or dtype, or is not symmetric.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.spectrum import dense_spectrum
+        >>> dense_spectrum(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])).values
+        tensor([[1., 3.]])
     """
     check_tensor(where, "matrix", matrix)
-    if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2] or matrix.shape[1] == 0:
-        raise ValueError(
-            f"{where}: matrix must have shape (B, D, D), D >= 1, got {tuple(matrix.shape)}"
-        )
+    square = matrix.dim() == 3 and matrix.shape[1] == matrix.shape[2] > 0
+    check(where, square, "matrix must have shape (B, D, D), D >= 1", tuple(matrix.shape))
     usable, finite = check_symmetric(where, matrix)
     values, basis = torch.linalg.eigh(usable / 2 + usable.mT / 2)
     return Spectrum(basis, values.where(finite.unsqueeze(-1), torch.nan), None)
 
 
 def check_symmetric(where: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Refuse matrices (B, D, D) that are not symmetric; 0 in place of those not finite, and which.
+    """Refuse matrices (B, D, D) that are not symmetric.
+
+    Args:
+        where: the function named in errors.
+        matrix: shape (B, D, D), float32 or float64.
+
+    Returns:
+        The matrices with 0 in place of those that are not finite, and which are finite (B,).
 
     Raises:
         ValueError: a difference beyond 1e-5 (float32) or 1e-10 (float64) of the largest entry.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.spectrum import check_symmetric
+        >>> check_symmetric("f", torch.eye(2).unsqueeze(0))[1]
+        tensor([True])
     """
     finite = matrix.isfinite().all(-1).all(-1)
     usable = matrix.where(finite[:, None, None], 0.0)
     difference = (usable - usable.mT).abs().amax((-1, -2))
     bad = difference > _SYMMETRY[matrix.dtype] * usable.abs().amax((-1, -2))
-    if bool(bad.any()):
-        raise ValueError(
-            f"{where}: matrix must be symmetric, got a difference of"
-            f" {difference[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
-        )
+    _refuse(where, bad, "matrix must be symmetric", "difference", difference)
     return usable, finite
+
+
+def _refuse(where: str, bad: Tensor, rule: str, what: str, sizes: Tensor) -> None:
+    """Raises where a sample is bad, with its size and number."""
+    check(
+        where,
+        not bool(bad.any()),
+        rule,
+        lambda: f"a {what} of {sizes[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}",
+    )
 
 
 def isotropic_spectrum(
@@ -107,17 +133,20 @@ def isotropic_spectrum(
         TypeError: an argument is not a Tensor.
         ValueError: diag is not constant within a sample (8 machine epsilons are allowed), or the
             arguments do not make a DPLR.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.spectrum import isotropic_spectrum
+        >>> spectrum = isotropic_spectrum(torch.ones(1, 3), torch.tensor([[[2.0], [0.0], [0.0]]]))
+        >>> spectrum.values, spectrum.rest
+        (tensor([[5.]]), tensor([1.]))
     """
     matrix = DPLR(diag, factor, sign)
     finite = diag.isfinite().all(-1) & matrix.factor.square().sum((-1, -2)).isfinite()
     level = diag.where(finite.unsqueeze(-1), 0.0)
     spread = level.amax(-1) - level.amin(-1)
     bad = spread > _SPREAD * torch.finfo(diag.dtype).eps * level.abs().amax(-1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"{where}: diag must be constant within each sample, got a spread of"
-            f" {spread[bad][0].item():.3g} for sample {int(bad.nonzero()[0])}"
-        )
+    _refuse(where, bad, "diag must be constant within each sample", "spread", spread)
     columns = matrix.factor.where(finite[:, None, None], 0.0)
     basis, mu = low_rank_eigh(columns, matrix.parts.sign)
     rest = level[:, 0].where(finite, torch.nan)
@@ -127,7 +156,20 @@ def isotropic_spectrum(
 def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
     """f(A) v = f(c) v + Q ((f(c + mu) - f(c)) * Q^T v) for v (B, D); Q f(values) Q^T v if m = D.
 
-    `function` is elementwise and sees (B, m), then (B, 1): per-sample parameters are (B, 1).
+    Args:
+        spectrum: of A.
+        function: f, elementwise. It sees (B, m), then (B, 1): per-sample parameters are (B, 1).
+        v: shape (B, D).
+
+    Returns:
+        Shape (B, D).
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.spectrum import isotropic_spectrum, spectrum_apply
+        >>> spectrum = isotropic_spectrum(torch.ones(1, 2), torch.tensor([[[2.0], [0.0]]]))
+        >>> spectrum_apply(spectrum, lambda y: y.square(), torch.ones(1, 2))
+        tensor([[25.,  1.]])
     """
     basis, values, rest = spectrum
     weight = function(values)
@@ -139,9 +181,17 @@ def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
 
 
 def spectrum_logdet(spectrum: Spectrum, function: Function) -> Tensor:
-    """log det f(A) = sum log f over all D eigenvalues, f as in `spectrum_apply`. Shape (B,).
+    """log det f(A) = sum log f over all D eigenvalues, f as in `spectrum_apply`.
 
-    -inf where an f is zero, NaN where one is negative.
+    Returns:
+        Shape (B,). -inf where an f is zero, NaN where one is negative.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg.spectrum import isotropic_spectrum, spectrum_logdet
+        >>> spectrum = isotropic_spectrum(torch.ones(1, 2), torch.tensor([[[2.0], [0.0]]]))
+        >>> spectrum_logdet(spectrum, torch.exp)
+        tensor([6.])
     """
     basis, values, rest = spectrum
     total = function(values).log().sum(-1)
@@ -164,6 +214,15 @@ def matrix_rows(matrix: SymmetricOperator | Tensor, scale: float | Tensor = 1.0)
     Raises:
         TypeError: matrix or scale has a wrong type.
         ValueError: their shapes or dtypes are wrong, or scale is not finite.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import DPLR
+        >>> from hos_ext.linalg.spectrum import matrix_rows
+        >>> rows = matrix_rows(DPLR(torch.ones(3, 2)), torch.tensor([1.0, 2.0, 3.0]))
+        >>> rows(slice(1, None))(torch.ones(2, 2))
+        tensor([[2., 2.],
+                [3., 3.]])
     """
     operator = as_operator("matrix_rows", matrix)
     like = torch.empty((), dtype=operator.dtype, device=operator.device).expand(operator.shape[:2])
@@ -171,7 +230,7 @@ def matrix_rows(matrix: SymmetricOperator | Tensor, scale: float | Tensor = 1.0)
 
     def rows_of(rows: slice | Tensor) -> Matvec:
         part = operator.rows(rows)
-        factor = column if column.dim() == 0 else column[rows]
-        return lambda v: factor * part.matvec(v)
+        times = column if column.dim() == 0 else column[rows]
+        return lambda v: times * part.matvec(v)
 
     return rows_of
