@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import nn
 
-from ..checks import one_of, require
+from ..checks import check, one_of, require
 from ..integrations.diffusers import DiffusersScore, from_diffusers
 from ..nn.head import SecondOrderHead
 from ..nn.mlp import MLP
@@ -251,8 +251,7 @@ def read_config(path: Path) -> dict[str, Any]:
         RuntimeError: the parser of its kind is missing.
     """
     parsers = {".json": "json", ".toml": "tomllib", ".yaml": "yaml", ".yml": "yaml"}
-    if path.suffix not in parsers:
-        raise ValueError(f"read_config: path must end in {', '.join(parsers)}, got {path}")
+    check("read_config", path.suffix in parsers, f"path must end in {', '.join(parsers)}", path)
     name = parsers[path.suffix]
     if name == "tomllib" and sys.version_info < (3, 11):
         name = "tomli"
@@ -266,8 +265,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"read_config: {path} must be whole {kind}, got: {error}") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content["options"]
-    if not isinstance(content, dict):
-        raise ValueError(f"read_config: {path} must hold options by name, got {content!r}")
+    rule = f"{path} must hold options by name"
+    check("read_config", isinstance(content, dict), rule, repr(content))
     return by_kind(content)
 
 
@@ -298,8 +297,8 @@ def _of_kind(name: str, value: Any, kind: type) -> Any:
         return [_number(name, v) for v in (items if isinstance(items, list | tuple) else [items])]
     if kind is float:
         return float(_number(name, value))
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"options: {name} must be of kind {kind.__name__}, got {value!r}")
+    good = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    check("options", good, f"{name} must be of kind {kind.__name__}", repr(value), TypeError)
     return value
 
 
@@ -310,8 +309,8 @@ def _number(name: str, value: Any) -> int | float:
         except ValueError:
             raise ValueError(f"options: {name} must be made of numbers, got {value!r}") from None
         return int(number) if number.is_integer() else number
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"options: {name} must be made of numbers, got {value!r}")
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    check("options", good, f"{name} must be made of numbers", repr(value), TypeError)
     return value
 
 
@@ -332,7 +331,7 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     options = {name: option.default for name, option in OPTIONS.items()}
     options |= {key: value for key, value in by_kind(given).items() if key != "out"}
     # Before the data, which may take minutes to open, what does not depend on them.
-    _check_before_data(options)
+    _reconcile(options)
     training.check_options({k: v for k, v in options.items() if v is not None})
     source = open_source(options)
     _fill_in(options, source)
@@ -352,20 +351,17 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     return options, source
 
 
-def _check_before_data(options: dict[str, Any]) -> None:
+def _reconcile(options: dict[str, Any]) -> None:
     """Refuses what does not go together; sigma becomes two levels, and diagonal rank 0."""
     one_of("train", "objective", options["objective"], OBJECTIVES)
     if options["model"] is not None:
         one_of("train", "model", options["model"], _MODELS)
     levels = options["sigma"]
-    if len(levels) not in (1, 2) or not 0 < levels[0] <= levels[-1] < math.inf:
-        raise ValueError(
-            f"train: sigma must be one level or LOW,HIGH with 0 < LOW <= HIGH, got {levels}"
-        )
+    good = len(levels) in (1, 2) and 0 < levels[0] <= levels[-1] < math.inf
+    check("train", good, "sigma must be one level or LOW,HIGH with 0 < LOW <= HIGH", levels)
     options["sigma"] = [float(levels[0]), float(levels[-1])]
     if options["diagonal"]:
-        if options["rank"]:
-            raise ValueError(f"train: rank must be 0 with diagonal, got {options['rank']}")
+        check("train", not options["rank"], "rank must be 0 with diagonal", options["rank"])
         options["rank"] = 0
 
 
@@ -383,10 +379,8 @@ def _fill_in(options: dict[str, Any], source: data.Source) -> None:
     measured |= {"sigma_data": float(f"{source.std:.6g}")}
     for name, option in OPTIONS.items():
         if option.models and model not in option.models:
-            if options[name] is not None:
-                raise ValueError(
-                    f"train: {name} must be left out with model {model}, got {options[name]}"
-                )
+            rule = f"{name} must be left out with model {model}"
+            check("train", options[name] is None, rule, options[name])
         elif options[name] is None:
             default = option.default_for(kind, model)
             options[name] = measured.get(name) if default is None else default
@@ -456,15 +450,11 @@ def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
 def _given_score(options: Mapping[str, Any]) -> DiffusersScore:
     """The pretrained first-order model that the options name."""
     kind, _, folder = options["first_order"].partition(":")
-    if kind != "diffusers" or not folder:
-        raise ValueError(
-            f"train: first_order must be diffusers:FOLDER, got {options['first_order']}"
-        )
+    good = kind == "diffusers" and folder
+    check("train", good, "first_order must be diffusers:FOLDER", options["first_order"])
     score = from_diffusers(folder)
     low, high = score.sigma_range
-    if not low <= options["sigma"][0] <= options["sigma"][1] <= high:
-        raise ValueError(
-            f"train: sigma must lie in {low:g} to {high:g}, the noise levels of the first-order "
-            f"model, got {options['sigma']}"
-        )
+    rule = f"sigma must lie in {low:g} to {high:g}, the noise levels of the first-order model"
+    good = low <= options["sigma"][0] <= options["sigma"][1] <= high
+    check("train", good, rule, options["sigma"])
     return score

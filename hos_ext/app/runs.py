@@ -12,7 +12,8 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import __version__, storage
+from ..checks import check
 from ..nn import files as pretrained
 from . import data, evaluation, plots, training
 from .options import FORMAT, build_model, complete, open_source, training_options
@@ -56,11 +58,11 @@ def prepare(
     """
     # Under torchrun the main process alone judges the folder: the others would see its files.
     there = holds_run(out) if training.is_main() else None
-    if there and not (resume or force):
-        raise ValueError(
-            f"train: out must hold no run (resume it by `hos-ext resume {out}` or --continue, "
-            f"replace it by --force), got {out} with {there}"
-        )
+    rule = (
+        f"out must hold no run (resume it by `hos-ext resume {out}` or --continue, replace it by "
+        "--force)"
+    )
+    check("train", not there or resume or force, rule, f"{out} with {there}")
     # For convolutions it is on unless it is switched off.
     torch.backends.cudnn.allow_tf32 = bool(given.get("tf32"))
     torch.backends.cuda.matmul.allow_tf32 = bool(given.get("tf32"))
@@ -89,10 +91,8 @@ def _refuse_changes(what: str, old: dict[str, Any], new: dict[str, Any]) -> None
         for key in dict.fromkeys([*old, *new])
         if not _alike(old.get(key), new.get(key))
     ]
-    if changed:
-        raise ValueError(
-            f"run: {what} must be those that the run was started with, got {', '.join(changed)}"
-        )
+    rule = f"{what} must be those that the run was started with"
+    check("run", not changed, rule, ", ".join(changed))
 
 
 def _alike(old: Any, new: Any) -> bool:
@@ -116,15 +116,14 @@ def read_run(folder: Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged or foreign.
     """
     path = folder / "run.json"
-    if not path.is_file():
-        raise ValueError(f"run: folder must hold run.json, got {folder} without it")
+    check("run", path.is_file(), "folder must hold run.json", f"{folder} without it")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"run: folder must hold a whole run.json, got {path}: {error}") from None
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"run: run.json must be of format {FORMAT!r}, got {found!r} in {path}")
+    rule = f"run.json must be of format {FORMAT!r}"
+    check("run", found == FORMAT, rule, f"{found!r} in {path}")
     return content
 
 
@@ -158,41 +157,50 @@ def fit(run: Run, *, progress: bool = False) -> dict[str, Any]:
         RuntimeError: what `training.train` raises.
         OSError: the disk.
     """
-    options, main = run.options, training.is_main()
-    aside = run.out / ".replaced"
-    if main:
-        if not run.resume:
-            _move_parts(run.out, aside)
-        path = run.out / "run.json"
-        if not path.exists() or not _alike(read_run(run.out)["options"], options):
-            write_json(path, run.facts)
-    start = time.perf_counter()
-    try:
+    main, start = training.is_main(), time.perf_counter()
+    with _replacing(run) if main else nullcontext():
         trained = training.train(
             run.model,
             run.source,
-            training_options(options),
+            training_options(run.options),
             out=run.out,
             resume=run.resume,
             facts=run.facts,
-            report=_tracked(run.source, options),
+            report=_tracked(run.source, run.options),
             progress=progress and main,
         )
+    return _finish(run, trained, time.perf_counter() - start) if main else {}
+
+
+@contextmanager
+def _replacing(run: Run) -> Iterator[None]:
+    """Writes run.json; a run that it replaces comes back if there is no checkpoint at the end."""
+    aside, path = run.out / ".replaced", run.out / "run.json"
+    if not run.resume:
+        _move_parts(run.out, aside)
+    if not path.exists() or not _alike(read_run(run.out)["options"], run.options):
+        write_json(path, run.facts)
+    try:
+        yield
     except BaseException:
-        if main and not run.resume and not training.list_checkpoints(run.out):
+        if not run.resume and not training.list_checkpoints(run.out):
             _move_parts(run.out, None)
             _move_parts(aside, run.out)
         raise
     finally:
-        if main:
-            shutil.rmtree(aside, ignore_errors=True)
-    if not main:
-        return {}
-    seconds = time.perf_counter() - start
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _finish(run: Run, trained: training.Trained, seconds: float) -> dict[str, Any]:
+    """Recalibrates, and writes model/, training.png and, last, metrics.json."""
+    options, size = run.options, math.prod(run.source.shape)
     low, high = options["sigma"]
     factor = evaluation.recalibrate(trained.model, run.source, (low, high), seed=options["seed"])
     facts = run.facts | {"step": trained.step, "recalibration": factor}
     pretrained.save_model(trained.model, run.out / "model", run=facts)
+    storage.write_whole(
+        run.out / "training.png", plots.png(plots.training_figure(trained.history, size=size))
+    )
     last = trained.history[-1]
     figures = {
         **{key: run.facts["data"][key] for key in ("n_train", "n_validation", "n_test")},
@@ -207,14 +215,12 @@ def fit(run: Run, *, progress: bool = False) -> dict[str, Any]:
         "sigma_range": options["sigma"],
         "loss": last.loss,
         "validation_loss": last.validation,
-        "validation_error": last.validation_first / math.prod(run.source.shape),
+        "validation_error": last.validation_first / size,
         "recalibration": factor,
         "seconds": seconds,
         "steps_per_second": (trained.step - trained.resumed_from) / seconds,
         "threads": torch.get_num_threads(),
     }
-    curve = plots.png(plots.training_figure(trained.history, size=math.prod(run.source.shape)))
-    storage.write_whole(run.out / "training.png", curve)
     history = [row._asdict() for row in trained.history]
     write_json(run.out / "metrics.json", {"train": figures, "history": history})
     return figures
@@ -265,11 +271,9 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
     Raises:
         ValueError: the folder holds no model of a run, a damaged one, or a run without one yet.
     """
-    if (folder / "run.json").exists() and not (folder / "model").exists():
-        raise ValueError(
-            f"load_run: folder must hold a finished run, got {folder} without model (go on with it "
-            f"by hos-ext resume {folder})"
-        )
+    there = (folder / "model").exists() or not (folder / "run.json").exists()
+    got = f"{folder} without model (go on with it by hos-ext resume {folder})"
+    check("load_run", there, "folder must hold a finished run", got)
     place = folder / "model" if (folder / "model").is_dir() else folder
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -281,10 +285,8 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
         ) from None
     model, config = pretrained.load_model(place, device=device)
     facts = config.get("run")
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ValueError(
-            f"load_run: folder must hold the model of a run, got {place} without its facts"
-        )
+    good = isinstance(facts, dict) and facts.get("format") == FORMAT
+    check("load_run", good, "folder must hold the model of a run", f"{place} without its facts")
     return model, facts
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ... import storage
-from ...checks import require
+from ...checks import check, require
 
 
 class History(NamedTuple):
@@ -143,8 +143,7 @@ def load_checkpoint(
             kinds, wanted_kinds = (
                 {k: (v.shape, v.dtype) for k, v in each.items()} for each in (weights, wanted)
             )
-            if kinds != wanted_kinds:
-                raise ValueError(f"train: model must be the one of the checkpoint, got {path}")
+            check("train", kinds == wanted_kinds, "model must be the one of the checkpoint", path)
             module.load_state_dict(weights, strict=False)
         # On the CPU first: the device that it was saved from may be another's, or not there.
         moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
@@ -161,14 +160,12 @@ def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> N
             text = json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise type(error)(f"train: {name} must be plain JSON, got: {error}") from None
-        if name == "objective" and json.loads(text) != value:  # no run could be resumed with it
-            raise TypeError(f"train: {name} must be plain JSON, got {value}")
+        same = name != "objective" or json.loads(text) == value  # else no run could be resumed
+        check("train", same, f"{name} must be plain JSON", value, TypeError)
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         longer = name == "steps" and now["decay"] == "constant" and value >= before[name]
-        if before[name] != value and not longer:
-            raise ValueError(
-                f"train: {name} must be {before[name]!r} to go on from {path}, got {value!r}"
-            )
+        rule = f"{name} must be {before[name]!r} to go on from {path}"
+        check("train", before[name] == value or longer, rule, repr(value))

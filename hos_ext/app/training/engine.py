@@ -33,7 +33,7 @@ from .checkpoints import (
     named,
     save_checkpoint,
 )
-from .faults import Stopped, bad_rows, catch_signals, check_means, check_row, name_memory
+from .faults import Stopped, bad_rows, catch_signals, check_finite, name_memory
 from .launch import check_starts, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
@@ -207,12 +207,19 @@ class _Training:
         terms, bad = self._backward()
         norm = self.accelerator.clip_grad_norm_(self.weights, self.options.max_grad_norm)
         means = [*terms.tolist(), float(norm)]
-        check_means(means, step, bad, self.kept)
+        loss, first, second, length = means
+        judged = {
+            "the first-order term": first,
+            "the second-order term": second,
+            "the sum of the terms": loss,
+            "the norm of the gradient": length,
+        }
+        check_finite(judged, step, self.kept, bad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.model)
         self.sums = [a + b for a, b in zip(self.sums, [*means, 1.0], strict=True)]
-        return means[0]
+        return loss
 
     def _backward(self) -> tuple[Tensor, str]:
         """Gradients of the mean loss; the means of loss, first and second term; bad samples."""
@@ -244,7 +251,8 @@ class _Training:
             spread *= len(self.batch.x0) / options.batch_size
         rate = _rate(options, self.step)
         row = History(self.step, loss, first, second, rate, *validation, length, spread)
-        check_row(row, self.kept)
+        judged = {f"the {name} of the curve": value for name, value in row._asdict().items()}
+        check_finite(judged, self.step, self.kept)
         self.history.append(row)
         if options.tracker != "none":
             last = self.step == options.steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from .checkpoints import History, named
+from .checkpoints import named
 
 
 class NotFinite(RuntimeError):
@@ -37,28 +37,29 @@ def bad_rows(losses: Tensor, batch: Batch) -> str:
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
-    named = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
-    return f"sample{'s' if len(bad) > 1 else ''} {named}{' ...' if len(bad) > 5 else ''}"
+    first = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
+    return f"sample{'s' if len(bad) > 1 else ''} {first}{' ...' if len(bad) > 5 else ''}"
 
 
-def check_means(values: list[float], step: int, bad: str, kept: Path | None) -> None:
-    names = ("the first-order term", "the second-order term", "the sum of the terms")
-    order = (*values[1:3], values[0], values[3])
-    for name, value in zip((*names, "the norm of the gradient"), order, strict=True):
-        if not math.isfinite(value):
-            where = f" in {bad}" if bad else ""
-            raise NotFinite(
-                f"train: {name} must stay finite, got {value} at step {step}{where}; "
-                f"last good checkpoint: {named(kept)}"
-            )
+def check_finite(
+    values: Mapping[str, float | None], step: int, kept: Path | None, bad: str = ""
+) -> None:
+    """Stops where a value, by its name, is not finite.
 
+    Args:
+        values: what is judged; None is passed over.
+        step: of the training.
+        kept: the newest checkpoint.
+        bad: the samples that are at fault, in words.
 
-def check_row(row: History, kept: Path | None) -> None:
-    for name, value in row._asdict().items():
+    Raises:
+        NotFinite: names the first value, the step, the samples, and the checkpoint.
+    """
+    for name, value in values.items():
+        got = f"{value} at step {step}" + (f" in {bad}" if bad else "")
         if value is not None and not math.isfinite(value):
             raise NotFinite(
-                f"train: the {name} of the curve must stay finite, got {value} at step {row.step}; "
-                f"last good checkpoint: {named(kept)}"
+                f"train: {name} must stay finite, got {got}; last good checkpoint: {named(kept)}"
             )
 
 
@@ -92,6 +93,7 @@ def catch_signals(wanted: bool) -> Iterator[list[int]]:
 
 @contextmanager
 def name_memory(size: int, batch_size: int, place: torch.device) -> Iterator[None]:
+    """Inside, a lack of memory is an `OutOfMemory` that says what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...checks import require
+from ...checks import check, require
 from .options import TrainingOptions
 
 
@@ -30,15 +30,14 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
         RuntimeError: accelerate is missing, or the processes form no group.
     """
     accelerate = require("train", "accelerate")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = options.device == "cpu" or not torch.accelerator.is_available()
     _check_launcher(options.mixed_precision)
-    if options.tracker != "none" and out is None:
-        raise ValueError(
-            f"train: out must be a folder for the tracker {options.tracker!r}, got None"
-        )
     if accelerate.state.is_initialized():
         _check_unchanged(accelerate.state.AcceleratorState(), options.mixed_precision, cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    tracker = None if options.tracker == "none" else options.tracker
+    rule = f"out must be a folder for the tracker {tracker!r}"
+    check("train", tracker is None or out is not None, rule, out)
     if cpu and launched > 1:
         # gloo that connects all at once has been seen to wait for ever after an elastic restart.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -51,53 +50,36 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
             num_steps=options.accumulate, sync_with_dataloader=False
         ),
-        log_with=None if options.tracker == "none" else options.tracker,
+        log_with=tracker,
         project_dir=None if out is None else str(out),
     )
-    world = accelerator.num_processes
-    if world != launched:
-        raise RuntimeError(
-            f"train: the processes of the launcher must form one group, got {launched} processes "
-            f"and a group of {world}"
-        )
-    if options.batch_size % (world * options.accumulate):
-        raise ValueError(
-            f"train: batch_size must be a multiple of {world} processes x accumulate "
-            f"{options.accumulate}, got {options.batch_size}"
-        )
+    world, parts, rows = accelerator.num_processes, options.accumulate, options.batch_size
+    rule = "the processes of the launcher must form one group"
+    got = f"{launched} processes and a group of {world}"
+    check("train", world == launched, rule, got, RuntimeError)
+    rule = f"batch_size must be a multiple of {world} processes x accumulate {parts}"
+    check("train", rows % (world * parts) == 0, rule, rows)
     return accelerator
 
 
-def _check_launcher(mixed_precision: str) -> None:
+def _check_launcher(asked: str) -> None:
     """Refuses by name what a launcher asks for beside data parallelism."""
     for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if _is_on(f"ACCELERATE_USE_{flag}"):
-            raise ValueError(
-                f"train: the launcher must use data parallelism (DDP), got ACCELERATE_USE_{flag}: "
-                "not supported until it has been tested"
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", mixed_precision)
-    if asked != mixed_precision:
-        raise ValueError(
-            f"train: mixed_precision must be that of the launcher, {asked!r}, got "
-            f"{mixed_precision!r}"
-        )
+        got = f"ACCELERATE_USE_{flag}: not supported until it has been tested"
+        rule = "the launcher must use data parallelism (DDP)"
+        check("train", not _is_on(f"ACCELERATE_USE_{flag}"), rule, got)
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", asked)
+    rule = f"mixed_precision must be that of the launcher, {given!r}"
+    check("train", given == asked, rule, repr(asked))
 
 
-def _check_unchanged(before: Any, mixed_precision: str, cpu: bool) -> None:
-    """accelerate keeps what the first engine of a process was asked for.
-
-    It would give the wrong device without a word.
-    """
-    cpu = cpu or _is_on("ACCELERATE_USE_CPU")
-    for what, old, new in (
-        ("mixed_precision", before.mixed_precision, mixed_precision),
-        ("whether device is the CPU", before.device.type == "cpu", cpu),
-    ):
-        if old != new:
-            raise ValueError(
-                f"train: {what} must stay the same within a process, {old!r}, got {new!r}"
-            )
+def _check_unchanged(before: Any, precision: str, cpu: bool) -> None:
+    """accelerate keeps what the first training of a process asked for, without a word."""
+    rule = f"mixed_precision must stay the same within a process, {before.mixed_precision!r}"
+    check("train", before.mixed_precision == precision, rule, repr(precision))
+    was, now = before.device.type == "cpu", cpu or _is_on("ACCELERATE_USE_CPU")
+    rule = f"whether device is the CPU must stay the same within a process, {was}"
+    check("train", was == now, rule, now)
 
 
 def _is_on(flag: str) -> bool:
@@ -107,8 +89,6 @@ def _is_on(flag: str) -> bool:
 def check_starts(step: int) -> None:
     """Each process reads the checkpoints itself: on a disk of its own it may find others."""
     steps = require("train", "accelerate.utils").gather_object([step])
-    if len(set(steps)) > 1:
-        raise RuntimeError(
-            "train: every process must find the same checkpoints (out on a disk that all share), "
-            f"got those of steps {', '.join(map(str, steps))}"
-        )
+    rule = "every process must find the same checkpoints (out on a disk that all share)"
+    got = f"those of steps {', '.join(map(str, steps))}"
+    check("train", len(set(steps)) == 1, rule, got, RuntimeError)

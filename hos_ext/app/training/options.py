@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from ...checks import check_count, check_int, check_number, one_of
+from ...checks import check, check_count, check_int, check_number, one_of
 from .trackers import check_tracker
 
 Check = Callable[[str, str, Any], object]
@@ -38,8 +38,7 @@ def _about(help: str, check: Check | None = None, *, decides: bool = False) -> d
 
 def _check_average(where: str, name: str, value: Any) -> None:
     number = check_number(where, name, value, positive=False)
-    if number >= 1:
-        raise ValueError(f"{where}: {name} must be below 1, got {number:g}")
+    check(where, number < 1, f"{name} must be below 1", f"{number:g}")
 
 
 def _check_range(where: str, name: str, value: Any) -> None:
@@ -48,13 +47,7 @@ def _check_range(where: str, name: str, value: Any) -> None:
         good = 0 < low <= high < math.inf
     except (TypeError, ValueError):
         good = False
-    if not good:
-        raise ValueError(f"{where}: {name} must be (low, high) with 0 < low <= high, got {value}")
-
-
-def _check_optional_count(where: str, name: str, value: Any) -> None:
-    if value is not None:
-        check_count(where, name, value)
+    check(where, good, f"{name} must be (low, high) with 0 < low <= high", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +147,7 @@ class TrainingOptions:
     keep: int = field(default=3, metadata=_about("Checkpoints kept.", check_count))
     log_every: int | None = field(
         default=None,
-        metadata=_about(
-            "Steps between rows of the history; None: about 50 rows.", _check_optional_count
-        ),
+        metadata=_about("Steps between rows of the history; None: about 50 rows.", check_count),
     )
     tracker: str = field(
         default="none",
@@ -187,9 +178,9 @@ def check_options(values: Mapping[str, Any]) -> None:
         TypeError: an option of the wrong kind.
     """
     for each in fields(TrainingOptions):
-        check: Check | None = each.metadata["check"]
-        if check is not None and each.name in values:
-            check("train", each.name, values[each.name])
+        rule: Check | None = each.metadata["check"]
+        value = values.get(each.name, each.default)
+        if rule is not None and value is not each.default:
+            rule("train", each.name, value)
     rows, parts = values.get("batch_size", 0), values.get("accumulate", 1)
-    if rows % parts:
-        raise ValueError(f"train: accumulate must divide batch_size {rows}, got {parts}")
+    check("train", rows % parts == 0, f"accumulate must divide batch_size {rows}", parts)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...checks import check
+
 # Below these noise levels, in units of the data's standard deviation, the rounding of the second
 # difference outweighs what variance reduction gains: gradient variance over float32 x2.5 at 0.03
 # and x115 at 0.01 for bf16, x2.8 at 0.01 for TF32 (docs/mathematics.md, precision).
@@ -45,12 +47,11 @@ def check_precision(
         kinds["bf16"] = setting
     for kind, rule in kinds.items():
         least = _LEAST_SIGMA[kind] * std
-        if sigma_range[0] < least:
-            raise ValueError(
-                f"train: {rule} for variance reduction below sigma {least:.3g} (its second "
-                f"difference is divided by sigma^2, and the rounding of {kind} with it), got "
-                f"sigma_range {tuple(sigma_range)}"
-            )
+        rule += (
+            f" for variance reduction below sigma {least:.3g} (its second difference is divided by "
+            f"sigma^2, and the rounding of {kind} with it)"
+        )
+        check("train", sigma_range[0] >= least, rule, f"sigma_range {tuple(sigma_range)}")
 
 
 def _tf32() -> list[str]:
