@@ -1,5 +1,6 @@
 """Options and run folders: defaults, config files, what is refused, exact resume, replacement."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -56,14 +57,46 @@ def _same_model(one, other):
 
 def test_options_of_every_kind_are_read_as_their_kind():
     given = {"learning-rate": "1e-3", "sigma": "0.1,1", "channels": 16, "steps": 5, "free": True}
-    assert options.by_kind(given) == {
+    assert options.read_options(given) == {
         "learning_rate": 0.001,
         "sigma": [0.1, 1],
         "channels": [16],
         "steps": 5,
         "free": True,
     }
-    assert options.by_kind({"width": None, "out": "x"}) == {"width": None, "out": "x"}
+    assert options.read_options({"width": None, "out": "x"}) == {"width": None, "out": "x"}
+
+
+def test_the_options_of_a_training_are_described_once():
+    """A run's table has the engine's kinds, words and defaults, where it does not say otherwise."""
+    engine = {each.name: each for each in dataclasses.fields(training.TrainingOptions)}
+    of_a_run_alone = {"sigma_range", "objective", "log_every"}
+    assert engine.keys() - options.OPTIONS.keys() == of_a_run_alone - {"objective"}
+    other_defaults = {"steps": 4000, "tracker": "tensorboard"}
+    for name in engine.keys() - of_a_run_alone:
+        row = options.OPTIONS[name]
+        assert row.kind.__name__ == engine[name].type
+        assert row.help == engine[name].metadata["help"]
+        assert f"        {name}: {row.help}" in training.TrainingOptions.__doc__
+        if row.by:
+            assert row.default is None
+        else:
+            assert row.default == other_defaults.get(name, engine[name].default)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rank", "8; 16 for digits"),
+        ("learning_rate", "0.001; 0.002 for images, 0.004 for digits"),
+        ("sigma_data", "measured; 0.7 for digits"),
+        ("channels", "16,32,64 for unet-small, 64,128,128,256 for unet"),
+        ("validation", "5 %, at most 1000"),
+        ("steps", ""),
+    ],
+)
+def test_defaults_that_depend_on_data_or_model_are_put_into_words(name, words):
+    assert options.OPTIONS[name].words == words
 
 
 @pytest.mark.parametrize(

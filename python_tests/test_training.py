@@ -806,6 +806,33 @@ def test_train_refuses_arguments_of_another_kind(source, options, message):
         run(source, **options)
 
 
+def test_options_are_refused_where_they_are_made_and_stay_as_they_are():
+    with pytest.raises(ValueError, match=r"^train: keep must be at least 1, got 0$"):
+        TrainingOptions(steps=1, keep=0)
+    with pytest.raises(AttributeError):
+        TrainingOptions(steps=1).steps = 2
+
+
+def test_a_checkpoint_names_what_a_step_depends_on(saved):
+    """The names in the file: checkpoints of before are compared by them."""
+    path = saved / "checkpoints" / "step-00000012" / "state.json"
+    assert json.loads(path.read_text())["options"] == {
+        "steps": 12,
+        "batch_size": 16,
+        "learning_rate": 4e-3,
+        "decay": "cosine",
+        "weight_decay": 0.1,
+        "warm_up": 300,
+        "max_grad_norm": 5.0,
+        "ema_decay": 0.998,
+        "sigma_range": [0.1, 1.2],
+        "objective": {"variance_reduction": False, "centred": True},
+        "augment": "distort",
+        "seed": 0,
+        "mixed_precision": "no",
+    }
+
+
 def test_dropout_is_refused(source):
     model = nn.Sequential(build(), nn.Dropout(0.1))
     with pytest.raises(ValueError, match=r"^train: dropout must be off .*, got p = 0\.1 in '1'$"):

@@ -197,7 +197,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "sigma": Option(
         list,
-        list(_FIELDS["sigma_range"].default),
+        list(TrainingOptions.sigma_range),
         OBJECTIVE,
         "Noise levels LOW,HIGH or one level, data units (8-bit pixels lie in [-1, 1]).",
     ),
@@ -267,10 +267,10 @@ def read_config(path: Path) -> dict[str, Any]:
         content = content["options"]
     rule = f"{path} must hold options by name"
     check("read_config", isinstance(content, dict), rule, repr(content))
-    return by_kind(content)
+    return read_options(content)
 
 
-def by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, each made of its kind; "out" may be among them.
 
     A float may come as a string (YAML reads 1e-3 as one), a list of numbers as "0.1,1.2" or as one
@@ -292,6 +292,7 @@ def by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_kind(name: str, value: Any, kind: type) -> Any:
+    """The value made of a kind."""
     if kind is list:
         items = value.split(",") if isinstance(value, str) else value
         return [_number(name, v) for v in (items if isinstance(items, list | tuple) else [items])]
@@ -303,6 +304,7 @@ def _of_kind(name: str, value: Any, kind: type) -> Any:
 
 
 def _number(name: str, value: Any) -> int | float:
+    """A number, or the text of one."""
     if isinstance(value, str):
         try:
             number = float(value)
@@ -311,14 +313,15 @@ def _number(name: str, value: Any) -> int | float:
         return int(number) if number.is_integer() else number
     good = isinstance(value, int | float) and not isinstance(value, bool)
     check("options", good, f"{name} must be made of numbers", repr(value), TypeError)
-    return value
+    plain: int | float = value
+    return plain
 
 
 def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     """Opens the data and gives every option its value: as given, by data and model, or default.
 
     Args:
-        given: options by name, as `by_kind` takes them.
+        given: options by name, as `read_options` takes them.
 
     Returns:
         Every option by name, and the data.
@@ -329,7 +332,7 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
         OSError, RuntimeError: the data cannot be read, or an extra is missing.
     """
     options = {name: option.default for name, option in OPTIONS.items()}
-    options |= {key: value for key, value in by_kind(given).items() if key != "out"}
+    options |= {key: value for key, value in read_options(given).items() if key != "out"}
     # Before the data, which may take minutes to open, what does not depend on them.
     _reconcile(options)
     training.check_options({k: v for k, v in options.items() if v is not None})

@@ -284,7 +284,7 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
             f"load_run: device must be auto, cpu, or one that is there, got {device!r}"
         ) from None
     model, config = pretrained.load_model(place, device=device)
-    facts = config.get("run")
+    facts: Any = config.get("run")
     good = isinstance(facts, dict) and facts.get("format") == FORMAT
     check("load_run", good, "folder must hold the model of a run", f"{place} without its facts")
     return model, facts

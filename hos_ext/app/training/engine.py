@@ -206,7 +206,7 @@ class _Training:
             group["lr"] = _rate(self.options, step - 1)
         terms, bad = self._backward()
         norm = self.accelerator.clip_grad_norm_(self.weights, self.options.max_grad_norm)
-        means = [*terms.tolist(), float(norm)]
+        means: list[float] = [*terms.tolist(), float(norm)]
         loss, first, second, length = means
         judged = {
             "the first-order term": first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _LEAST_SIGMA = {"bf16": 0.05, "TF32": 0.02}
 
 
 def check_precision(
-    objective: dict[str, Any],
+    objective: Mapping[str, Any],
     sigma_range: tuple[float, float],
     std: float,
     *,
