@@ -1,0 +1,38 @@
+"""Noise levels for training without a schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..random import STREAM_SIGMA
+
+
+def draw_sigma(
+    n: int, sigma_range: tuple[float, float], *, seed: int, offset: int = 0, first: int = 0
+) -> Tensor:
+    """Noise levels, log-uniform over sigma_range = (low, high). Shape (n,), float32, on the CPU.
+
+    A function of (seed, offset, first + row), as the noise of `ops.normal` is.
+
+    Args:
+        n: how many.
+        sigma_range: the lowest and the highest level, > 0. Units of the data.
+        seed: 64-bit key.
+        offset: second key, such as the training step.
+        first: global index of row 0.
+
+    Example:
+        >>> from hos_ext.schedules import draw_sigma
+        >>> sigma = draw_sigma(1000, (0.01, 1.0), seed=0)
+        >>> bool(sigma.min() >= 0.01), bool(sigma.max() <= 1.0)
+        (True, True)
+    """
+    low, high = map(math.log, sigma_range)
+    u = ops.uniform(
+        (n,), seed=seed, offset=offset, first=first, stream=STREAM_SIGMA, dtype=torch.float64
+    )
+    return (low + (high - low) * u).exp().float()
