@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...checks import require
+from ...checks import check, require
 from ..options import FOLDER
 
 if TYPE_CHECKING:
@@ -62,29 +62,23 @@ def noise_level(
         ValueError: both are given, or the level is outside of the range trained.
     """
     if raw_sigma is not None:
-        if sigma is not None:
-            raise ValueError(f"{command}: --raw-sigma must come without --sigma, got both")
+        check(command, sigma is None, "--raw-sigma must come without --sigma", "both")
         sigma = raw_sigma / scale
     low, high = facts["options"]["sigma"]
     level = min(max(0.4, low), high) if sigma is None else sigma
     for end in (low, high):
         if math.isclose(level, end):
             return float(end)
-    if not low <= level <= high:
-        name, unit = ("--sigma", 1.0) if raw_sigma is None else ("--raw-sigma", scale)
-        raise ValueError(
-            f"{command}: {name} must be in the range trained, {unit * low:g} to {unit * high:g}, "
-            f"got {unit * level:g}"
-        )
+    name, unit = ("--sigma", 1.0) if raw_sigma is None else ("--raw-sigma", scale)
+    rule = f"{name} must be in the range trained, {unit * low:g} to {unit * high:g}"
+    check(command, low <= level <= high, rule, f"{unit * level:g}")
     return level
 
 
-def refuse_more(command: str, option: str, count: int, available: int) -> None:
-    """Refuses a count of held-out samples above those that there are."""
-    if count > available:
-        raise ValueError(
-            f"{command}: {option} must be at most {available}, the held-out samples, got {count}"
-        )
+def check_available(command: str, option: str, count: int, available: int) -> None:
+    """A count of held-out samples, at most those that there are."""
+    rule = f"{option} must be at most {available}, the held-out samples"
+    check(command, count <= available, rule, count)
 
 
 def console() -> "Console":

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ... import storage
+from ...checks import check
 from .. import evaluation, results, runs
 from .common import (
     NOISE,
@@ -15,9 +16,9 @@ from .common import (
     RunFolder,
     Seed,
     Sigma,
+    check_available,
     console,
     noise_level,
-    refuse_more,
 )
 from .errors import checking
 
@@ -61,8 +62,8 @@ def denoise(
     with checking():
         model, facts = runs.load_run(folder, device=device)
         scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
-        if files and sigma is None and raw_sigma is None:
-            raise ValueError("denoise: --sigma or --raw-sigma must be given for files, got none")
+        known = not files or sigma is not None or raw_sigma is not None
+        check("denoise", known, "--sigma or --raw-sigma must be given for files", "none")
         level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scaling.scale)
         place = out or folder
         results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
@@ -70,7 +71,7 @@ def denoise(
             samples, names = results.read_files(files, shape, scaling)
         else:
             source, names = runs.open_data(facts), [f"held-out {i}" for i in range(count)]
-            refuse_more("denoise", "--count", count, len(source.test))
+            check_available("denoise", "--count", count, len(source.test))
         storage.check_writable(place)
     recalibration = facts["recalibration"]
     if files:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ...checks import check
 from .. import runs
 from .errors import checking
 from .train import say_finished, work
@@ -33,12 +34,14 @@ def resume(
         options = runs.read_run(folder)["options"]
         planned = options["steps"]
         more = steps is not None and steps > planned and options["decay"] == "constant"
-        if steps is not None and steps != planned and not more:
-            raise ValueError(
-                f"resume: --steps must be {planned}, as before, unless the run has --decay "
-                f"constant and gets more of them (for another run: hos-ext train --config "
-                f"{folder / 'run.json'} --steps {steps} --out NEW), got {steps}"
-            )
+        check(
+            "resume",
+            more or steps in (None, planned),
+            f"--steps must be {planned}, as before, unless the run has --decay constant and gets "
+            f"more of them (for another run: hos-ext train --config {folder / 'run.json'} "
+            f"--steps {steps} --out NEW)",
+            steps,
+        )
         if runs.finished(folder) and not more:
             return say_finished(folder)
         job = runs.prepare(options | ({"steps": steps} if more else {}), folder, resume=True)

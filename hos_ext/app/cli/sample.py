@@ -5,10 +5,20 @@ from typing import Annotated
 import typer
 
 from ... import storage
-from ...checks import check_number, one_of, require
+from ...checks import check, check_number, one_of, require
 from .. import evaluation, results, runs, training
 from ..options import FOLDER
-from .common import Device, Force, Out, RunFolder, Seed, Sigma, console, noise_level, refuse_more
+from .common import (
+    Device,
+    Force,
+    Out,
+    RunFolder,
+    Seed,
+    Sigma,
+    check_available,
+    console,
+    noise_level,
+)
 from .errors import checking
 
 CHAINS = "Chains"  # a panel of --help
@@ -69,7 +79,7 @@ def sample(
             results.refuse_existing("sample", place, names, force=force)
             storage.check_writable(place)
         source = runs.open_data(facts)
-        refuse_more("sample", "--chains", chains, len(source.test))
+        check_available("sample", "--chains", chains, len(source.test))
     starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).noisy
     size = results.METHODS[method] * level**2 if step_size is None else step_size
     dynamics = results.Dynamics(level, method, size)
@@ -94,8 +104,5 @@ def _check_chains(method: str, step_size: float | None, steps: int, thin: int) -
     one_of("sample", "--method", method, results.METHODS)
     if step_size is not None:
         check_number("sample", "--step-size", step_size)
-    if steps < 4 * thin:
-        raise ValueError(
-            f"sample: --steps must be at least 4 --thin, for 4 draws, got {steps} steps "
-            f"and --thin {thin}"
-        )
+    rule, got = "--steps must be at least 4 --thin, for 4 draws", f"{steps} steps and --thin {thin}"
+    check("sample", steps >= 4 * thin, rule, got)

@@ -95,7 +95,7 @@ def coverage(result: Denoised, scale: float = 1.0) -> Tensor:
 
     Shape (L,), on the CPU. The covariance is multiplied by `scale`.
     """
-    error = (known("coverage", result) - result.posterior.mean).double()
+    error = (known("evaluate", result) - result.posterior.mean).double()
     variance = scale * result.posterior.covariance.diagonal().double().reshape(error.shape)
     # NaN where the variance is negative: inside nowhere. `searchsorted` would go astray at a NaN.
     probability = torch.erf(error.abs() / (2 * variance).sqrt()).flatten()
@@ -107,7 +107,7 @@ def coverage(result: Denoised, scale: float = 1.0) -> Tensor:
 
 def component_sums(result: Denoised, rows: int) -> dict[str, Tensor]:
     """Sums over the first rows: (v^T e)^2 and eigenvalues (k,), |e|^2 and the trace of C."""
-    error = (known("component_sums", result) - result.posterior.mean)[:rows].flatten(1).double()
+    error = (known("evaluate", result) - result.posterior.mean)[:rows].flatten(1).double()
     covariance = result.posterior.covariance.rows(slice(rows))
     k = min(_COMPONENTS, error.shape[1])
     values = error.new_full((k,), math.nan)

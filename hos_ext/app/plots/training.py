@@ -26,7 +26,7 @@ def training_figure(history: Sequence[History], *, size: int | None = None) -> F
         history: as `training.train` returns it.
         size: entries of a sample; None: the sum over them is shown.
     """
-    has_norms = None not in [getattr(row, "gradient_norm", None) for row in history]
+    has_norms = all(hasattr(row, "gradient_norm") for row in history)
     panels = 2 if has_norms else 1
     figure = new_figure(4.0 if has_norms else 2.5)
     axes = figure.subplots(
@@ -60,8 +60,8 @@ def _show_errors(ax: Axes, history: Sequence[History], size: int | None) -> None
 def _show_gradient(ax: Axes, history: Sequence[History]) -> None:
     """The norm of the gradient, and of its noise where every row has it."""
     steps, dot = [row.step for row in history], _dot(history)
-    norms = [getattr(row, "gradient_norm", None) for row in history]
-    variances = [getattr(row, "gradient_variance", None) for row in history]
+    norms = [row.gradient_norm for row in history]
+    variances = [row.gradient_variance for row in history]
     ax.plot(steps, norms, color=GREY, lw=1.2, marker=dot, label="norm")
     noise = [math.sqrt(max(value, 0.0)) for value in variances if value is not None]
     if len(noise) == len(steps):

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ... import storage
-from ...checks import require
+from ...checks import check, require
 
 
 def npz(arrays: Mapping[str, Tensor]) -> bytes:
@@ -41,8 +41,5 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 def refuse_existing(where: str, folder: Path, names: Iterable[str], *, force: bool) -> None:
     """Refuses, before the work, to overwrite files of an earlier call without --force."""
     there = [name for name in names if (folder / name).exists()]
-    if there and not force:
-        raise ValueError(
-            f"{where}: --out must hold none of its files (--force replaces them), got {folder} "
-            f"with {', '.join(there)}"
-        )
+    rule = "--out must hold none of its files (--force replaces them)"
+    check(where, force or not there, rule, f"{folder} with {', '.join(there)}")

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import require
+from ...checks import check, require
 from .. import data
 from ..data.images import image_values
 
-_KINDS = ("uint8", "float16", "float32", "float64")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
@@ -53,18 +52,14 @@ def read_files(files: Sequence[Path], shape: tuple[int, ...], scaling: data.Scal
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The samples (n, *shape) of a file."""
-    if not path.is_file():
-        raise ValueError(f"denoise: file must exist, got {path}")
+    check("denoise", path.is_file(), "file must exist", path)
     try:
         raw = _read_images(path) if path.suffix.lower() in _IMAGES else _read_array(path)
     except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"denoise: {path} must be a whole image, .npy or .npz, got: {error}"
         ) from None
-    rows = _as_rows(raw, shape)
-    if rows is None:
-        raise ValueError(f"denoise: {path} must hold samples {shape}, got shape {raw.shape}")
-    return rows
+    return _as_rows(path, raw, shape)
 
 
 def _read_images(path: Path) -> np.ndarray:
@@ -92,31 +87,28 @@ def _read_array(path: Path) -> np.ndarray:
     return array
 
 
-def _as_rows(raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The samples (n, *shape) in an array of one or of several; None if they do not fit."""
+def _as_rows(path: Path, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The samples (n, *shape) in an array of one or of several."""
     plain = shape[1:] if shape[0] == 1 and len(shape) > 1 else shape
     for dims in (shape, plain, (1, *plain)):
         if raw.shape == dims:
             return raw.reshape(1, *shape)
         if raw.ndim == len(dims) + 1 and raw.shape[1:] == dims and len(raw):
             return raw.reshape(-1, *shape)
-    return None
+    raise ValueError(f"denoise: {path} must hold samples {shape}, got shape {raw.shape}")
 
 
 def _check_values(path: Path, rows: np.ndarray, levels: int) -> None:
     """Refuses values that cannot be raw units of the data set."""
     kind = rows.dtype
-    if kind.name not in _KINDS:
-        raise ValueError(f"denoise: {path} must hold uint8 or floating values, got {kind}")
+    rule = f"{path} must hold uint8 or floating values"
+    check("denoise", kind.name in ("uint8", "float16", "float32", "float64"), rule, kind)
     low, high = float(rows.min()), float(rows.max())
-    whole, span = kind.kind == "u", f"{low:g} to {high:g}"
-    raw = f"raw units, 0 to {levels - 1} before noise was added"
-    rules = (
-        (not math.isfinite(low) or not math.isfinite(high), "finite values", span),
-        (whole and not levels, "floating values like the data set", kind),
-        (levels and not whole and low >= 0 and high <= 1, raw, f"floating values {span}"),
-        (levels and whole and high >= levels, raw, f"{high:g}"),
-    )
-    for broken, rule, got in rules:
-        if broken:
-            raise ValueError(f"denoise: {path} must hold {rule}, got {got}")
+    span, finite = f"{low:g} to {high:g}", math.isfinite(low) and math.isfinite(high)
+    check("denoise", finite, f"{path} must hold finite values", span)
+    raw = f"{path} must hold raw units, 0 to {levels - 1} before noise was added"
+    if kind.kind == "u":
+        check("denoise", levels, f"{path} must hold floating values like the data set", kind)
+        check("denoise", high < levels, raw, f"{high:g}")
+    elif levels:
+        check("denoise", low < 0 or high > 1, raw, f"floating values {span}")
