@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from hos_ext.app import options, runs, training
+from hos_ext.app.options import completing
+from hos_ext.app.runs import facts, work
 from hos_ext.app.training import batches
 from hos_ext.nn.mlp import MLP
 from hos_ext.schedules import draw_sigma
@@ -379,7 +381,8 @@ def test_a_run_is_not_overwritten_and_names_what_differs(whole, monkeypatch):
         "run: options must be those that the run was started with, got rank (1 there, 2 now), "
         "steps (6 there, 8 now)"
     )
-    monkeypatch.setattr(runs, "describe", lambda source: {"n_train": 3})
+    for room in (work, facts):
+        monkeypatch.setattr(room, "describe", lambda source: {"n_train": 3})
     with pytest.raises(ValueError, match=r"run: data must be those .* n_train \(1257 there, 3 now"):
         runs.prepare(SMALL, whole, resume=True)
     with pytest.raises(ValueError, match="run: data must be those"):
@@ -390,7 +393,7 @@ def test_what_data_do_not_decide_is_refused_before_they_are_opened(whole, tmp_pa
     def opened(*_, **__):
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr(options, "open_source", opened)
+    monkeypatch.setattr(completing, "open_source", opened)
     with pytest.raises(ValueError, match="train: out must hold no run"):
         runs.prepare(SMALL, whole)
     with pytest.raises(ValueError, match="train: steps must be at least 1, got 0"):
@@ -408,10 +411,10 @@ def test_a_tracker_without_its_package_is_named(tmp_path, monkeypatch):
 
 
 def test_statistics_may_differ_by_rounding():
-    assert runs._alike({"a": [1], "b": {"std": 0.7}}, {"a": [1], "b": {"std": 0.7 * (1 + 1e-9)}})
-    assert not runs._alike({"std": 0.7}, {"std": 0.70001})
-    assert not runs._alike({"std": 0.7}, {"std": 0.7, "mean": 0.0})
-    assert not runs._alike({"rank": 1}, {"rank": 2})
+    assert facts.alike({"a": [1], "b": {"std": 0.7}}, {"a": [1], "b": {"std": 0.7 * (1 + 1e-9)}})
+    assert not facts.alike({"std": 0.7}, {"std": 0.70001})
+    assert not facts.alike({"std": 0.7}, {"std": 0.7, "mean": 0.0})
+    assert not facts.alike({"rank": 1}, {"rank": 2})
 
 
 def test_only_a_constant_learning_rate_takes_more_steps(tmp_path):
@@ -484,7 +487,7 @@ def test_info_of_a_run_and_of_its_model_alone(whole):
 def test_the_tracker_gets_calibration_and_a_picture(whole):
     full, source = options.complete(SMALL)
     model, _ = runs.load_run(whole)
-    scalars, images = runs._tracked(source, full)(model, 1)
+    scalars, images = work.tracked(source, full)(model, 1)
     assert set(scalars) == {"mahalanobis", "trace_ratio", "predictive"}
     assert images["uncertainty"].dtype == np.uint8
     assert images["uncertainty"].shape[0] == 1

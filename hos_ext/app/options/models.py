@@ -1,0 +1,63 @@
+"""The network that the options of a run describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...checks import check
+from ...integrations.diffusers import DiffusersScore, from_diffusers
+from ...nn.head import SecondOrderHead
+from ...nn.mlp import MLP
+from ...nn.unet import UNet
+from .table import OPTIONS
+
+
+def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """The network that completed options describe, untrained but for a first-order model given.
+
+    The options' seed is that of the first weights; torch's own generator is left as it was.
+
+    Raises:
+        ValueError, TypeError: a size out of range, or a first-order model that cannot be read or
+            does not know the noise levels.
+        RuntimeError: diffusers is missing.
+    """
+    common: dict[str, Any] = {
+        "trunk": options["trunk"],
+        "sigma_data": options["sigma_data"],
+        "constrained": not options["free"],
+        "c_min": options["c_min"],
+        "given_score": options["first_order"] is not None,
+    }
+    common |= {
+        name: options[name] for name, option in OPTIONS.items() if options["model"] in option.models
+    }
+    model: nn.Module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["seed"])
+        if options["model"] == "mlp":
+            model = MLP(shape, options["rank"], activation="silu", **common)
+        else:
+            model = UNet(shape, options["rank"], **common)
+    if options["first_order"] is not None:
+        model = SecondOrderHead(_given_score(options), model)
+    if options["recompute"]:
+        model.gradient_checkpointing = True
+    return model
+
+
+def _given_score(options: Mapping[str, Any]) -> DiffusersScore:
+    """The pretrained first-order model that the options name."""
+    kind, _, folder = options["first_order"].partition(":")
+    good = kind == "diffusers" and folder
+    check("train", good, "first_order must be diffusers:FOLDER", options["first_order"])
+    score = from_diffusers(folder)
+    low, high = score.sigma_range
+    rule = f"sigma must lie in {low:g} to {high:g}, the noise levels of the first-order model"
+    good = low <= options["sigma"][0] <= options["sigma"][1] <= high
+    check("train", good, rule, options["sigma"])
+    return score

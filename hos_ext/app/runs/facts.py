@@ -1,0 +1,105 @@
+"""What run.json says of a run, and whether options and data are still those."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__, storage
+from ...checks import check
+from .. import data, evaluation
+from ..options import FORMAT, open_source
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json: "options", "data", "parameters" and "versions".
+
+    Raises:
+        ValueError: the file is missing, damaged or foreign.
+    """
+    path = folder / "run.json"
+    check("run", path.is_file(), "folder must hold run.json", f"{folder} without it")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"run: folder must hold a whole run.json, got {path}: {error}") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    rule = f"run.json must be of format {FORMAT!r}"
+    check("run", found == FORMAT, rule, f"{found!r} in {path}")
+    return content
+
+
+def describe(source: data.Source) -> dict[str, Any]:
+    """What is kept of the data: shape, scaling, sigma_data and the number of rows of each part."""
+    train = source.parts.train
+    return {
+        "spec": source.spec,
+        "shape": list(source.shape),
+        "scaling": source.scaling.as_dict(),
+        "std": float(source.std),
+        "n_train": None if train is None else len(train),  # a stream has no known end
+        "n_validation": len(source.validation),
+        "n_test": len(source.test),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the run was made with."""
+    return {"hos_ext": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def refuse_changes(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Names what differs from what the run was started with.
+
+    Raises:
+        ValueError: something does.
+    """
+    changed = [
+        f"{key} ({old.get(key)} there, {new.get(key)} now)"
+        for key in dict.fromkeys([*old, *new])
+        if not alike(old.get(key), new.get(key))
+    ]
+    rule = f"{what} must be those that the run was started with"
+    check("run", not changed, rule, ", ".join(changed))
+
+
+def alike(old: Any, new: Any) -> bool:
+    """Equal, but for the rounding of statistics: that depends on the number of threads."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(alike(old[key], new[key]) for key in old)
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-6)
+    return bool(old == new)
+
+
+def scaling_of(facts: Mapping[str, Any]) -> data.Scaling:
+    """The scaling of the data that a model was trained on."""
+    return data.Scaling.from_dict(facts["data"]["scaling"])
+
+
+def open_data(facts: Mapping[str, Any]) -> data.Source:
+    """The data of a run, opened again, and the same as before.
+
+    Raises:
+        ValueError: they are not what they were.
+        OSError, RuntimeError: they cannot be read.
+    """
+    source = open_source(facts["options"])
+    refuse_changes("data", facts["data"], describe(source))
+    return source
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a whole file of JSON, or none."""
+    storage.write_whole(path, json_text(content).encode())
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Indented JSON; null for numbers that JSON lacks, such as the ESS of what never moved."""
+    return json.dumps(evaluation.plain_json(dict(content)), indent=2, allow_nan=False) + "\n"

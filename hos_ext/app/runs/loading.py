@@ -1,0 +1,81 @@
+"""Runs as they lie in their folders: loaded, and said what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...checks import check
+from ...nn import files as pretrained
+from .. import training
+from ..options import FORMAT
+from .facts import read_run
+
+
+def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a finished run, or of its model folder alone, and its facts.
+
+    Args:
+        folder: of the run, or of the model.
+        device: for the model; "auto" is a GPU if there is one.
+
+    Returns:
+        The EMA model in eval mode, and what run.json holds with "step" and "recalibration".
+
+    Raises:
+        ValueError: the folder holds no model of a run, a damaged one, or a run without one yet.
+    """
+    there = (folder / "model").exists() or not (folder / "run.json").exists()
+    got = f"{folder} without model (go on with it by hos-ext resume {folder})"
+    check("load_run", there, "folder must hold a finished run", got)
+    place = folder / "model" if (folder / "model").is_dir() else folder
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):  # torch without CUDA asserts
+        raise ValueError(
+            f"load_run: device must be auto, cpu, or one that is there, got {device!r}"
+        ) from None
+    model, config = pretrained.load_model(place, device=device)
+    facts: Any = config.get("run")
+    good = isinstance(facts, dict) and facts.get("format") == FORMAT
+    check("load_run", good, "folder must hold the model of a run", f"{place} without its facts")
+    return model, facts
+
+
+def finished(folder: Path, steps: int | None = None) -> bool:
+    """Whether the run of a folder has come to its last step and has written all of its parts.
+
+    Args:
+        folder: of the run.
+        steps: the last step; None is that of run.json.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        return False
+    done = json.loads(path.read_text(encoding="utf-8"))["train"]["steps"]
+    return bool(done == (steps or read_run(folder)["options"]["steps"]))
+
+
+def info(folder: Path) -> dict[str, Any]:
+    """What a run folder or the model folder of a run holds, damage included; plain JSON.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not (folder / "run.json").exists():
+        _, facts = load_run(folder)
+        return {"state": "a model", **facts}
+    facts = read_run(folder)
+    checkpoints = {path.name: wrong or "whole" for path, wrong in training.list_checkpoints(folder)}
+    state = "finished" if finished(folder) else "not finished"
+    content = {"state": state, **facts, "checkpoints": checkpoints}
+    if state == "finished":
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        content |= {"figures": metrics["train"]}
+    return content
