@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import HALF, check, check_level, refuse_dropout, refuse_half
+from ..checks import HALF, Shape, check, check_level, fits, refuse_dropout, refuse_half
 from ..ops._operator import functorch_active, is_plain
 from ..ops.noise import draw_normal
 from ..random import STREAM_TRAINING, Key
@@ -98,8 +98,8 @@ def score_matching_loss(
     first_order="antithetic", alpha x0 for variance reduction or first_order="vr".
 
     Args:
-        model: `model(x, sigma) -> Scores` in scaled quantities , smooth in x when
-            variance is reduced. Must give each row the same value in any batch.
+        model: `model(x, sigma) -> Scores` in scaled quantities, smooth in x where variance is
+            reduced. Must give each row the same value in any batch.
         x0: clean samples. Shape (B, *dims). Data units.
         sigma: noise standard deviation, > 0 (on an accelerator a tensor is not checked for it, as
             that would wait for the device). Float or shape (B,). Data units.
@@ -148,15 +148,8 @@ def score_matching_loss(
         Meng et al. 2021, arXiv:2111.04726, Eq. 3, 13-17, 32, 33.
     """
     where = _WHERE
-    rule = "first_order must be 'antithetic', 'vr' or 'plain'"
-    check(where, first_order in ("antithetic", "vr", "plain"), rule, f"{first_order!r}")
+    _check_objective(gamma, first_order, centred, detach_score)
     check_reduction(where, reduction)
-    plain_number = isinstance(gamma, (float, int)) and not isinstance(gamma, bool)
-    check(where, plain_number, "gamma must be a float", type(gamma).__name__, TypeError)
-    check(where, gamma >= 0, "gamma must be at least 0", gamma)
-    check(
-        where, detach_score or not centred, "detach_score must be True with centred", detach_score
-    )
     _check_batch(x0, sigma, alpha, noise, seed)
     with_clean = variance_reduction or first_order == "vr"
     with_minus = variance_reduction or first_order == "antithetic"
@@ -317,16 +310,26 @@ def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
 # ------------------------------------------------------------------------------------- the border
 
 
+def _check_objective(gamma: Any, first_order: str, centred: bool, detach_score: bool) -> None:
+    where = _WHERE
+    fine = first_order in ("antithetic", "vr", "plain")
+    rule = "first_order must be 'antithetic', 'vr' or 'plain'"
+    check(where, fine, rule, f"{first_order!r}")
+    number = isinstance(gamma, (float, int)) and not isinstance(gamma, bool)
+    check(where, number, "gamma must be a float", type(gamma).__name__, TypeError)
+    check(where, gamma >= 0, "gamma must be at least 0", gamma)
+    fine = detach_score or not centred
+    check(where, fine, "detach_score must be True with centred", detach_score)
+
+
 def _check_batch(
     x0: Tensor, sigma: Any, alpha: Any, noise: Tensor | None, seed: Tensor | int | None
 ) -> None:
     where = _WHERE
     check(where, isinstance(x0, Tensor), "x0 must be a Tensor", type(x0).__name__, TypeError)
-    if x0.dim() < 2 or not x0.is_floating_point():
-        raise ValueError(
-            f"{where}: x0 must be floating point of shape (B, *dims), got {x0.dtype} of shape "
-            f"{tuple(x0.shape)}"
-        )
+    fine, got = x0.dim() > 1 and x0.is_floating_point(), (x0.dtype, tuple(x0.shape))
+    rule = "x0 must be floating point of shape (B, *dims)"
+    check(where, fine, rule, lambda: "{} of shape {}".format(*got))
     _check_level("sigma", sigma, x0, positive=True)
     _check_level("alpha", alpha, x0, positive=False)
     if noise is None:
@@ -335,10 +338,9 @@ def _check_batch(
     kind = type(noise).__name__
     check(where, isinstance(noise, Tensor), "noise must be a Tensor", kind, TypeError)
     if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
-        raise ValueError(
-            f"{where}: noise must have shape {tuple(x0.shape)}, dtype {x0.dtype} and device "
-            f"{x0.device} like x0, got {tuple(noise.shape)}, {noise.dtype}, {noise.device}"
-        )
+        want, got = ((tuple(t.shape), t.dtype, t.device) for t in (x0, noise))
+        rule = "noise must have shape {}, dtype {} and device {} like x0".format(*want)
+        raise ValueError(f"{where}: {rule}, got {', '.join(map(str, got))}")
 
 
 def _check_level(name: str, value: Any, x0: Tensor, *, positive: bool) -> None:
@@ -355,28 +357,20 @@ def _check_level(name: str, value: Any, x0: Tensor, *, positive: bool) -> None:
 
 def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bool) -> None:
     """What the model returned fits the points, and the precision that variance reduction needs."""
-    rule = f"{_WHERE}: model must return"
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{rule} Scores, got {type(scores).__name__}")
-    shape, size, factor = tuple(points.shape), points.shape[1:].numel(), scores.factor
-    parts = {"scaled_score": scores.scaled_score, "c": scores.c}
-    for name, value in parts.items() if factor is None else (*parts.items(), ("factor", factor)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{rule} {name} as a Tensor, got {type(value).__name__}")
-        if name != "factor" and tuple(value.shape) != shape:
-            raise ValueError(f"{rule} {name} of shape {shape}, got {tuple(value.shape)}")
-        if with_clean and value.dtype in HALF:
-            raise ValueError(
-                f"{_WHERE}: variance reduction needs float32 or float64, got {name} {value.dtype}"
-            )
-    if factor is None:
-        return
-    if factor.dim() != 3 or tuple(factor.shape[:2]) != (shape[0], size):
-        raise ValueError(
-            f"{rule} factor of shape ({shape[0]}, {size}, r), got {tuple(factor.shape)}"
-        )
-    if diagonal:
-        raise ValueError(
-            f"{_WHERE}: diagonal=True needs a model without factor (rank 0), got rank "
-            f"{factor.shape[2]}"
-        )
+    where, got = _WHERE, type(scores).__name__
+    check(where, isinstance(scores, Scores), "model must return Scores", got, TypeError)
+    shape: Shape = tuple(points.shape)
+    for name, value in zip(("scaled_score", "c", "factor"), scores[:3], strict=True):
+        if name == "factor":
+            if value is None:
+                return
+            shape = (points.shape[0], points.shape[1:].numel(), "r")
+        rule, got = f"model must return {name} as a Tensor", type(value).__name__
+        check(where, isinstance(value, Tensor), rule, got, TypeError)
+        if not fits(value, shape):
+            rule = f"model must return {name} of shape ({', '.join(map(str, shape))})"
+            raise ValueError(f"{where}: {rule}, got {tuple(value.shape)}")
+        rule = "variance reduction needs float32 or float64"
+        check(where, not (with_clean and value.dtype in HALF), rule, f"{name} {value.dtype}")
+    rule = "diagonal=True needs a model without factor (rank 0)"
+    check(where, not diagonal, rule, lambda: f"rank {value.shape[2]}")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_like, show
+from ..checks import check, check_like, check_shape
 from ..scores import Scores
-from .weights import HOLD, WEIGHTS, arguments_of, read_weights, write_weights
+from .weights import HOLD, WEIGHTS, arguments_of, check_folder, read_weights, write_weights
 
 _Network = TypeVar("_Network", bound="Network")
 
@@ -67,19 +67,18 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         name = self.class_name
-        if not isinstance(dims, Sequence):
-            raise TypeError(f"{name}: dims must be a sequence of sizes, got {dims!r}")
-        if not dims or any(n < 1 for n in dims):
-            raise ValueError(f"{name}: dims must be positive sizes, got {tuple(dims)}")
+        many = isinstance(dims, Sequence)
+        check(name, many, "dims must be a sequence of sizes", f"{dims!r}", TypeError)
+        fine = dims and all(n >= 1 for n in dims)
+        check(name, fine, "dims must be positive sizes", tuple(dims))
         for size in dims:
             check_size(name, "dims", size)
         check_size(name, "rank", rank, least=0)
-        if not 0 < sigma_data < math.inf:
-            raise ValueError(f"{name}: sigma_data must be positive and finite, got {sigma_data}")
-        if not 0 <= c_min < math.inf:
-            raise ValueError(f"{name}: c_min must be at least 0 and finite, got {c_min}")
-        if trunk not in ("separate", "shared"):
-            raise ValueError(f"{name}: trunk must be 'separate' or 'shared', got {trunk!r}")
+        fine = 0 < sigma_data < math.inf
+        check(name, fine, "sigma_data must be positive and finite", sigma_data)
+        check(name, 0 <= c_min < math.inf, "c_min must be at least 0 and finite", c_min)
+        fine = trunk in ("separate", "shared")
+        check(name, fine, "trunk must be 'separate' or 'shared'", f"{trunk!r}")
         self.dims = tuple(dims)
         self.rank = rank
         self.sigma_data = sigma_data
@@ -166,17 +165,13 @@ class Network(nn.Module):
 
     def _check_input(self, x: Tensor, score: Tensor | None) -> None:
         name, dtype = self.class_name, self.c.weight.dtype
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x must be a tensor, got {show(x)}")
-        if tuple(x.shape[1:]) != self.dims or x.dim() == 0:
-            rule = ", ".join(["B", *map(str, self.dims)])
-            raise ValueError(f"{name}: x must have shape ({rule}), got {tuple(x.shape)}")
+        check(name, isinstance(x, Tensor), "x must be a tensor", lambda: repr(x), TypeError)
+        check_shape(name, "x", x, ("B", *self.dims))
         # Autocast brings x and the parameters to one dtype itself.
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{name}: x must be {dtype} like the parameters, got {x.dtype}")
-        if self.given_score != (score is not None):
-            rule = "given (the model has given_score=True)" if self.given_score else "None"
-            raise ValueError(f"{name}: score must be {rule}, got {show(score)}")
+        fine = x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+        check(name, fine, f"x must be {dtype} like the parameters", x.dtype)
+        rule = "given (the model has given_score=True)" if self.given_score else "None"
+        check(name, self.given_score == (score is not None), f"score must be {rule}", score)
         if score is not None:
             check_like(name, "score", score, x)
 
@@ -201,11 +196,9 @@ class Network(nn.Module):
             ValueError: the folder holds a model of another class, or what `load_model` refuses.
         """
         config, state = read_weights(folder)
-        if config["_class_name"] != cls.class_name:
-            raise ValueError(
-                f"{cls.class_name}.from_pretrained: folder must hold {cls.class_name}, got "
-                f"{config['_class_name']} in {folder}"
-            )
+        name, got = cls.class_name, config["_class_name"]
+        rule = f"folder must hold {name}"
+        check(f"{name}.from_pretrained", got == name, rule, f"{got} in {folder}")
         return cls.from_weights(folder, config, state, device=device)
 
     @classmethod
@@ -223,17 +216,14 @@ class Network(nn.Module):
         """
         path = Path(folder) / WEIGHTS
         dtypes = sorted({str(value.dtype) for value in state.values()})
-        if len(dtypes) != 1 or not all(value.is_floating_point() for value in state.values()):
-            raise ValueError(
-                f"{HOLD} weights of one floating dtype, got {', '.join(dtypes)} in {path}"
-            )
+        fine = len(dtypes) == 1 and all(value.is_floating_point() for value in state.values())
+        check_folder(fine, "weights of one floating dtype", f"{', '.join(dtypes)} in {path}")
         try:
             with torch.random.fork_rng(devices=[]):  # the first weights are overwritten
                 network = cls(**arguments_of(config))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{HOLD} the arguments of {cls.class_name}, got {path}: {error}"
-            ) from None
+            reason = f"{path}: {error}"
+            raise ValueError(f"{HOLD} the arguments of {cls.class_name}, got {reason}") from None
         network.to(next(iter(state.values())).dtype)
         try:
             network.load_state_dict(state)
@@ -252,13 +242,12 @@ def noise_level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) 
                 f"{name}: sigma must be a float or have shape ({x.shape[0]},), "
                 f"got shape {tuple(sigma.shape)}"
             )
-        if sigma.device != x.device:
-            raise ValueError(f"{name}: sigma must be on {x.device} like x, got {sigma.device}")
+        here = sigma.device == x.device
+        check(name, here, f"sigma must be on {x.device} like x", sigma.device)
         value = sigma.to(wide).expand(x.shape[0])
-    elif 0 < sigma < math.inf:
-        value = torch.full((x.shape[0],), sigma, dtype=wide, device=x.device)
     else:
-        raise ValueError(f"{name}: sigma must be positive and finite, got {sigma}")
+        check(name, 0 < sigma < math.inf, "sigma must be positive and finite", sigma)
+        value = torch.full((x.shape[0],), sigma, dtype=wide, device=x.device)
     variance = value.square() + sigma_data**2
     inverse_std = variance.rsqrt()
     return NoiseLevel(
@@ -282,7 +271,6 @@ def c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
 
 def check_size(name: str, what: str, value: int, *, least: int = 1) -> None:
     """An int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {what} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: {what} must be at least {least}, got {value}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    check(name, whole, f"{what} must be an int", f"{value!r}", TypeError)
+    check(name, value >= least, f"{what} must be at least {least}", value)

@@ -42,10 +42,8 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
         OSError: the disk is full, or the folder cannot be written to.
     """
     if not isinstance(model, (MLP, UNet, SecondOrderHead)):
-        raise TypeError(
-            f"save_model: model must be one of {', '.join(CLASSES)} (unwrapped), got "
-            f"{type(model).__name__}"
-        )
+        rule = f"model must be one of {', '.join(CLASSES)} (unwrapped)"
+        raise TypeError(f"save_model: {rule}, got {type(model).__name__}")
     return model.save_pretrained(folder, **extra)
 
 

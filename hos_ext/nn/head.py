@@ -17,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_like, positive
+from ..checks import check, check_like, positive
 from ..ops._operator import functorch_active
 from ..scores import Scores
 from .base import Network
 from .mlp import MLP
 from .unet import UNet
-from .weights import HOLD, WEIGHTS, read_weights, write_weights
+from .weights import WEIGHTS, check_folder, read_weights, write_weights
 
 ScoreModel = Callable[[Tensor, Tensor | float], Tensor | Scores]
 
@@ -66,8 +66,8 @@ def register_score_reader(kind: str, reader: str) -> None:
         >>> register_score_reader("mine", "my_package.scores:read")
     """
     module, _, function = reader.partition(":")
-    if not module or not function:
-        raise ValueError(f"register_score_reader: reader must be 'module:function', got {reader!r}")
+    rule = "reader must be 'module:function'"
+    check("register_score_reader", module and function, rule, f"{reader!r}")
     _READERS[kind] = reader
 
 
@@ -99,15 +99,12 @@ class SecondOrderHead(nn.Module):
     def __init__(self, score: ScoreModel, head: nn.Module, *, scaled: bool = True) -> None:
         super().__init__()
         where = "SecondOrderHead"
-        if not callable(score):
-            raise TypeError(f"{where}: score must be callable, got {type(score).__name__}")
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"{where}: head must be a module, got {type(head).__name__}")
-        if not getattr(head, "given_score", True):
-            raise ValueError(
-                f"{where}: head must be made with given_score=True, got {type(head).__name__} "
-                "without it"
-            )
+        got = type(score).__name__
+        check(where, callable(score), "score must be callable", got, TypeError)
+        got = type(head).__name__
+        check(where, isinstance(head, nn.Module), "head must be a module", got, TypeError)
+        given = getattr(head, "given_score", True)
+        check(where, given, "head must be made with given_score=True", f"{got} without it")
         if isinstance(score, nn.Module):
             score.requires_grad_(False).eval()
         # Its name in the weights of a checkpoint, which `score_model` shows under the package's.
@@ -176,8 +173,8 @@ class SecondOrderHead(nn.Module):
             TypeError, ValueError: the head is none that can be saved.
         """
         if not isinstance(self.head, Network):
-            kind = type(self.head).__name__
-            raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {kind}")
+            got = type(self.head).__name__
+            raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {got}")
         score = self.first_order
         fingerprint = score.fingerprint() if isinstance(score, SavableScore) else None
         return {
@@ -204,11 +201,9 @@ class SecondOrderHead(nn.Module):
             score: Any = self.first_order
             read = _reader(place, fingerprint)
             score.save_pretrained(place)
-            if read(place, fingerprint, device="cpu").fingerprint() != fingerprint:
-                raise ValueError(
-                    "save_pretrained: folder must not hold another first-order model, got one in "
-                    f"{place}"
-                )
+            same = read(place, fingerprint, device="cpu").fingerprint() == fingerprint
+            rule = "folder must not hold another first-order model"
+            check("save_pretrained", same, rule, f"one in {place}")
         write_weights(folder, config, self.head.state_dict(), extra)
         return str(folder)
 
@@ -249,36 +244,21 @@ class SecondOrderHead(nn.Module):
 
         `folder` is where both were read, and where the first-order model is if it was saved.
         """
-        where = "SecondOrderHead.from_pretrained"
-        if config["_class_name"] != "SecondOrderHead":
-            raise ValueError(
-                f"{where}: folder must hold SecondOrderHead, got {config['_class_name']} in "
-                f"{folder}"
-            )
+        where, got = "SecondOrderHead.from_pretrained", config["_class_name"]
+        rule = "folder must hold SecondOrderHead"
+        check(where, got == "SecondOrderHead", rule, f"{got} in {folder}")
         fingerprint, place = config.get("first_order"), Path(folder) / _SCORE_FOLDER
         if fingerprint is not None:
-            if score is not None:
-                raise ValueError(
-                    f"{where}: score must be None where the folder has its own, got one for "
-                    f"{folder}"
-                )
+            rule = "score must be None where the folder has its own"
+            check(where, score is None, rule, f"one for {folder}")
             score = saved = _reader(place, fingerprint)(place, fingerprint, device=device)
-            if saved.fingerprint() != fingerprint:
-                raise ValueError(
-                    f"{where}: folder must hold the first-order model that the head was trained "
-                    f"with, got another one in {place}"
-                )
+            rule = "folder must hold the first-order model that the head was trained with"
+            check(where, saved.fingerprint() == fingerprint, rule, f"another one in {place}")
         if score is None:
-            raise ValueError(
-                f"{where}: score must be given (the head was trained with one that is not saved), "
-                f"got None for {folder}"
-            )
-        name = config["head"].get("_class_name")
-        if name not in _HEADS:
-            raise ValueError(
-                f"{HOLD} a head of class {', '.join(_HEADS)}, got {name!r} in "
-                f"{Path(folder) / WEIGHTS}"
-            )
+            rule = "score must be given (the head was trained with one that is not saved)"
+            raise ValueError(f"{where}: {rule}, got None for {folder}")
+        name, rule = config["head"].get("_class_name"), f"a head of class {', '.join(_HEADS)}"
+        check_folder(name in _HEADS, rule, f"{name!r} in {Path(folder) / WEIGHTS}")
         head = _HEADS[name].from_weights(folder, config["head"], state, device=device)
         return cls(score, head, scaled=config["scaled"]).eval()
 
@@ -286,11 +266,8 @@ class SecondOrderHead(nn.Module):
 def _reader(place: Path, fingerprint: Mapping[str, str]) -> Callable[..., Any]:
     """What reads the first-order model of a saved head, by its kind."""
     kind = fingerprint.get("kind", "diffusers")
-    if kind not in _READERS:
-        raise ValueError(
-            f"{HOLD} a first-order model of a known kind ({', '.join(_READERS)}; "
-            f"register_score_reader adds one), got {kind!r} for {place}"
-        )
+    rule = f"a first-order model of a known kind ({', '.join(_READERS)}; register_score_reader"
+    check_folder(kind in _READERS, f"{rule} adds one)", f"{kind!r} for {place}")
     module, _, function = _READERS[kind].partition(":")
     reader: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return reader

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check
 from .base import KINK, Network, NoiseLevel, check_size
 
 # Angular frequencies in log(sigma / sigma_data). The slowest has a period of e^25 in sigma, so all
@@ -151,11 +152,9 @@ class MLP(Network):
         return hidden
 
     def saved_config(self) -> dict[str, Any]:
-        if self.config["activation"] is None:
-            raise ValueError(
-                "save_model: activation of the model must be given by name to be saved, got "
-                f"{self.activation!r}"
-            )
+        named = self.config["activation"] is not None
+        rule = "activation of the model must be given by name to be saved"
+        check("save_model", named, rule, f"{self.activation!r}")
         return self.config
 
 
@@ -186,12 +185,10 @@ def _noise_features(level: NoiseLevel) -> Tensor:
 def _activation(value: Any) -> tuple[Callable[[Tensor], Tensor], str | None]:
     """The function, and its name where it has one."""
     if isinstance(value, str):
-        if value not in _ACTIVATIONS:
-            names = ", ".join(repr(name) for name in _ACTIVATIONS)
-            raise ValueError(
-                f"MLP: activation must be one of {names}, or a function ({KINK}), got {value!r}"
-            )
+        names = ", ".join(repr(name) for name in _ACTIVATIONS)
+        rule = f"activation must be one of {names}, or a function ({KINK})"
+        check("MLP", value in _ACTIVATIONS, rule, f"{value!r}")
         return _ACTIVATIONS[value], value
-    if not callable(value):
-        raise TypeError(f"MLP: activation must be a name or a function, got {value!r}")
+    rule = "activation must be a name or a function"
+    check("MLP", callable(value), rule, f"{value!r}", TypeError)
     return value, next((name for name, known in _ACTIVATIONS.items() if known is value), None)

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import require
+from ..checks import check, require
 from .base import KINK, Network, NoiseLevel, check_size
 
 # What diffusers takes as act_fn, without "relu".
 _UNET_ACTIVATIONS = ("silu", "swish", "mish", "gelu")
+# Arguments of `UNet2DModel` that follow from ours.
+_SET_BY_US = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "time_embedding_type",
+    "class_embed_type",
+    "num_class_embeds",
+)
 # Block types of diffusers that `_one_dimensional` can turn into blocks for signals.
 _SIGNAL_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
 
@@ -220,11 +230,9 @@ def _padded(body: nn.Module, image: Tensor, timestep: Tensor, multiples: tuple[i
 
 
 def _check_shape(dims: Sequence[int], spatial: int) -> None:
-    if spatial not in (1, 2):
-        raise ValueError(f"UNet: spatial must be 1 or 2, got {spatial!r}")
-    if len(dims) not in (spatial, spatial + 1):
-        rule = "(C, H, W) or (H, W)" if spatial == 2 else "(C, T) or (T,) for spatial=1"
-        raise ValueError(f"UNet: dims must be {rule}, got {tuple(dims)}")
+    check("UNet", spatial in (1, 2), "spatial must be 1 or 2", f"{spatial!r}")
+    rule = "(C, H, W) or (H, W)" if spatial == 2 else "(C, T) or (T,) for spatial=1"
+    check("UNet", len(dims) in (spatial, spatial + 1), f"dims must be {rule}", tuple(dims))
 
 
 def _check_channels(
@@ -232,55 +240,40 @@ def _check_channels(
 ) -> None:
     check_size("UNet", "norm_num_groups", groups)
     for name, each in (("channels", channels), ("head_channels", head_channels)):
-        if each is None:
-            continue
-        if not each or each[0] % 2 or any(n < 1 or n % groups for n in each):
-            raise ValueError(
-                f"UNet: {name} must be multiples of norm_num_groups = {groups}, the first even, "
-                f"got {tuple(each)}"
-            )
-    if head_channels is not None and one_body:
-        raise ValueError(
-            "UNet: head_channels must be None but with trunk='separate' and a score of its own, "
-            f"got {tuple(head_channels)}"
-        )
+        if each is not None:
+            fine = each and each[0] % 2 == 0 and all(n >= 1 and n % groups == 0 for n in each)
+            rule = f"{name} must be multiples of norm_num_groups = {groups}, the first even"
+            check("UNet", fine, rule, tuple(each))
+    if head_channels is not None:
+        rule = "head_channels must be None but with trunk='separate' and a score of its own"
+        check("UNet", not one_body, rule, tuple(head_channels))
 
 
 def _check_options(options: dict[str, Any], spatial: int, coarsest: int) -> None:
-    if options.get("dropout", 0.0):
-        raise ValueError(
-            "UNet: dropout must be 0 (its masks differ between the points of a "
-            f"variance-reduced loss), got {options['dropout']}"
-        )
+    dropout = options.get("dropout", 0.0)
+    rule = "dropout must be 0 (its masks differ between the points of a variance-reduced loss)"
+    check("UNet", not dropout, rule, dropout)
     activation = options.get("act_fn", "silu")
-    if activation not in _UNET_ACTIVATIONS:
-        names = ", ".join(repr(name) for name in _UNET_ACTIVATIONS)
-        raise ValueError(f"UNet: act_fn must be one of {names} ({KINK}), got {activation!r}")
-    for name in (
-        "sample_size",
-        "in_channels",
-        "out_channels",
-        "block_out_channels",
-        "time_embedding_type",
-        "class_embed_type",
-        "num_class_embeds",
-    ):
-        if name in options:
-            raise ValueError(f"UNet: {name} is set by the adapter, got {options[name]!r}")
+    rule = f"act_fn must be one of {_names(_UNET_ACTIVATIONS)} ({KINK})"
+    check("UNet", activation in _UNET_ACTIVATIONS, rule, f"{activation!r}")
+    for name in _SET_BY_US:
+        check(
+            "UNet", name not in options, f"{name} is set by the adapter", f"{options.get(name)!r}"
+        )
     # A wider head than the coarsest channels would make attention of no heads at all.
     width = options.get("attention_head_dim", 8)
-    if options.get("add_attention", True) and width is not None and width > coarsest:
-        raise ValueError(
-            f"UNet: attention_head_dim must be at most the coarsest channels, {coarsest}, got "
-            f"{width}"
-        )
+    fine = not options.get("add_attention", True) or width is None or width <= coarsest
+    rule = f"attention_head_dim must be at most the coarsest channels, {coarsest}"
+    check("UNet", fine, rule, width)
     if spatial == 2:
         return
-    blocks = (*options.get("down_block_types", ()), *options.get("up_block_types", ()))
-    for name in blocks:
-        if name not in _SIGNAL_BLOCKS:
-            names = ", ".join(repr(known) for known in _SIGNAL_BLOCKS)
-            raise ValueError(f"UNet: blocks must be of {names} for spatial=1, got {name!r}")
+    rule = f"blocks must be of {_names(_SIGNAL_BLOCKS)} for spatial=1"
+    for name in (*options.get("down_block_types", ()), *options.get("up_block_types", ())):
+        check("UNet", name in _SIGNAL_BLOCKS, rule, f"{name!r}")
     for key in ("downsample_type", "upsample_type"):
-        if options.get(key, "conv") != "conv":
-            raise ValueError(f"UNet: {key} must be 'conv' for spatial=1, got {options[key]!r}")
+        value = options.get(key, "conv")
+        check("UNet", value == "conv", f"{key} must be 'conv' for spatial=1", f"{value!r}")
+
+
+def _names(known: Sequence[str]) -> str:
+    return ", ".join(map(repr, known))

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import require
+from ..checks import check, require
 from ..storage import write_whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -23,16 +23,20 @@ HOLD = "load_model: folder must hold"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
+def check_folder(fine: bool, what: str, got: object) -> None:
+    """A folder holds what `load_model` reads."""
+    check("load_model", fine, f"folder must hold {what}", got)
+
+
 def write_weights(
     folder: Path | str, config: dict[str, Any], state: Mapping[str, Tensor], extra: dict[str, Any]
 ) -> None:
     """Writes model.safetensors with the config in its metadata, then config.json."""
     safetensors = require("save_model", "safetensors.torch")
     for name in extra:
-        if name in config or name.startswith("_"):
-            raise ValueError(
-                f"save_model: extra must have names that the model's config has not, got {name!r}"
-            )
+        fine = name not in config and not name.startswith("_")
+        rule = "extra must have names that the model's config has not"
+        check("save_model", fine, rule, f"{name!r}")
     content = config | extra | {"_extra": sorted(extra)}
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -56,12 +60,9 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         pickles = sorted(p.name for p in Path(folder).glob("*") if p.suffix in _PICKLES)
-        if pickles:
-            raise ValueError(
-                f"{HOLD} {WEIGHTS} (a pickle can run code and is not read), got {folder} with "
-                f"{pickles[0]}"
-            )
-        raise ValueError(f"{HOLD} {WEIGHTS}, got {folder} without it")
+        rule = f"{WEIGHTS} (a pickle can run code and is not read)"
+        check_folder(not pickles, rule, f"{folder} with {'' if not pickles else pickles[0]}")
+        check_folder(False, WEIGHTS, f"{folder} without it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -69,11 +70,8 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{HOLD} a whole {WEIGHTS}, got {path}: {error}") from None
     config = _config(path, metadata.get("config"))
-    if config.get("_class_name") not in CLASSES:
-        raise ValueError(
-            f"{HOLD} a model of class {', '.join(CLASSES)}, got {config.get('_class_name')!r} in "
-            f"{path}"
-        )
+    name, rule = config.get("_class_name"), f"a model of class {', '.join(CLASSES)}"
+    check_folder(name in CLASSES, rule, f"{name!r} in {path}")
     return config, state
 
 
@@ -81,15 +79,15 @@ def _config(path: Path, text: str | None) -> dict[str, Any]:
     """The config in the metadata of the weights, or else in the file beside them."""
     beside = path.with_name(CONFIG)
     if text is None:
-        if not beside.is_file():
-            raise ValueError(f"{HOLD} {CONFIG} (no config in {path}), got {path.parent} without it")
+        rule = f"{CONFIG} (no config in {path})"
+        check_folder(beside.is_file(), rule, f"{path.parent} without it")
         found = _parsed(beside.read_bytes())
-        if found is None:
-            raise ValueError(f"{HOLD} a {CONFIG} of JSON, got {beside}")
-        return found
+        check_folder(found is not None, f"a {CONFIG} of JSON", beside)
+        return found or {}
     config = _parsed(text)
-    if config is None:
-        raise ValueError(f"{HOLD} a config of JSON in its {WEIGHTS}, got {text[:40]!r} in {path}")
+    rule = f"a config of JSON in its {WEIGHTS}"
+    check_folder(config is not None, rule, f"{text[:40]!r} in {path}")
+    config = config or {}
     other = _parsed(beside.read_bytes()) if beside.is_file() else config
     if other != config:
         older = beside.stat().st_mtime_ns < path.stat().st_mtime_ns
