@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...checks import check_tensor, one_of
+from ...checks import check, check_shape, check_tensor, one_of
 from ...ops.noise import draw_normal, draw_uniform
 from ...random import STREAM_DISTORT, STREAM_FLIP, Key
 from .scaling import GREY_LEVELS
@@ -47,17 +47,13 @@ def augment(
     one_of("augment", "name", name, ("none", "flip", "distort"))
     if name == "none":
         return raw
-    if raw.dim() not in (3, 4):
-        raise ValueError(
-            f"augment: raw must hold images, (B, height, width) or (B, C, height, width), for "
-            f"{name}, got {tuple(raw.shape)}"
-        )
+    rule = f"raw must hold images, (B, height, width) or (B, C, height, width), for {name}"
+    check("augment", raw.dim() in (3, 4), rule, tuple(raw.shape))
     if name == "flip":
         like = raw.new_empty(0, dtype=torch.float32)
         u = draw_uniform(Key(seed, offset, first), STREAM_FLIP, (len(raw),), like)
         return torch.where((u < 0.5).reshape(-1, *[1] * (raw.dim() - 1)), raw.flip(-1), raw)
-    if not levels:
-        raise ValueError("augment: distort needs whole levels, got levels 0 (floating data)")
+    check("augment", levels, "distort needs whole levels", "levels 0 (floating data)")
     half = min(max(batch_size // 2 - first, 0), len(raw))
     head = raw[:half].to(torch.promote_types(raw.dtype, torch.float32))
     bent = distort(head, seed=seed, offset=offset, first=first, levels=levels)
@@ -89,11 +85,8 @@ def distort(
         ValueError: grey has another dtype or shape.
     """
     check_tensor("distort", "grey", grey)
-    if grey.dim() not in (3, 4):
-        raise ValueError(
-            f"distort: grey must have shape (B, height, width) or (B, C, height, width), "
-            f"got {tuple(grey.shape)}"
-        )
+    shapes = ("B", "height", "width"), ("B", "C", "height", "width")
+    check_shape("distort", "grey", grey, *shapes)
     if grey.numel() == 0:
         return grey.clone()  # torch's grid refuses to be empty
     key = Key(seed, offset, first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from .rows import Request, refusal
+from .rows import Request, check_set
 
 
 def files_of(
@@ -34,6 +34,5 @@ def files_of(
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     else:
         files = [path] if path.is_file() else []
-    if not files:
-        raise refusal(request.spec, f"name files that exist ({' '.join(endings)})", "none")
+    check_set(request.spec, files, f"name files that exist ({' '.join(endings)})", "none")
     return files

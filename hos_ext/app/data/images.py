@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...checks import require
-from .rows import Request, Rows, alike, error_line, finite, refusal
+from .rows import Request, Rows, alike, check_set, error_line, finite, refusal
 
 
 def image_values(image: Any) -> np.ndarray | None:
@@ -49,8 +49,8 @@ def decode_image(spec: str, value: Any, name: str) -> np.ndarray:
     pillow, exif = require("open_source", "PIL.Image"), require("open_source", "PIL.ImageOps")
     data = value.get("bytes") if value else None
     path = str(value.get("path") or "") if value else ""
-    if data is None and not path:
-        raise refusal(spec, "hold an image in every row", f"none in {name}")
+    there = data is not None or path
+    check_set(spec, there, "hold an image in every row", f"none in {name}")
     try:
         if data is None and "://" in path:  # streams of the hub have addresses
             with require("open_source", "fsspec").open(path, "rb") as file:
@@ -65,11 +65,10 @@ def decode_image(spec: str, value: Any, name: str) -> np.ndarray:
     except Exception as error:  # pillow lets many kinds through: OSError, struct.error, zlib.error
         got = f"{name}: {error_line(error)}"
         raise refusal(spec, "hold images that can be read", got) from None
-    if frames > 1:
-        raise refusal(spec, "hold single images", f"{frames} in {name}")
-    if values is None:
-        rule = "hold 8-bit grey (L), RGB or floating grey (F) images (convert others first)"
-        raise refusal(spec, rule, f"mode {mode} in {name}")
+    check_set(spec, frames == 1, "hold single images", f"{frames} in {name}")
+    rule = "hold 8-bit grey (L), RGB or floating grey (F) images (convert others first)"
+    check_set(spec, values is not None, rule, f"mode {mode} in {name}")
+    assert values is not None
     return values
 
 
@@ -88,26 +87,27 @@ def image_rows(
         The rows, all of the shape and dtype of image 0.
     """
     spec = request.spec
-    first = decode_image(spec, fetch(0), name(0))
+    example = decode_image(spec, fetch(0), name(0))
 
     def decode(i: int) -> np.ndarray:
-        return alike(spec, first, name(0), decode_image(spec, fetch(i), name(i)), name(i))
+        return alike(spec, example, name(0), decode_image(spec, fetch(i), name(i)), name(i))
 
-    shape, levels = first.shape, 256 if first.dtype == np.uint8 else 0
-    if size * first.nbytes <= request.limit:
-        images = np.empty((size, *shape), first.dtype)
+    shape, levels = example.shape, 256 if example.dtype == np.uint8 else 0
+    if size * example.nbytes <= request.limit:
+        images = np.empty((size, *shape), example.dtype)
         for i in range(size):
             images[i] = decode(i)
         everything = finite(spec, torch.from_numpy(images), name)
         return Rows(spec, size, shape, levels, True, lambda rows: everything[rows])
 
     def read(rows: torch.Tensor) -> torch.Tensor:
-        if first.nbytes < 2**16:  # threads cost more than a small image
+        if example.nbytes < 2**16:  # threads cost more than a small image
             images = [decode(i) for i in rows.tolist()]
         else:
             with ThreadPoolExecutor() as pool:  # pillow decodes without the lock of Python
                 images = list(pool.map(decode, rows.tolist()))
-        batch = torch.from_numpy(np.stack(images) if images else np.empty((0, *shape), first.dtype))
+        none = np.empty((0, *shape), example.dtype)
+        batch = torch.from_numpy(np.stack(images) if images else none)
         return finite(spec, batch, lambda i: name(int(rows[i])))
 
     return Rows(spec, size, shape, levels, False, read)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_count, check_int
+from ...checks import check, check_count, check_int
 from . import sources as sources  # registers those of the package
 from .registry import Kind, find_kind, streamed_names
-from .rows import CHUNK_VALUES, LIMIT, Request, Rows, refusal
+from .rows import CHUNK_VALUES, LIMIT, Request, Rows, check_set
 from .scaling import Scaling, root_mean_square, standardise, statistics_rows
 from .splits import Parts, batch_rows, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
@@ -74,11 +74,9 @@ class Source(NamedTuple):
         check_int("Source.batch", "step", step, 2**40)
         check_count("Source.batch", "batch_size", batch_size)
         stop = batch_size if stop is None else stop
-        if not 0 <= start <= stop <= batch_size:
-            raise ValueError(
-                f"Source.batch: start and stop must satisfy 0 <= start <= stop <= {batch_size}, "
-                f"got {start} and {stop}"
-            )
+        rule = f"start and stop must satisfy 0 <= start <= stop <= {batch_size}"
+        share = 0 <= start <= stop <= batch_size
+        check("Source.batch", share, rule, f"{start} and {stop}")
         return self.reader(step, batch_size, seed, start, stop)
 
 
@@ -252,24 +250,20 @@ def _from_rows(
 
 def _own_test(rows: Rows, own: Rows, seed: int, test: int | None) -> Tensor:
     """Rows of a test set of its own: all of them in order, or some at random."""
-    if (own.shape, own.levels) != (rows.shape, rows.levels):
-        raise ValueError(
-            f"open_source: test_spec must hold samples {rows.shape} of {rows.levels} levels like "
-            f"{rows.spec}, got {own.shape} of {own.levels} levels"
-        )
-    if test is not None and test > own.size:
-        raise ValueError(
-            f"open_source: test must be at most the {own.size} rows of {own.spec}, got {test}"
-        )
+    same = (own.shape, own.levels) == (rows.shape, rows.levels)
+    rule = f"test_spec must hold samples {rows.shape} of {rows.levels} levels like {rows.spec}"
+    check("open_source", same, rule, f"{own.shape} of {own.levels} levels")
+    rule = f"test must be at most the {own.size} rows of {own.spec}"
+    check("open_source", (test or 0) <= own.size, rule, test)
     return torch.arange(own.size) if test is None else random_order(own.size, seed)[:test]
 
 
 def _held(rows: Rows, numbers: Tensor, limit: int) -> Tensor:
     """Rows that stay in memory."""
     needed = len(numbers) * math.prod(rows.shape) * (1 if rows.levels else 8)
-    if not rows.resident and needed > limit:
-        rule = f"fit in the limit of {limit} bytes where it is held in memory"
-        raise refusal(rows.spec, rule, f"{len(numbers)} rows of {needed} bytes")
+    rule = f"fit in the limit of {limit} bytes where it is held in memory"
+    got = f"{len(numbers)} rows of {needed} bytes"
+    check_set(rows.spec, rows.resident or needed <= limit, rule, got)
     return rows.read(numbers)
 
 
@@ -286,32 +280,29 @@ def _from_stream(
     found = list(itertools.islice(head, held + 1))
     if len(found) <= held:
         raise too_few("open_source", len(found), validation, held - validation)
-    first = examples.decode(found[0])
-    if first.ndim == 0 or first.size == 0:
-        raise refusal(spec, "not be empty", f"shape {first.shape} in {examples.name(0)}")
-    found += itertools.islice(head, statistics_rows(first.shape) - 1)
+    example = examples.decode(found[0])
+    filled = example.ndim > 0 and example.size > 0
+    check_set(spec, filled, "not be empty", f"shape {example.shape} in {examples.name(0)}")
+    found += itertools.islice(head, statistics_rows(example.shape) - 1)
     head.close()
-    numbers, raw = examples.read(found, first)
+    numbers, raw = examples.read(found, example)
     test_numbers, tests = numbers[validation:held], raw[validation:held]
     if other is not None:
         own = list(itertools.islice(guarded(other.spec, other.dataset), test or 1000))
-        if len(own) < (test or 1):
-            raise ValueError(
-                f"open_source: test must be at most the {len(own)} rows of {other.spec}, got "
-                f"{test or 1}"
-            )
-        test_numbers, tests = other.read(own, first)
-    some = raw[held:].split(max(1, CHUNK_VALUES // first.size))
-    scaling = Scaling(levels=256) if first.dtype == np.uint8 else standardise(spec, some)
+        rule = f"test must be at most the {len(own)} rows of {other.spec}"
+        check("open_source", len(own) >= (test or 1), rule, test or 1)
+        test_numbers, tests = other.read(own, example)
+    some = raw[held:].split(max(1, CHUNK_VALUES // example.size))
+    scaling = Scaling(levels=256) if example.dtype == np.uint8 else standardise(spec, some)
     stream = Stream(spec, examples.dataset.skip(held), buffer)
 
     def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         batch = stream.take(step * batch_size, (step + 1) * batch_size, seed)
-        return examples.read(batch[start:stop], first)
+        return examples.read(batch[start:stop], example)
 
     return Source(
         spec=spec,
-        shape=first.shape,
+        shape=example.shape,
         scaling=scaling,
         std=root_mean_square(scaling, some),
         parts=Parts(None, numbers[:validation], test_numbers),
@@ -327,10 +318,10 @@ def _from_stream(
 
 def _check_request(kind: Kind, request: Request) -> None:
     spec, split, column = request.spec, request.split, request.column
-    if split != "train" and kind.splits is None:
-        raise ValueError(f"open_source: split must be 'train' for {spec}, got {split!r}")
-    if column is not None and not kind.column:
-        raise ValueError(f"open_source: column must be None for {spec}, got {column!r}")
+    fits = split == "train" or kind.splits is not None
+    check("open_source", fits, f"split must be 'train' for {spec}", repr(split))
+    fits = column is None or kind.column
+    check("open_source", fits, f"column must be None for {spec}", repr(column))
 
 
 def _refuse_overlap(one: tuple[Kind, Request], other: tuple[Kind, Request]) -> None:
@@ -341,17 +332,14 @@ def _refuse_overlap(one: tuple[Kind, Request], other: tuple[Kind, Request]) -> N
     ]
     both = files[0] & files[1]
     (kind, request), test_spec = one, other[1].spec
-    if both or (request.spec == test_spec and kind.splits is None):
-        raise ValueError(
-            f"open_source: test_spec must share nothing with {request.spec}, got "
-            f"{min(both) if both else test_spec} in both"
-        )
+    apart = not both and (request.spec != test_spec or kind.splits is not None)
+    rule = f"test_spec must share nothing with {request.spec}"
+    check("open_source", apart, rule, lambda: f"{min(both) if both else test_spec} in both")
 
 
 def _stream(kind: Kind, request: Request) -> Examples:
-    if kind.stream is None:
-        *names, last = streamed_names()
-        raise ValueError(
-            f"open_source: streaming must be of {', '.join(names)} or {last}, got {request.spec!r}"
-        )
+    *names, last = streamed_names()
+    rule = f"streaming must be of {', '.join(names)} or {last}"
+    check("open_source", kind.stream is not None, rule, repr(request.spec))
+    assert kind.stream is not None
     return kind.stream(request)

@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from ...checks import check
 from .rows import Request, Rows
 from .streams import Examples
 
@@ -75,8 +76,8 @@ def register_source(
     Raises:
         ValueError: the name is taken, empty or has a colon in it.
     """
-    if not name or ":" in name or name in _KINDS:
-        raise ValueError(f"register_source: name must be new and without a colon, got {name!r}")
+    new = name and ":" not in name and name not in _KINDS
+    check("register_source", new, "name must be new and without a colon", repr(name))
 
     def register(opener: Opener) -> Opener:
         _KINDS[name] = Kind(name, target, opener, stream, files, splits, column, held_out)
@@ -89,11 +90,11 @@ def find_kind(argument: str, spec: object) -> tuple[Kind, str]:
     """The kind of a spec, and what follows the colon in it."""
     name, colon, target = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     kind = _KINDS.get(name) or _installed(name)
-    if kind is None or bool(target) != bool(kind.target) or (colon and not target):
-        *forms, last = (kind.form for kind in _KINDS.values())
-        raise ValueError(
-            f"open_source: {argument} must be {', '.join(forms)} or {last}, got {spec!r}"
-        )
+    fits = kind is not None and bool(target) == bool(kind.target) == bool(colon)
+    *forms, last = (known.form for known in _KINDS.values())
+    rule = f"{argument} must be {', '.join(forms)} or {last}"
+    check("open_source", fits, rule, repr(spec))
+    assert kind is not None
     return kind, target
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import check
+
 LIMIT = 2**30
 CHUNK_VALUES = 2**22
 # What numbers are kept as; all conversions are exact.
@@ -86,10 +88,8 @@ def array_rows(
     """
     spec = request.spec
     kept = kept_dtype(spec, array.dtype)
-    if array.ndim < 2:
-        raise refusal(spec, "have shape (n, *dims)", array.shape)
-    if array.size == 0:
-        raise refusal(spec, "not be empty", f"shape {array.shape}")
+    check_set(spec, array.ndim >= 2, "have shape (n, *dims)", array.shape)
+    check_set(spec, array.size, "not be empty", f"shape {array.shape}")
 
     def tensor(values: np.ndarray, name: Callable[[int], str]) -> Tensor:
         return finite(spec, torch.from_numpy(np.array(values, dtype=kept)), name)
@@ -113,6 +113,11 @@ def refusal(spec: str, rule: str, got: object) -> ValueError:
     return ValueError(f"open_source: {spec} must {rule}, got {got}")
 
 
+def check_set(spec: str, condition: object, rule: str, got: object) -> None:
+    """Raises `refusal` where the condition is false; see `checks.check`."""
+    check("open_source", condition, f"{spec} must {rule}", got)
+
+
 def error_line(error: Exception) -> str:
     """Another library's error in one line."""
     return " ".join(f"{type(error).__name__} {error}".split())[:300]
@@ -120,12 +125,11 @@ def error_line(error: Exception) -> str:
 
 def kept_dtype(spec: str, dtype: np.dtype) -> str:
     """The dtype that numbers are kept in, without loss."""
-    if dtype.name not in _KEPT:
-        rule = (
-            "hold uint8 (256 levels) or floating numbers (convert whole levels 0 to 255 to uint8, "
-            "anything else to float32)"
-        )
-        raise refusal(spec, rule, dtype.name)
+    rule = (
+        "hold uint8 (256 levels) or floating numbers (convert whole levels 0 to 255 to uint8, "
+        "anything else to float32)"
+    )
+    check_set(spec, dtype.name in _KEPT, rule, dtype.name)
     return _KEPT[dtype.name]
 
 
@@ -136,18 +140,18 @@ def finite(spec: str, values: Tensor, name: Callable[[int], str]) -> Tensor:
         bad = ~chunk.isfinite() if chunk.is_floating_point() else torch.zeros(())
         if bool(bad.any()):
             row = int(bad.flatten(1).any(1).nonzero()[0])
-            worst = chunk[row][bad[row]][0].item()
-            raise refusal(spec, "hold finite numbers", f"{worst} in {name(done + row)}")
+            got = f"{chunk[row][bad[row]][0].item()} in {name(done + row)}"
+            raise refusal(spec, "hold finite numbers", got)
         done += len(chunk)
     return values
 
 
 def alike(
-    spec: str, first: np.ndarray, first_name: str, other: np.ndarray, name: str
+    spec: str, example: np.ndarray, example_name: str, sample: np.ndarray, name: str
 ) -> np.ndarray:
-    """The other sample, if it has the shape and dtype of the first."""
-    if (other.shape, other.dtype) != (first.shape, first.dtype):
-        got = f"{first.shape} {first.dtype} in {first_name}"
-        got = f"{got} and {other.shape} {other.dtype} in {name}"
-        raise refusal(spec, "hold samples of one shape and kind", got)
-    return other
+    """The sample, if it has the shape and dtype of an example."""
+    same = (sample.shape, sample.dtype) == (example.shape, example.dtype)
+    got = f"{example.shape} {example.dtype} in {example_name}"
+    got = f"{got} and {sample.shape} {sample.dtype} in {name}"
+    check_set(spec, same, "hold samples of one shape and kind", got)
+    return sample

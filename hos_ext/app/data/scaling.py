@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor
+from ...checks import check, check_tensor
 from ...ops.noise import draw_uniform
 from ...random import STREAM_DEQUANTISE, Key
-from .rows import refusal
+from .rows import check_set
 
 GREY_LEVELS = 17
 _STATISTICS_ROWS, _STATISTICS_VALUES = 8192, 2**27
@@ -90,15 +90,18 @@ class Scaling(NamedTuple):
         Raises:
             ValueError: content is not what `as_dict` gives.
         """
-        rule = "Scaling.from_dict: content must hold levels, mean and std > 0"
-        if not isinstance(content, dict) or set(content) != set(cls._fields):
-            raise ValueError(f"{rule}, got {content!r}")
-        levels, mean, std = (content[name] for name in cls._fields)
-        numbers = all(type(value) in (int, float) for value in (levels, mean, std))
-        if not numbers or type(levels) is not int or levels < 0:
-            raise ValueError(f"{rule}, got {content!r}")
-        if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise ValueError(f"{rule}, got {content!r}")
+        fields = isinstance(content, dict) and set(content) == set(cls._fields)
+        values: list[Any] = [content[n] if fields else None for n in cls._fields]
+        levels, mean, std = values
+        fits = (
+            type(levels) is int
+            and all(type(number) in (int, float) for number in (mean, std))
+            and levels >= 0
+            and math.isfinite(mean)
+            and 0 < std < math.inf
+        )
+        rule = "content must hold levels, mean and std > 0"
+        check("Scaling.from_dict", fits, rule, repr(content))
         return cls(levels, float(mean), float(std))
 
 
@@ -150,8 +153,7 @@ def standardise(spec: str, chunks: Iterable[Tensor]) -> Scaling:
         n += more
         mean += step * more / n
     std = math.sqrt(squares / n)
-    if not 0 < std < math.inf:
-        raise refusal(spec, "vary", f"standard deviation {std}")
+    check_set(spec, 0 < std < math.inf, "vary", f"standard deviation {std}")
     return Scaling(mean=mean, std=std)
 
 

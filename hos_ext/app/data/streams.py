@@ -31,13 +31,13 @@ class Examples(NamedTuple):
     decode: Callable[[dict[str, Any]], np.ndarray]
     name: Callable[[int], str]
 
-    def read(self, examples: list[dict[str, Any]], first: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Row numbers and samples, all of them like `first`."""
-        numbers = [example[_ROW] for example in examples]
-        samples = np.empty((len(examples), *first.shape), first.dtype)
-        for i, example in enumerate(examples):
-            sample, place = self.decode(example), self.name(numbers[i])
-            samples[i] = alike(self.spec, first, "the first", sample, place)
+    def read(self, examples: list[dict[str, Any]], example: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Row numbers and samples, all of them like an example."""
+        numbers = [content[_ROW] for content in examples]
+        samples = np.empty((len(examples), *example.shape), example.dtype)
+        for i, content in enumerate(examples):
+            sample, place = self.decode(content), self.name(numbers[i])
+            samples[i] = alike(self.spec, example, "the first", sample, place)
         raw = finite(self.spec, torch.from_numpy(samples), lambda i: self.name(numbers[i]))
         return torch.tensor(numbers, dtype=torch.int64), raw
 
@@ -71,15 +71,15 @@ class Stream:
         # What `datasets` leaves open when Python ends complains on its way out.
         weakref.finalize(self, _close, self._epochs)
 
-    def take(self, first: int, last: int, seed: int) -> list[dict[str, Any]]:
-        """Examples [first, last); the latest answer is kept, for other shares of it."""
+    def take(self, start: int, stop: int, seed: int) -> list[dict[str, Any]]:
+        """Examples [start, stop); the latest answer is kept, for other shares of it."""
         key, examples = self._latest
-        if key != (first, last, seed):
-            if key is None or key[1:] != (first, seed):
-                self._seek(first, seed)
+        if key != (start, stop, seed):
+            if key is None or key[1:] != (start, seed):
+                self._seek(start, seed)
             self._latest = (None, [])  # an error below leaves the position unknown
-            examples = list(itertools.islice(self._epochs[0], last - first))
-            self._latest = ((first, last, seed), examples)
+            examples = list(itertools.islice(self._epochs[0], stop - start))
+            self._latest = ((start, stop, seed), examples)
         return examples
 
     def _seek(self, position: int, seed: int) -> None:

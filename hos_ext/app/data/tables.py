@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import require
+from ...checks import check, require
 from .images import decode_image, image_rows
-from .rows import Request, Rows, array_rows, error_line, kept_dtype, refusal
+from .rows import Request, Rows, array_rows, check_set, error_line, kept_dtype, refusal
 from .streams import Examples, examples_of
 
 
@@ -33,11 +33,9 @@ def choose_column(spec: str, features: dict[str, Any], column: str | None) -> tu
     choice = images or lists
     if column is None and len(choice) == 1:
         column = choice[0]
-    if column is None or column not in images + lists:
-        raise ValueError(
-            f"open_source: column must be one of the images {images} or lists of numbers {lists} "
-            f"of {spec}, got {column!r}"
-        )
+    rule = f"column must be one of the images {images} or lists of numbers {lists} of {spec}"
+    check("open_source", column in images + lists, rule, repr(column))
+    assert column is not None
     return column, column in images
 
 
@@ -51,8 +49,7 @@ def table_rows(request: Request, pieces: list[Any], places: Sequence[str], *, im
         k = bisect.bisect_right(starts, i) - 1
         return f"row {i - starts[k]} of {places[k]}"
 
-    if len(values) == 0:
-        raise refusal(spec, "not be empty", "0 rows")
+    check_set(spec, len(values), "not be empty", "0 rows")
     if image:
         return image_rows(request, len(values), lambda i: values[i].as_py(), name)
     return array_rows(request, _numbers(spec, values, name), name)

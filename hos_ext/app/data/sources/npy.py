@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ....checks import check
 from ..files import files_of
 from ..registry import register_source
 from ..rows import Request, Rows, array_rows, error_line, refusal
@@ -37,7 +38,7 @@ def _load(spec: str, path: Path, column: str | None) -> np.ndarray:
     except Exception as error:  # numpy, zipfile and zlib have kinds of their own
         rule = "hold a whole .npy or .npz file of numbers (no objects: no pickle is read)"
         raise refusal(spec, rule, error_line(error)) from None
-    if (column or names) and column not in names:
-        known = f"one of the arrays {names}" if names else "None for an .npy file"
-        raise ValueError(f"open_source: column must be {known} of {path}, got {column!r}")
+    known = f"one of the arrays {names}" if names else "None for an .npy file"
+    fits = column in names or not (column or names)
+    check("open_source", fits, f"column must be {known} of {path}", repr(column))
     return array

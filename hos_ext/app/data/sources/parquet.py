@@ -7,7 +7,7 @@ from pathlib import Path
 from ....checks import require
 from ..files import files_of
 from ..registry import register_source
-from ..rows import Request, Rows, error_line, refusal
+from ..rows import Request, Rows, check_set, error_line, refusal
 from ..streams import Examples
 from ..tables import choose_column, stream_table, table_rows
 
@@ -36,7 +36,7 @@ def open_parquet(request: Request) -> Rows:
         except (OSError, arrow.ArrowException) as error:
             got = f"{place}: {error_line(error)}"
             raise refusal(spec, "hold whole parquet files", got) from None
-        if pieces[-1].type != pieces[0].type:
-            got = f"{pieces[0].type} in {places[0]} and {pieces[-1].type} in {place}"
-            raise refusal(spec, f"hold one type in column {column!r}", got)
+        types = pieces[0].type, pieces[-1].type
+        got = f"{types[0]} in {places[0]} and {types[1]} in {place}"
+        check_set(spec, types[0] == types[1], f"hold one type in column {column!r}", got)
     return table_rows(request, pieces, places, image=image)
