@@ -383,7 +383,7 @@ def test_sample_draws_what_run_chains_draws(run_folder, tmp_path):
     assert cli.run(["sample", str(run_folder), *short]) == 0
     model, _ = runs.load_run(run_folder)
     source = data.open_source("digits", seed=0)
-    starts = evaluation.denoise_held_out(model, source, 0.4, count=3, seed=0).noisy
+    starts = evaluation.denoise_held_out(model, source, 0.4, count=3, seed=0).x
     draws, _ = evaluation.run_chains(
         model, starts, 0.4, method="ozaki", step_size=0.16, n_steps=6, burn_in=2, seed=0
     )

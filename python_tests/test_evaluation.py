@@ -90,8 +90,8 @@ def test_digits_give_the_same_numbers_as_ever(digits, network, seed):
     result = denoise_held_out(network, digits, 0.4, seed=seed)
     expected = _old_denoise(network, grey.test, 0.4, seed)
     assert result.sigma == expected.sigma
-    assert torch.equal(result.clean, expected.clean)
-    assert torch.equal(result.noisy, expected.noisy)
+    assert torch.equal(result.x0, expected.x0)
+    assert torch.equal(result.x, expected.x)
     assert torch.equal(result.posterior.mean, expected.posterior.mean)
     assert torch.equal(result.posterior.covariance.dense(), expected.posterior.covariance.dense())
     found = recalibrate(network, digits, (0.1, 1.2), seed=seed)
@@ -104,14 +104,14 @@ def test_digits_give_the_same_numbers_as_ever(digits, network, seed):
 
 def test_denoise_held_out_adds_noise_of_the_level_and_gives_the_posterior(digits):
     result = denoise_held_out(_gaussian, digits, 0.5, seed=0)
-    assert torch.equal(data.to_grey(result.clean), digits.test.float())
-    noise = (result.noisy - result.clean) / 0.5
+    assert torch.equal(data.to_grey(result.x0), digits.test.float())
+    noise = (result.x - result.x0) / 0.5
     assert noise.std().item() == pytest.approx(1, abs=0.02)
-    torch.testing.assert_close(result.posterior.mean, result.noisy * 0.3 / 0.55)
+    torch.testing.assert_close(result.posterior.mean, result.x * 0.3 / 0.55)
     errors = evaluation.denoising_errors(result)
     assert errors["sigma"] == 0.5
     assert errors["mse_noisy"] == pytest.approx(0.25, rel=0.03)
-    expected = (result.clean - result.noisy * 0.3 / 0.55).square().mean().item()
+    expected = (result.x0 - result.x * 0.3 / 0.55).square().mean().item()
     assert errors["mse_denoised"] == pytest.approx(expected)
 
 
@@ -128,19 +128,19 @@ def test_denoise_takes_samples_of_any_dims_in_chunks(dims, monkeypatch):
     monkeypatch.setattr(evaluation.rows, "ROWS", 10)
     result = denoise_held_out(watched, source, 0.3, count=23, seed=1, recalibration=1.7)
     assert seen == [10, 10, 3]
-    assert torch.equal(result.noisy, whole.noisy)
+    assert torch.equal(result.x, whole.x)
     torch.testing.assert_close(result.posterior.mean, whole.posterior.mean)
     dense = result.posterior.covariance.dense()
     torch.testing.assert_close(dense, whole.posterior.covariance.dense())
     torch.testing.assert_close(dense, 1.7 * posterior_of(model, result).covariance.dense())
-    alone = denoise(model, result.noisy, 0.3)
-    assert alone.clean is None
+    alone = denoise(model, result.x, 0.3)
+    assert alone.x0 is None
     assert torch.equal(alone.posterior.mean, result.posterior.mean)
 
 
 @torch.no_grad()
 def posterior_of(model, result):
-    return posterior(result.noisy, model(result.noisy, result.sigma), result.sigma)
+    return posterior(result.x, model(result.x, result.sigma), result.sigma)
 
 
 def test_denoise_bounds_the_entries_of_a_chunk(monkeypatch):
@@ -162,12 +162,12 @@ def test_rows_keep_their_noise_whatever_the_count_and_each_part_has_its_own():
     source = _source((6,), validation=40)
     few = denoise_held_out(_gaussian, source, 0.5, count=3, seed=2)
     many = denoise_held_out(_gaussian, source, 0.5, seed=2)
-    assert len(many.clean) == 40
-    assert torch.equal(few.noisy, many.noisy[:3])
-    assert torch.equal(few.clean, ((source.test[:3] - 3) / 2).float())
+    assert len(many.x0) == 40
+    assert torch.equal(few.x, many.x[:3])
+    assert torch.equal(few.x0, ((source.test[:3] - 3) / 2).float())
     other = denoise_held_out(_gaussian, source, 0.5, seed=2, part="validation")
-    assert torch.equal(other.clean, ((source.validation - 3) / 2).float())
-    gap = (other.noisy - other.clean) - (many.noisy - many.clean)
+    assert torch.equal(other.x0, ((source.validation - 3) / 2).float())
+    gap = (other.x - other.x0) - (many.x - many.x0)
     assert gap.square().mean().item() == pytest.approx(0.5, rel=0.25)
 
 
@@ -196,7 +196,7 @@ def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits, monkeypatc
 def test_calibration_figures_agree_with_dense_algebra(digits, network):
     result = denoise_held_out(network, digits, 0.4, count=20, seed=0)
     figures = evaluation.calibration_figures(result, 1.7)
-    error = (result.clean - result.posterior.mean).flatten(1).double()
+    error = (result.x0 - result.posterior.mean).flatten(1).double()
     dense = result.posterior.covariance.dense().double()
     eye = torch.eye(64, dtype=torch.float64)
 
@@ -247,9 +247,9 @@ def test_evaluate_gives_the_figures_of_all_rows_at_once(rows, monkeypatch):
                 level["coverage"]["levels"], level["coverage"][key], strict=True
             ):
                 low, high = law.credible_interval(nominal)
-                inside = ((low <= result.clean) & (result.clean <= high)).double().mean()
+                inside = ((low <= result.x0) & (result.x0 <= high)).double().mean()
                 assert share == pytest.approx(inside.item(), abs=2e-3)
-        error = (result.clean - result.posterior.mean)[:20].flatten(1)
+        error = (result.x0 - result.posterior.mean)[:20].flatten(1)
         values, vectors = torch.linalg.eigh(result.posterior.covariance.dense()[:20])
         along = (vectors.mT @ error.unsqueeze(2)).squeeze(2).square().sum(0).flip(0)[:4]
         components = level["components"]
@@ -282,7 +282,7 @@ def test_evaluate_reads_the_part_that_is_asked_for():
         evaluation.denoising_errors(result)["mse_denoised"]
     )
     assert level["mahalanobis"] == pytest.approx(
-        calibration(result.clean, result.posterior)["mahalanobis"]
+        calibration(result.x0, result.posterior)["mahalanobis"]
     )
 
 
@@ -492,7 +492,7 @@ def _accuracy(**more):
     [
         (
             lambda: denoise(_gaussian, torch.zeros(5), 0.5),
-            "denoise: noisy must have shape (B, *dims), got (5,)",
+            "denoise: x must have shape (B, *dims), got (5,)",
         ),
         (
             lambda: denoise(_gaussian, torch.zeros(2, 5), 0.0),

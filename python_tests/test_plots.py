@@ -90,8 +90,8 @@ FIGURES = {
     "calibration wide": lambda: plots.calibration_figure(
         [{**row, "mahalanobis": 300.0} for row in _rows()], _levels(SIGNAL), recalibration=1.2
     ),
-    "chains": lambda: plots.chains_figure([("starts", _result(GREY).noisy)] * 3),
-    "chains signal": lambda: plots.chains_figure([("ends", _result(SIGNAL).noisy)], columns=4),
+    "chains": lambda: plots.chains_figure([("starts", _result(GREY).x)] * 3),
+    "chains signal": lambda: plots.chains_figure([("ends", _result(SIGNAL).x)], columns=4),
     "training": lambda: plots.training_figure([_History(s) for s in range(1, 9)], size=64),
     "training gradient": lambda: plots.training_figure(
         [_History(s, 3.0 / s, 2.0) for s in range(1, 9)]
@@ -153,7 +153,7 @@ def test_images_of_digits_are_ink_on_paper_with_the_doubt_in_magma():
     titles = [ax.get_title() for ax in axes[:8]]
     assert titles == ["noisy", "denoised", "true", "std", "vector 1", "2", "3", "4"]
     assert len(axes) == 16
-    for place, values in enumerate((result.noisy, result.posterior.mean, result.clean)):
+    for place, values in enumerate((result.x, result.posterior.mean, result.x0)):
         image = axes[8 + place].images[0]
         assert np.array_equal(_shown(axes[8 + place]), values[1].numpy())
         assert (image.get_cmap().name, image.get_clim()) == ("gray_r", (-1.0, 1.0))
@@ -201,9 +201,9 @@ def test_signals_are_lines_with_a_band():
     axes = plots.denoising_figure(result, rows=1).axes
     noisy, mean, true = axes[0].lines
     for line, values in (
-        (noisy, result.noisy),
+        (noisy, result.x),
         (mean, result.posterior.mean),
-        (true, result.clean),
+        (true, result.x0),
     ):
         assert np.array_equal(line.get_ydata(), values[0].numpy())
     band = axes[0].collections[0].get_paths()[0].vertices[:, 1]
@@ -218,7 +218,7 @@ def test_uncertainty_is_shown_on_one_scale_for_all_levels():
     axes = plots.uncertainty_figure(levels, rows=2).axes
     top = levels[2].posterior.std[:2].max().item()
     for j, result in enumerate(levels):
-        assert np.array_equal(_shown(axes[7 + 1 + 2 * j]), result.noisy[1].numpy())
+        assert np.array_equal(_shown(axes[7 + 1 + 2 * j]), result.x[1].numpy())
         image = axes[7 + 2 + 2 * j]
         assert np.array_equal(_shown(image), result.posterior.std[1].numpy())
         assert image.images[0].get_clim() == (0.0, pytest.approx(top))
@@ -247,7 +247,7 @@ def test_calibration_leaves_out_what_does_not_exist_and_takes_coverage_from_eith
     probability, share = curve.get_data()
     for nominal, value in list(zip(probability, share, strict=True))[::12]:
         low, high = levels[0].posterior.recalibrated(1.5).credible_interval(nominal)
-        inside = (low <= levels[0].clean) & (levels[0].clean <= high)
+        inside = (low <= levels[0].x0) & (levels[0].x0 <= high)
         assert value == pytest.approx(inside.float().mean().item(), abs=0.011)
 
 

@@ -160,12 +160,12 @@ def diagonals(
         recalibration=trained.facts["recalibration"],
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    assert found.clean is not None
-    square = (found.clean - found.posterior.mean).square()
+    assert found.x0 is not None
+    square = (found.x0 - found.posterior.mean).square()
     variance = found.posterior.std.square()
     pair = torch.stack([variance.flatten(), square.flatten()]).double()
     calibration = evaluation.calibration_figures(found, 1.0)
-    parts = {"clean": found.clean, "noisy": found.noisy, "mean": found.posterior.mean,
+    parts = {"clean": found.x0, "noisy": found.x, "mean": found.posterior.mean,
              "std": found.posterior.std}  # fmt: skip
     return {
         "error": float(square.mean()) / sigma**2,
@@ -292,12 +292,12 @@ def eigenvectors(
     trained = ready(folders, name, quick)
     model, source = trained.model, trained.source
     found = evaluation.denoise_held_out(model, source, sigma, count=count, seed=_SEED)
-    assert found.clean is not None
-    error = (found.clean - found.posterior.mean).flatten(1)
+    assert found.x0 is not None
+    error = (found.x0 - found.posterior.mean).flatten(1)
     whole = error.square().sum(1).mean()
 
     began = time.perf_counter()
-    again = evaluation.denoise(model, found.noisy, sigma)
+    again = evaluation.denoise(model, found.x, sigma)
     again = again._replace(posterior=again.posterior.recalibrated(trained.facts["recalibration"]))
     values, vectors = again.posterior.principal_components(k)
     ways = {"learned": Components(values, vectors, 0, time.perf_counter() - began)}
@@ -306,7 +306,7 @@ def eigenvectors(
         return model(x, sigma).unscaled(sigma).score  # type: ignore[no-any-return]
 
     def covariance(symmetrize: bool) -> ScoreHessian:
-        hessian = ScoreHessian(score, found.noisy, symmetrize=symmetrize, check=False)
+        hessian = ScoreHessian(score, found.x, symmetrize=symmetrize, check=False)
         return hessian.scale(sigma**4) + sigma**2
 
     ways["Jacobian, subspace iteration"] = subspace_iteration(covariance(False), k, iterations)
@@ -331,7 +331,7 @@ def eigenvectors(
     pictures = {
         side: pack(each[:shown].mT.reshape(shown, k, *source.shape)) for side, each in sides.items()
     }
-    pictures |= {"noisy": pack(found.noisy[:shown]), "mean": pack(found.posterior.mean[:shown])}
+    pictures |= {"noisy": pack(found.x[:shown]), "mean": pack(found.posterior.mean[:shown])}
     return {"ways": results, "pictures": pictures}
 
 

@@ -78,7 +78,7 @@ def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> 
     calibration = [evaluation.calibration_figures(result, scale) for result in results]
 
     console.print("Sampling with Langevin and Ozaki steps")
-    starts = evaluation.denoise_held_out(model, source, CHAIN_SIGMA, count=chains, seed=seed).noisy
+    starts = evaluation.denoise_held_out(model, source, CHAIN_SIGMA, count=chains, seed=seed).x
     sampling, figures = _sample(model, starts, n_steps=steps, burn_in=burn_in, seed=seed)
 
     figures["calibration"] = plots.calibration_figure(calibration, results, recalibration=scale)
@@ -177,9 +177,9 @@ from hos_ext.app import data
 
 model, config = load_model("{(out / "run" / "model").as_posix()}")
 digits = data.open_source("digits", seed=config["run"]["options"]["seed"])
-x = digits.scaling.forward(digits.test[:8], seed=1)
-noisy = x + 0.4 * torch.randn_like(x)
+x0 = digits.scaling.forward(digits.test[:8], seed=1)
+x = x0 + 0.4 * torch.randn_like(x0)
 with torch.no_grad():
-    result = posterior(noisy, model(noisy, 0.4), 0.4)
+    result = posterior(x, model(x, 0.4), 0.4)
 values, vectors = result.principal_components(4)
 print(result.mean.shape, result.std.mean(), values[0])"""

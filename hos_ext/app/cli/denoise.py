@@ -83,7 +83,7 @@ def denoise(
     made = results.denoised(result, names, scaling, recalibration)
     results.write(place, made)
     what = f"sigma {level:g}: {len(names)} samples"
-    if result.clean is not None:
+    if result.x0 is not None:
         errors = evaluation.denoising_errors(result)
         what = (
             f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4g} -> "

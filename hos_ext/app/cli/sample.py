@@ -80,7 +80,7 @@ def sample(
             storage.check_writable(place)
         source = runs.open_data(facts)
         check_available("sample", "--chains", chains, len(source.test))
-    starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).noisy
+    starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
     size = results.METHODS[method] * level**2 if step_size is None else step_size
     dynamics = results.Dynamics(level, method, size)
     with results.ranks():

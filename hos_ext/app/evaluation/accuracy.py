@@ -62,18 +62,18 @@ def accuracy(
     where = "accuracy"
     check_count(where, "n", n)
     levels = noise_levels(where, sigmas)
-    clean = truth.sample(n, seed=seed)
-    size = clean.shape[1]
+    x0 = truth.sample(n, seed=seed)
+    size = x0.shape[1]
     shape = (size,) if dims is None else tuple(dims)
     check(where, math.prod(shape) == size, f"dims must have {size} entries like truth", shape)
-    noise = draw_normal(Key(seed, TRUTH_OFFSET), STREAM_EVALUATION, clean.shape, clean)
+    noise = draw_normal(Key(seed, TRUTH_OFFSET), STREAM_EVALUATION, x0.shape, x0)
     whole = size <= _DENSE
     chunk = chunk_rows((size, size) if whole else (size,))
     rows = []
     for sigma in levels:
         sums: dict[str, float] = defaultdict(float)
-        for noisy in (clean + sigma * noise).split(chunk):
-            pairs = _estimates(model, truth, noisy, sigma, shape, whole=whole)
+        for x in (x0 + sigma * noise).split(chunk):
+            pairs = _estimates(model, truth, x, sigma, shape, whole=whole)
             for name, (value, exact) in pairs.items():
                 exact = exact.double().flatten(1)
                 error = value.flatten(1).to(exact) - exact
@@ -86,14 +86,14 @@ def accuracy(
 
 
 def _estimates(
-    model: Model, truth: Any, noisy: Tensor, sigma: float, dims: tuple[int, ...], *, whole: bool
+    model: Model, truth: Any, x: Tensor, sigma: float, dims: tuple[int, ...], *, whole: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the model says at noisy samples (n, D), and what is true, by name."""
+    """What the model says at noisy samples x (n, D), and what is true, by name."""
     noisy_law = truth.noisy(sigma)
-    x = to_model(model, noisy)
-    exact_at = x.to(noisy)  # the very point that the model sees
-    scores = model(x.reshape(-1, *dims), sigma)
-    found = posterior(x.reshape(-1, *dims), scores, sigma)
+    seen = to_model(model, x).reshape(-1, *dims)
+    exact_at = seen.flatten(1).to(x)  # the very point that the model sees
+    scores = model(seen, sigma)
+    found = posterior(seen, scores, sigma)
     plain = scores.unscaled(sigma)
     hessian = DPLR.of(plain.diag.flatten(1), plain.factor, plain.sign)
     pairs = {

@@ -53,19 +53,19 @@ def recalibrate(
     check(where, low <= high, "sigma_range must be increasing", sigma_range)
     check_count(where, "limit", limit)
     rows = held_out(where, source, "validation", seed).up_to(limit)
-    clean = rows.clean()
-    sigma = draw_sigma(len(clean), (low, high), seed=seed, offset=rows.offset)
-    level = sigma.view(-1, *[1] * (clean.dim() - 1))
-    noise = rows.noise(clean)
-    # In units of sigma: the clean sample, the noisy one, and the noisy one as the model takes it.
-    clean_unit, noisy_unit, x, sigma = (
+    x0 = rows.clean()
+    sigma = draw_sigma(len(x0), (low, high), seed=seed, offset=rows.offset)
+    level = sigma.view(-1, *[1] * (x0.dim() - 1))
+    noise = rows.noise(x0)
+    # The model takes x in data units; what is in units of sigma has one tau for all levels.
+    unit_x0, unit_x, x, sigma = (
         to_device(model, value)
-        for value in (clean / level, clean / level + noise, clean + level * noise, sigma)
+        for value in (x0 / level, x0 / level + noise, x0 + level * noise, sigma)
     )
-    size = chunk_rows(clean.shape[1:])
-    parts = zip(noisy_unit.split(size), x.split(size), sigma.split(size), strict=True)
+    size = chunk_rows(x0.shape[1:])
+    parts = zip(unit_x.split(size), x.split(size), sigma.split(size), strict=True)
     found = join([posterior(unit, model(x, s), 1.0) for unit, x, s in parts])
-    return recalibration_factor(clean_unit, found, tau=0.5)
+    return recalibration_factor(unit_x0, found, tau=0.5)
 
 
 def calibration_figures(result: Denoised, recalibration: float) -> dict[str, float]:
@@ -73,20 +73,20 @@ def calibration_figures(result: Denoised, recalibration: float) -> dict[str, flo
 
     Each as it comes from the model, and with the covariance times `recalibration`.
     """
-    clean = known("calibration_figures", result)
+    x0 = known("calibration_figures", result)
     raw, tau = result.posterior, result.sigma / 2
     scaled = raw.recalibrated(recalibration)
-    figures = calibration(clean, raw)
-    recalibrated = calibration(clean, scaled)
-    predictive = calibration(clean, raw, tau=tau)
-    predictive_recalibrated = calibration(clean, scaled, tau=tau)
+    figures = calibration(x0, raw)
+    recalibrated = calibration(x0, scaled)
+    predictive = calibration(x0, raw, tau=tau)
+    predictive_recalibrated = calibration(x0, scaled, tau=tau)
     return {
         "sigma": result.sigma,
         **figures,
         **{f"{name}_recalibrated": value for name, value in recalibrated.items()},
         "predictive": predictive["mahalanobis"],
         "predictive_recalibrated": predictive_recalibrated["mahalanobis"],
-        "n": len(clean),
+        "n": len(x0),
     }
 
 

@@ -16,18 +16,25 @@ from .rows import HeldOut, chunk_rows, held_out, to_device
 
 
 class Denoised(NamedTuple):
-    """Samples at one noise level, clean (None where it is not known) and noisy, and posteriors."""
+    """Samples at one noise level, and their posteriors.
+
+    Fields:
+        sigma: noise level. Data units.
+        x0: clean samples, shape (B, *dims). Data units; None where they are not known.
+        x: noisy samples, shape (B, *dims). Data units.
+        posterior: of x0 given x.
+    """
 
     sigma: float
-    clean: Tensor | None
-    noisy: Tensor
+    x0: Tensor | None
+    x: Tensor
     posterior: Posterior
 
 
 @torch.no_grad()
 def denoise(
     model: Model,
-    noisy: Tensor,
+    x: Tensor,
     sigma: float,
     *,
     recalibration: float = 1.0,
@@ -36,8 +43,8 @@ def denoise(
 
     Args:
         model: `model(x, sigma) -> Scores`, in eval mode.
-        noisy: shape (B, *dims), float32 or float64. Data units. It is moved to the device of the
-            model, and the result is there.
+        x: noisy samples. Shape (B, *dims), float32 or float64. Data units. They are moved to the
+            device of the model, and the result is there.
         sigma: noise standard deviation, > 0. Data units.
         recalibration: scalar that every covariance is multiplied by, > 0: see `recalibrate`.
 
@@ -47,10 +54,10 @@ def denoise(
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
     """
-    check_samples("denoise", "noisy", noisy)
+    check_samples("denoise", "x", x)
     sigma = check_number("denoise", "sigma", sigma)
     scale = check_number("denoise", "recalibration", recalibration)
-    return _denoise(model, noisy, sigma, scale)
+    return _denoise(model, x, sigma, scale)
 
 
 @torch.no_grad()
@@ -93,16 +100,16 @@ def denoise_held_out(
 
 def denoise_rows(model: Model, rows: HeldOut, sigma: float, scale: float = 1.0) -> Denoised:
     """Held-out rows denoised under their noise; the covariances are multiplied by `scale`."""
-    clean = rows.clean()
-    result = _denoise(model, clean + sigma * rows.noise(clean), sigma, scale)
-    return result._replace(clean=to_device(model, clean))
+    x0 = rows.clean()
+    result = _denoise(model, x0 + sigma * rows.noise(x0), sigma, scale)
+    return result._replace(x0=to_device(model, x0))
 
 
-def _denoise(model: Model, noisy: Tensor, sigma: float, scale: float) -> Denoised:
-    noisy = to_device(model, noisy)
-    parts = noisy.split(chunk_rows(noisy.shape[1:]))
-    found = join([posterior(x, model(x, sigma), sigma) for x in parts])
-    return Denoised(sigma, None, noisy, found if scale == 1 else found.recalibrated(scale))
+def _denoise(model: Model, x: Tensor, sigma: float, scale: float) -> Denoised:
+    x = to_device(model, x)
+    parts = x.split(chunk_rows(x.shape[1:]))
+    found = join([posterior(part, model(part, sigma), sigma) for part in parts])
+    return Denoised(sigma, None, x, found if scale == 1 else found.recalibrated(scale))
 
 
 def join(parts: list[Posterior]) -> Posterior:
@@ -122,14 +129,14 @@ def join(parts: list[Posterior]) -> Posterior:
 
 def denoising_errors(result: Denoised) -> dict[str, float]:
     """Mean squared error of an entry, noisy and denoised, in squared data units."""
-    clean = known("denoising_errors", result)
-    noisy = (result.noisy - clean).square().mean()
-    denoised = (result.posterior.mean - clean).square().mean()
+    x0 = known("denoising_errors", result)
+    noisy = (result.x - x0).square().mean()
+    denoised = (result.posterior.mean - x0).square().mean()
     return {"sigma": result.sigma, "mse_noisy": float(noisy), "mse_denoised": float(denoised)}
 
 
 def known(where: str, result: Denoised) -> Tensor:
     """The clean samples of a result, which must hold them."""
-    if result.clean is None:
+    if result.x0 is None:
         raise ValueError(f"{where}: result must hold the clean samples, got None")
-    return result.clean
+    return result.x0

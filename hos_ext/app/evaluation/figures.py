@@ -130,7 +130,7 @@ def _means(result: Denoised, scale: float) -> dict[str, Tensor | float]:
     return {
         **denoising_errors(result),
         **calibration_figures(result, scale),
-        "variance": float(trace) / result.noisy[0].numel(),
+        "variance": float(trace) / result.x[0].numel(),
         "coverage": coverage(result),
         "coverage_recalibrated": coverage(result, scale),
     }

@@ -49,10 +49,10 @@ class HeldOut:
         """The rows in data units, dequantised. Shape (n, *dims), float32."""
         return self.scaling.forward(self.raw, seed=self.seed, offset=self.offset, first=self.first)
 
-    def noise(self, clean: Tensor) -> Tensor:
+    def noise(self, x0: Tensor) -> Tensor:
         """Standard normals for the clean rows, in their shape."""
         key = Key(self.seed, self.offset, self.first)
-        return draw_normal(key, STREAM_EVALUATION, clean.shape, clean)
+        return draw_normal(key, STREAM_EVALUATION, x0.shape, x0)
 
     def chunks(self) -> Iterator[HeldOut]:
         """The rows in parts that `chunk_rows` allows, each under the noise that is its own."""

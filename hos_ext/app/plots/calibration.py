@@ -118,11 +118,11 @@ def _show_coverage(ax: Axes, curves: Sequence[_Curve]) -> None:
 
 def _coverage(result: Denoised, scale: float) -> _Curve:
     """The curve of a result whose covariance is multiplied by `scale`."""
-    if result.clean is None:
+    if result.x0 is None:
         raise ValueError("calibration_figure: results must hold the clean samples, got None")
     nominal = torch.linspace(0.02, 0.98, 49)
     spread = scale**0.5 * result.posterior.std
-    ratio = ((result.clean - result.posterior.mean) / spread).abs().flatten().cpu()
+    ratio = ((result.x0 - result.posterior.mean) / spread).abs().flatten().cpu()
     ratio = ratio.nan_to_num(math.inf, math.inf).sort().values  # NaN: a negative variance
     inside = torch.searchsorted(ratio, torch.erfinv(nominal) * 2**0.5, right=True)
     return nominal.tolist(), (inside / len(ratio)).tolist(), result.sigma

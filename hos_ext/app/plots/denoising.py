@@ -33,8 +33,8 @@ def denoising_figure(result: Denoised, *, rows: int = 4) -> Figure:
         and the true values; right the eigenvectors.
     """
     check_count("denoising_figure", "rows", rows)
-    rows = min(rows, len(result.noisy))
-    known = result.posterior.mean if result.clean is None else result.clean
+    rows = min(rows, len(result.x))
+    known = result.posterior.mean if result.x0 is None else result.x0
     scale = samples.scale_of(known[:rows])
     share, vectors = samples.components(result, rows, samples.COMPONENTS)
     if scale.kind == "lines":
@@ -47,9 +47,9 @@ def _images(
 ) -> Figure:
     """`denoising_figure` for images."""
     mean, std = result.posterior.mean[:rows], result.posterior.std[:rows]
-    shown = {"noisy": result.noisy, "denoised": mean}
-    if result.clean is not None:
-        shown["true"] = result.clean
+    shown = {"noisy": result.x, "denoised": mean}
+    if result.x0 is not None:
+        shown["true"] = result.x0
     names = [f"vector {i + 1}" if i == 0 else str(i + 1) for i in range(share.shape[1])]
     titles = [*shown, "std", *names]
     columns, place = len(titles), len(shown)
@@ -83,18 +83,18 @@ def _lines(result: Denoised, rows: int, share: Tensor, vectors: Tensor) -> Figur
     """`denoising_figure` for signals and vectors."""
     figure = new_figure(0.35 + 1.15 * rows)
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True, width_ratios=[1.5, 1.0])
-    mark = samples.point_mark(result.noisy[0].numel())
+    mark = samples.point_mark(result.x[0].numel())
     for i, (ax, right) in enumerate(axes):
         noisy, mean, std = (
             array(values[i].flatten())
-            for values in (result.noisy, result.posterior.mean, result.posterior.std)
+            for values in (result.x, result.posterior.mean, result.posterior.std)
         )
         entries = np.arange(len(mean))
         ax.plot(entries, noisy, ".", color=GREY, ms=6 if mark else 3, label="noisy")
         ax.fill_between(entries, mean - 2 * std, mean + 2 * std, color=BLUE, alpha=0.25, lw=0)
         ax.plot(entries, mean, color=BLUE, lw=1.2, marker=mark, ms=3, label="mean ± 2 std")
-        if result.clean is not None:
-            clean = array(result.clean[i].flatten())
+        if result.x0 is not None:
+            clean = array(result.x0[i].flatten())
             ax.plot(entries, clean, color="black", lw=0.7, marker=mark, ms=2, label="true")
         samples.vector_lines(right, vectors[i], share[i], mark)
         right.legend(**BESIDE)

@@ -166,7 +166,7 @@ def components(result: Denoised, rows: int, k: int) -> tuple[Tensor, Tensor]:
     covariance = result.posterior.covariance.rows(slice(rows))
     values, vectors = covariance.eigh(min(k, covariance.shape[1]))
     share = values / covariance.trace().unsqueeze(-1)
-    return share, vectors.reshape(*result.noisy[:rows].shape, -1)
+    return share, vectors.reshape(*result.x[:rows].shape, -1)
 
 
 def percent(share: Tensor) -> str:

@@ -35,9 +35,9 @@ def uncertainty_figure(results: Sequence[Denoised], *, rows: int = 3) -> Figure:
     where = "uncertainty_figure"
     check_count(where, "rows", rows)
     check(where, 1 <= len(results) <= 4, "results must be 1 to 4 levels", len(results))
-    rows = min(rows, *(len(result.noisy) for result in results))
+    rows = min(rows, *(len(result.x) for result in results))
     middle = results[len(results) // 2]
-    known = middle.posterior.mean if middle.clean is None else middle.clean
+    known = middle.posterior.mean if middle.x0 is None else middle.x0
     scale = samples.scale_of(known[:rows])
     if scale.kind == "lines":
         return _lines(results, rows)
@@ -49,7 +49,7 @@ def _images(results: Sequence[Denoised], rows: int, scale: samples.Scale) -> Fig
     middle = results[len(results) // 2]
     columns = max(1 + 2 * len(results), 5)
     share, vectors = samples.components(middle, rows, columns - 1)
-    cell = samples.cell_height(middle.noisy.shape[1:], columns)
+    cell = samples.cell_height(middle.x.shape[1:], columns)
     block = rows * cell + (rows - 1) * 0.06
     lower = rows * (cell + 0.17)
     height = 0.24 + block + 0.36 + lower + 0.5
@@ -92,16 +92,16 @@ def _images(results: Sequence[Denoised], rows: int, scale: samples.Scale) -> Fig
 def _levels(axes: Any, results: Sequence[Denoised], scale: samples.Scale) -> Any:
     """The upper block: the samples, and at each level noisy and std. Returns an image of std."""
     rows, middle = len(axes), results[len(results) // 2]
-    known = middle.posterior.mean if middle.clean is None else middle.clean
+    known = middle.posterior.mean if middle.x0 is None else middle.x0
     top = max(samples.top_std(result.posterior.std[:rows]) for result in results)
     image: Any = None
     for i, line in enumerate(axes):
         samples.show(line[0], known[i], scale)
         for noisy, std, result in zip(line[1::2], line[2::2], results, strict=False):
-            samples.show(noisy, result.noisy[i], scale)
+            samples.show(noisy, result.x[i], scale)
             law = result.posterior
             image = samples.show_std(std, law.std[i], top, law.mean[i], scale)
-    left = "denoised" if middle.clean is None else "true"
+    left = "denoised" if middle.x0 is None else "true"
     axes[0, 0].set_title(left, fontsize=7.5, pad=3)
     for ax, result in zip(axes[0, 1::2], results, strict=False):
         # One title over both columns of the level.
@@ -117,7 +117,7 @@ def _lines(results: Sequence[Denoised], rows: int) -> Figure:
     stds: list[Tensor] = [result.posterior.std for result in results]
     figure = new_figure(0.35 + 1.15 * rows)
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True)
-    mark = samples.point_mark(middle.noisy[0].numel())
+    mark = samples.point_mark(middle.x[0].numel())
     for i, (ax, right) in enumerate(axes):
         for j, (result, std) in enumerate(zip(results, stds, strict=True)):
             shade = 0.3 + 0.7 * (j + 1) / len(results)

@@ -58,7 +58,7 @@ def denoised(
     values, vectors = found.principal_components(min(_COMPONENTS, found.mean[0].numel()))
     arrays = {
         "sigma": torch.tensor(result.sigma),
-        "noisy": result.noisy,
+        "noisy": result.x,
         "mean": found.mean,
         "std": found.std,
         "eigenvalues": values,
@@ -68,8 +68,8 @@ def denoised(
         "raw_std": found.std * scale,
         "raw_eigenvalues": values * scale**2,
     }
-    if result.clean is not None:
-        arrays["clean"] = result.clean
+    if result.x0 is not None:
+        arrays["clean"] = result.x0
     report = _REPORT.format(
         sigma=result.sigma,
         raw_sigma=result.sigma * scale,
@@ -97,10 +97,10 @@ def _table(result: evaluation.Denoised, names: Sequence[str], values: Tensor) ->
     """A row of the report for each sample: std, error, and the share of its first components."""
     trace = result.posterior.covariance.trace()
     share = (values.sum(1) / trace).tolist()
-    spread = (trace / result.noisy[0].numel()).sqrt().tolist()
+    spread = (trace / result.x[0].numel()).sqrt().tolist()
     errors = ["not known"] * len(names)
-    if result.clean is not None:
-        square = (result.posterior.mean - result.clean).square().flatten(1).mean(1)
+    if result.x0 is not None:
+        square = (result.posterior.mean - result.x0).square().flatten(1).mean(1)
         errors = [f"{error:.4g}" for error in square.sqrt().tolist()]
     return [
         f"| {name} | {std:.4g} | {error} | {100 * part:.0f} % |"
