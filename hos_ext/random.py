@@ -1,7 +1,7 @@
 """Keys of the counter-based noise, and the table of its streams.
 
 Noise is a function of (seed, stream, offset, element). Two draws that share all four share their
-numbers. So whoever draws owns a stream, and `STREAMS` lists every owner.
+numbers. So each purpose has a stream of its own, and `STREAMS` lists them with their owners.
 """
 
 from __future__ import annotations
@@ -29,42 +29,51 @@ class Key(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A stream of the generator."""
+    """A stream of the generator.
+
+    Fields:
+        number: 0 to 63 for this package, 64 to 255 for users.
+        owners: the rooms that draw from it.
+        purpose: what for.
+    """
 
     number: int
-    owner: str
-    """The module that draws from it."""
+    owners: tuple[str, ...]
     purpose: str
 
 
-# Streams up to 63 are the package's; those from 64 to 255 are for users.
-STREAMS = (
-    Stream(0, "hos_ext.ops.steps", "the noise of Langevin and Ozaki steps"),
-    Stream(1, "hos_ext.sampling", "the uniforms by which a proposal is accepted"),
-    Stream(2, "hos_ext.linalg.dplr", "draws from a posterior, and restarts of its eigensolver"),
-    Stream(3, "hos_ext.losses", "the noise of training samples"),
-    Stream(4, "hos_ext.schedules", "times of training samples"),
-    Stream(5, "hos_ext.losses.high_order", "directions of high-order losses"),
-    Stream(6, "hos_ext.diffusion.reverse", "the noise of reverse steps"),
-    Stream(7, "hos_ext.diffusion.reverse", "draws from the prior"),
-    Stream(8, "hos_ext.linalg.hutchinson", "probes of traces and diagonals"),
-    Stream(9, "hos_ext.linalg", "starts of eigensolvers"),
-    Stream(10, "hos_ext.diffusion.guidance", "the check that an adjoint is one"),
-    Stream(11, "hos_ext.uncertainty.calibration", "directions of a calibration report"),
-    Stream(16, "hos_ext.app.data", "which samples are held out"),
-    Stream(17, "hos_ext.app.data", "the noise that dequantises"),
-    Stream(18, "hos_ext.app.data", "distortions"),
-    Stream(19, "hos_ext.app.data", "flips"),
-    Stream(32, "hos_ext.app.data", "the order of samples in an epoch"),
-    Stream(33, "hos_ext.schedules", "noise levels of training samples"),
-    Stream(34, "hos_ext.app.evaluation", "the noise on held-out samples"),
-)
+STREAMS: dict[int, Stream] = {}
+"""Every stream of the package by its number."""
 
-STREAM_STEP, STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_TRAINING = range(4)
-STREAM_TIME, STREAM_DIRECTION, STREAM_REVERSE, STREAM_PRIOR = range(4, 8)
-STREAM_PROBE, STREAM_START, STREAM_ADJOINT, STREAM_REPORT = range(8, 12)
-STREAM_SPLIT, STREAM_DEQUANTISE, STREAM_DISTORT, STREAM_FLIP = range(16, 20)
-STREAM_ORDER, STREAM_SIGMA, STREAM_EVALUATION = range(32, 35)
+
+def _stream(number: int, owners: str, purpose: str) -> int:
+    """Writes a stream into the table."""
+    if not 0 <= number < 64 or number in STREAMS:
+        raise ValueError(f"stream: number must be free and in [0, 64), got {number}")
+    STREAMS[number] = Stream(number, tuple(owners.split(", ")), purpose)
+    return number
+
+
+# Numbers must not change: they decide the draws of every seed, and exact resume.
+STREAM_STEP = _stream(0, "ops", "the noise of Langevin and Ozaki steps")
+STREAM_ACCEPT = _stream(1, "sampling", "the uniforms by which a proposal is accepted")
+STREAM_POSTERIOR = _stream(2, "linalg", "draws from a posterior; restarts of matrix functions")
+STREAM_TRAINING = _stream(3, "losses", "the noise of training samples")
+STREAM_TIME = _stream(4, "losses, schedules", "times of training samples")
+STREAM_DIRECTION = _stream(5, "losses", "directions of high-order losses")
+STREAM_REVERSE = _stream(6, "diffusion", "the noise of reverse steps")
+STREAM_PRIOR = _stream(7, "diffusion", "draws from the prior")
+STREAM_PROBE = _stream(8, "linalg, diffusion", "probes of traces and diagonals")
+STREAM_START = _stream(9, "linalg", "starts of eigensolvers")
+STREAM_ADJOINT = _stream(10, "diffusion", "the check that an adjoint is one")
+STREAM_REPORT = _stream(11, "uncertainty", "directions of a calibration report")
+STREAM_SPLIT = _stream(16, "app", "which samples are held out")
+STREAM_DEQUANTISE = _stream(17, "app", "the noise that dequantises")
+STREAM_DISTORT = _stream(18, "app", "distortions")
+STREAM_FLIP = _stream(19, "app", "flips")
+STREAM_ORDER = _stream(32, "app", "the order of samples in an epoch")
+STREAM_SIGMA = _stream(33, "schedules", "noise levels of training samples")
+STREAM_EVALUATION = _stream(34, "app", "the noise on held-out samples")
 
 
 def fresh_seed() -> int:
