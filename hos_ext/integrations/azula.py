@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_number, check_samples, positive, require
+from ..checks import check, check_number, check_samples, positive, require
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -51,8 +51,8 @@ class MeanDenoiser(nn.Module):
             check_schedule(where, schedule)
         self.model, self.schedule = model, schedule
         self.scale = check_number(where, "scale", scale)
-        if not isinstance(shift, (int, float)) or not math.isfinite(shift):
-            raise ValueError(f"{where}: shift must be a finite number, got {shift!r}")
+        fine = isinstance(shift, (int, float)) and math.isfinite(shift)
+        check(where, fine, "shift must be a finite number", f"{shift!r}")
         self.shift = float(shift)
 
     def forward(self, x: Tensor, sigma: float | Tensor, **options: Any) -> Tensor:
@@ -98,11 +98,8 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
         RuntimeError: azula is not installed.
     """
     azula = require("azula_denoiser", "azula.denoise", "adapters")
-    if not isinstance(schedule, Schedule) and not callable(schedule):
-        raise TypeError(
-            "azula_denoiser: schedule must be a Schedule, or one of azula, got "
-            f"{type(schedule).__name__}"
-        )
+    fine, got = isinstance(schedule, Schedule) or callable(schedule), type(schedule).__name__
+    check("azula_denoiser", fine, "schedule must be a Schedule, or one of azula", got, TypeError)
 
     class SecondOrderDenoiser(azula.Denoiser):  # type: ignore[misc, name-defined]
         """Made by `hos_ext.azula_denoiser`."""

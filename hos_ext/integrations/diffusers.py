@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor, one_of, positive, require
+from ..checks import WIDE, check, check_tensor, one_of, positive, require
 from ..schedules import from_alphas_cumprod
 from ..storage import write_folder
 
@@ -48,31 +48,26 @@ class DiffusersScore(nn.Module):
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         super().__init__()
         where = "DiffusersScore"
-        if not isinstance(unet, nn.Module):
-            raise TypeError(f"{where}: unet must be a module, got {type(unet).__name__}")
-        table = getattr(scheduler, "alphas_cumprod", None)
-        if table is None:
-            raise ValueError(
-                f"{where}: scheduler must have alphas_cumprod, got {type(scheduler).__name__}"
-            )
+        got = type(unet).__name__
+        check(where, isinstance(unet, nn.Module), "unet must be a module", got, TypeError)
+        table: Any = getattr(scheduler, "alphas_cumprod", None)
+        got = type(scheduler).__name__
+        check(where, table is not None, "scheduler must have alphas_cumprod", got)
         kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
         self.prediction = one_of(where, "scheduler.config.prediction_type", kind, _PREDICTIONS)
-        config = getattr(unet, "config", None)
+        config: Any = getattr(unet, "config", None)
         config = config if isinstance(config, Mapping) else {}
         for name in _CONDITIONS:
-            if config.get(name) is not None:
-                raise ValueError(
-                    f"{where}: unet must be unconditional, got {name} = {config[name]!r}"
-                )
+            value = config.get(name)
+            check(where, value is None, "unet must be unconditional", f"{name} = {value!r}")
         embedding = config.get("time_embedding_type", "positional")
-        if embedding != "positional":
-            raise ValueError(
-                f"{where}: unet must have time_embedding_type 'positional', which takes times "
-                f"between the whole numbers, got {embedding!r}"
-            )
+        rule = (
+            "unet must have time_embedding_type 'positional', which takes times between the whole "
+            "numbers"
+        )
+        check(where, embedding == "positional", rule, f"{embedding!r}")
         for dtype in {p.dtype for p in unet.parameters()}:
-            if dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{where}: unet must be float32 or float64, got {dtype}")
+            check(where, dtype in WIDE, "unet must be float32 or float64", dtype)
         # No signal, hence no score, at the last time; Euler's scheduler puts 2^-24 there.
         if table[-1] == 0 or (len(table) > 1 and table[-1] == 2**-24 > table[-2]):
             table = table[:-1]
@@ -98,34 +93,27 @@ class DiffusersScore(nn.Module):
         """
         where = "DiffusersScore"
         check_tensor(where, "x", x)
-        if x.dim() < 2:
-            raise ValueError(f"{where}: x must have shape (B, C, ...), got {tuple(x.shape)}")
+        check(where, x.dim() > 1, "x must have shape (B, C, ...)", tuple(x.shape))
         level = positive(where, "sigma", sigma, x)
         # On the CPU: the bisection for t is hundreds of tiny operations.
         ratio = level.flatten().cpu()
         low, high = ratio.new_tensor(self.sigma_range)
         bad = (ratio < low) | (ratio > high)
         if bool(bad.any()):
-            raise ValueError(
-                f"{where}: sigma must be in [{low:g}, {high:g}], the noise levels of the "
-                f"scheduler, got {ratio[bad][0]:g}"
-            )
+            rule = f"sigma must be in [{low:g}, {high:g}], the noise levels of the scheduler"
+            raise ValueError(f"{where}: {rule}, got {ratio[bad][0]:g}")
         t = self.schedule.t_of_ratio(ratio).to(x.device).expand(len(x))
         alpha = (1 + level.square()).rsqrt()
         x_t = alpha * x
         dtype = next((p.dtype for p in self.unet.parameters()), x.dtype)
         output = getattr(self.unet(x_t.to(dtype), t), "sample", None)
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{where}: unet must return an object with a Tensor 'sample', got "
-                f"{type(output).__name__}"
-            )
+            rule = "unet must return an object with a Tensor 'sample'"
+            raise TypeError(f"{where}: {rule}, got {type(output).__name__}")
         if output.shape[1] == 2 * x.shape[1]:
             output = output[:, : x.shape[1]]
-        if output.shape != x.shape:
-            raise ValueError(
-                f"{where}: unet must return shape {tuple(x.shape)}, got {tuple(output.shape)}"
-            )
+        rule, got = f"unet must return shape {tuple(x.shape)}", tuple(output.shape)
+        check(where, output.shape == x.shape, rule, got)
         output = output.to(x.dtype)
         # With alpha^2 + (alpha sigma)^2 = 1, z = (x - x0) / sigma = alpha sigma x_t + alpha v.
         if self.prediction == "epsilon":
@@ -200,18 +188,18 @@ def from_diffusers(
     diffusers = require(where, "diffusers")
     unet = _part(folder, "unet", "config.json")
     name = _class_name(unet / "config.json")
-    if name != "UNet2DModel":
-        raise ValueError(f"{where}: folder must hold a UNet2DModel, got {name!r} in {unet}")
+    rule = "folder must hold a UNet2DModel"
+    check(where, name == "UNet2DModel", rule, f"{name!r} in {unet}")
     scheduler = _part(folder, "scheduler", "scheduler_config.json")
     name = _class_name(scheduler / "scheduler_config.json")
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ValueError(f"{where}: folder must hold a scheduler, got {name!r} in {scheduler}")
+    kind: Any = getattr(diffusers, str(name), None)
+    fine = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    check(where, fine, "folder must hold a scheduler", f"{name!r} in {scheduler}")
     try:
         network = diffusers.UNet2DModel.from_pretrained(
             unet, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
-        plan = kind.from_pretrained(scheduler, local_files_only=True)  # type: ignore[attr-defined]
+        plan = kind.from_pretrained(scheduler, local_files_only=True)
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and others
         reason = " ".join(str(error).split())
         raise ValueError(

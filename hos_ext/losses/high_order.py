@@ -251,16 +251,35 @@ def order_k_matching_loss(
             (rounding is divided by sigma^k).
     """
     where = "order_k_matching_loss"
-    s, a = _check_batch(where, x0, sigma, alpha, noise, seed, form, n_directions)
-    _check_models(where, k, x0, model, lower, variance_reduction)
+    check_samples(where, "x0", x0)
+    s, a = positive(where, "sigma", sigma, x0), per_sample(where, "alpha", alpha, x0)
     check_reduction(where, reduction)
-    if seed is None and (noise is None or form == "directional"):
+    directional = form == "directional"
+    rule = "form must be 'dense', 'diagonal' or 'directional'"
+    check(where, directional or form in ("dense", "diagonal"), rule, f"{form!r}")
+    check_count(where, "n_directions", n_directions)
+    rule = f"n_directions must be 1 for form {form!r}"
+    check(where, directional or n_directions == 1, rule, n_directions)
+    check_count(where, "k", k)
+    rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
+    check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: lower)
+    if noise is not None:
+        rule = "seed must be None where nothing is drawn"
+        check(where, directional or seed is None, rule, seed)
+        check_tensor(where, "noise", noise, like=x0, shape=tuple(x0.shape))
+    if variance_reduction:
+        _check_vr_order(where, k)
+        refuse_half(where, x0)
+        refuse_dropout(where, model)
+        refuse_dropout(where, lower)
+
+    if seed is None and (noise is None or directional):
         seed = torch.randint(2**63 - 1, ())
     key = Key(0 if seed is None else seed, offset, first)
     if noise is None:
         noise = draw_normal(key, STREAM_TRAINING, x0.shape, x0)
     directions = None
-    if form == "directional":
+    if directional:
         shape = (x0.shape[0], n_directions, x0.shape[1:].numel())
         directions = draw_normal(key, STREAM_DIRECTION, shape, x0)
         directions = directions / directions.norm(dim=-1, keepdim=True)
@@ -401,43 +420,3 @@ def _check_scores(
         like = noise.new_empty(directions.shape[:2])
     scores = [*lower_scores, score_k]
     return is_dense(where, "scores", scores, like, directions is not None, points)
-
-
-def _check_batch(
-    where: str,
-    x0: Tensor,
-    sigma: float | Tensor,
-    alpha: float | Tensor,
-    noise: Tensor | None,
-    seed: Tensor | int | None,
-    form: Form,
-    n_directions: int,
-) -> tuple[Tensor, Tensor]:
-    """sigma and alpha, shaped to broadcast against x0."""
-    check_samples(where, "x0", x0)
-    s = positive(where, "sigma", sigma, x0)
-    a = per_sample(where, "alpha", alpha, x0)
-    directional = form == "directional"
-    rule = "form must be 'dense', 'diagonal' or 'directional'"
-    check(where, directional or form in ("dense", "diagonal"), rule, f"{form!r}")
-    check_count(where, "n_directions", n_directions)
-    rule = f"n_directions must be 1 for form {form!r}"
-    check(where, directional or n_directions == 1, rule, n_directions)
-    if noise is not None:
-        rule = "seed must be None where nothing is drawn"
-        check(where, directional or seed is None, rule, seed)
-        check_tensor(where, "noise", noise, like=x0, shape=tuple(x0.shape))
-    return s, a
-
-
-def _check_models(
-    where: str, k: int, x0: Tensor, model: object, lower: object, variance_reduction: bool
-) -> None:
-    check_count(where, "k", k)
-    rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
-    check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: lower)
-    if variance_reduction:
-        _check_vr_order(where, k)
-        refuse_half(where, x0)
-        refuse_dropout(where, model)
-        refuse_dropout(where, lower)

@@ -327,9 +327,8 @@ def _check_batch(
 ) -> None:
     where = _WHERE
     check(where, isinstance(x0, Tensor), "x0 must be a Tensor", type(x0).__name__, TypeError)
-    fine, got = x0.dim() > 1 and x0.is_floating_point(), (x0.dtype, tuple(x0.shape))
-    rule = "x0 must be floating point of shape (B, *dims)"
-    check(where, fine, rule, lambda: "{} of shape {}".format(*got))
+    fine, rule = x0.dim() > 1 and x0.is_floating_point(), "x0 must be floating point of shape"
+    check(where, fine, f"{rule} (B, *dims)", lambda: f"{x0.dtype} of shape {tuple(x0.shape)}")
     _check_level("sigma", sigma, x0, positive=True)
     _check_level("alpha", alpha, x0, positive=False)
     if noise is None:
@@ -360,6 +359,7 @@ def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bo
     where, got = _WHERE, type(scores).__name__
     check(where, isinstance(scores, Scores), "model must return Scores", got, TypeError)
     shape: Shape = tuple(points.shape)
+    value: Any
     for name, value in zip(("scaled_score", "c", "factor"), scores[:3], strict=True):
         if name == "factor":
             if value is None:
