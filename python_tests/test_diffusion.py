@@ -25,7 +25,7 @@ from hos_ext.diffusion import (
     steps,
     tweedie_denoise,
 )
-from hos_ext.sampling import chains as samplers
+from hos_ext.sampling import method_names
 from hos_ext.sampling.chains import sample
 from hos_ext.schedules import EDM, VE, VP, CosineVP, Schedule, SubVP, from_alphas_cumprod
 from hos_ext.scores import Scores, UnscaledScores
@@ -334,7 +334,7 @@ def test_whole_schedules_run_from_prior_to_data(schedule):
 # ------------------------------------------------------------------------ corrector, annealing
 
 
-CORRECTORS = [*samplers.UNADJUSTED, *samplers.ADJUSTED]
+CORRECTORS = method_names()
 
 
 @pytest.mark.parametrize("corrector", CORRECTORS)

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from hos_ext import MLP, sample
-from hos_ext.sampling.distributed import sample_sharded, shard
+from hos_ext.sampling import sample_sharded, shard
 from hos_ext.scores import DenseScores, UnscaledScores
 
 CHAINS, WORLDS = 7, (1, 2, 3)

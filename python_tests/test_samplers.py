@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from hos_ext import ops
-from hos_ext.sampling.chains import ADJUSTED, UNADJUSTED, Chains, sample
+from hos_ext.sampling import Chains, method_names, sample
 from hos_ext.scores import DenseScores, UnscaledScores
+
+METHODS = method_names()
 
 SPREAD = torch.tensor([0.05, 0.4, 1.0, 3.0], dtype=torch.float64)  # variances, a diagonal Gaussian
 CORRELATED = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
@@ -166,7 +168,7 @@ def init():
     return torch.linspace(-1, 1, 7 * 4).reshape(7, 4)
 
 
-@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 50])
 def test_chunks_do_not_change_the_chains(init, method, chunk_size):
     step_size = torch.linspace(0.01, 0.05, 7)
@@ -216,7 +218,7 @@ def test_a_resumed_run_continues_exactly(init, thin):
     assert torch.equal(again.draws, second.draws)
 
 
-@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_resumes_and_splits_over_processes(init, method):
     score_fn = varying(isotropic="isotropic" in method)
     options = {"method": method, "step_size": 0.3}
@@ -229,7 +231,7 @@ def test_every_method_resumes_and_splits_over_processes(init, method):
     assert not torch.equal(whole.draws[:, 0], whole.draws[:, 1])
 
 
-@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+@pytest.mark.parametrize("method", METHODS)
 def test_score_functions_may_reuse_their_output(init, method):
     """As a captured CUDA graph does: what the last call returned is overwritten by the next."""
     plain = varying(isotropic="isotropic" in method)
@@ -245,7 +247,7 @@ def test_score_functions_may_reuse_their_output(init, method):
     assert torch.equal(got.draws, expected.draws)
 
 
-@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_same_chains_on_every_device(init, method, device):
     score_fn = varying(isotropic="isotropic" in method)
 
@@ -604,7 +606,7 @@ def gaussian_low_rank(d):
     return score_fn
 
 
-@pytest.mark.parametrize("method", UNADJUSTED + ADJUSTED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_non_finite_state_harms_no_other_chain_in_any_method(init, method):
     bad = init.clone()
     bad[2, 1] = float("nan")
@@ -691,7 +693,7 @@ NEEDS_SCORES = (
     "score_fn must return UnscaledScores(score, diag, factor) or DenseScores(score, hessian) for "
     "method 'ozaki', got "
 )
-KNOWN = ", ".join(repr(method) for method in UNADJUSTED + ADJUSTED)
+KNOWN = ", ".join(repr(method) for method in METHODS)
 
 
 def _dense(hessian):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hos_ext import UnscaledScores
 from hos_ext.densities import GaussianMixture
-from hos_ext.sampling.chains import ADJUSTED, sample
-from hos_ext.sampling.step_size import adapt_step_size, search_step_size
+from hos_ext.sampling import adapt_step_size, method_names, sample, search_step_size
+
+ADJUSTED = method_names(adjusted=True)
 
 F64 = torch.float64
 

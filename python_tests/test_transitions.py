@@ -13,11 +13,12 @@ from torch.distributions import MultivariateNormal
 from hos_ext import UnscaledScores, ops
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.linalg import ScoreHessian
-from hos_ext.sampling.chains import ADJUSTED, sample
-from hos_ext.sampling.transitions import Point, log_ratio, transition
+from hos_ext.sampling import NormalStep, Point, make_step, method_names, sample
+from hos_ext.sampling.methods import NormalLaw, log_ratio
 from hos_ext.scores import DenseScores, MatrixFreeScores
 
 F64 = torch.float64
+ADJUSTED = method_names(adjusted=True)
 EXACT = ("ozaki_full", "ozaki_isotropic", "ozaki_cayley", "ozaki_lanczos")
 TINY = {"tolerance": 1e-12}
 
@@ -70,6 +71,13 @@ def stationary(a: Tensor, g: Tensor) -> Tensor:
     d = len(a)
     left = torch.eye(d * d, dtype=a.dtype) - torch.kron(a, a)
     return torch.linalg.solve(left, (g @ g.T).flatten()).reshape(d, d)
+
+
+def transition(method: str, here: Point, h: float | Tensor, curvature: str) -> NormalLaw:
+    """The law of the next state under a method."""
+    step = make_step(method, curvature=curvature)
+    assert isinstance(step, NormalStep)
+    return step.law(here, torch.as_tensor(h, dtype=here.x.dtype).reshape(-1, 1))
 
 
 # ------------------------------------------------------------------------------------ the law kept
@@ -344,7 +352,7 @@ def test_lanczos_takes_the_derivative_of_any_score_function():
     other = ScoreHessian(mixture.score, x[:3], check=False)
     with pytest.raises(ValueError, match=r"hessian from score_fn must have shape \(8, 6, 6\)"):
         sample(lambda x: MatrixFreeScores(x, other), x, **options)
-    with pytest.raises(TypeError, match="hessian from score_fn must be a ScoreHessian, got int"):
+    with pytest.raises(TypeError, match="must be a SymmetricOperator, got int"):
         sample(lambda x: MatrixFreeScores(x, 3), x, **options)
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from bench import libraries
 from hos_ext import UnscaledScores, sample
 from hos_ext.densities.gaussian import GaussianMixture
-from hos_ext.sampling import ess_rate, min_ess, mode_jumps
-from hos_ext.sampling.chains import ADJUSTED, Chains
+from hos_ext.sampling import Chains, ess_rate, method_names, min_ess, mode_jumps
 from hos_ext.scores import DenseScores
 
 from . import networks, sets
@@ -100,7 +99,7 @@ def _options(name: str, scores: str, method: str) -> dict[str, Any]:
     """The arguments of `sample` that a method stands for."""
     kind, _, curvature = method.partition(" ")
     options: dict[str, Any] = {"method": kind, "curvature": curvature or "clamp"}
-    if kind in ADJUSTED and scores == "exact":
+    if kind in method_names(adjusted=True) and scores == "exact":
         options["log_prob"] = _noisy(name).log_prob
     return options
 

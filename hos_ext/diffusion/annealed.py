@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check, check_int, check_number, check_samples, one_of
-from ..sampling.chains import ADJUSTED, UNADJUSTED, Chains, sample
+from ..checks import check, check_int, check_number, check_samples
+from ..sampling.chains import Chains, sample
+from ..sampling.methods import Method, make_step
 from ..scores import Model, UnscaledScores, model_scores
 from .inputs import check_chain_options, descending, noise_key
 from .steps import chain_scores, chain_state
@@ -19,7 +20,7 @@ def annealed_langevin(
     init: Tensor,
     sigmas: Sequence[float] | Tensor,
     *,
-    method: str = "langevin",
+    method: Method = "langevin",
     step_size: float = 0.1,
     n_steps: int,
     thin: int = 1,
@@ -71,9 +72,9 @@ def annealed_langevin(
     levels = descending(where, "sigmas", sigmas, 1)
     check(where, levels[-1] > 0, "sigmas must be positive", levels[-1])
     relative = check_number(where, "step_size", step_size)
-    one_of(where, "method", method, (*UNADJUSTED, *ADJUSTED))
-    check_int(where, "n_steps", n_steps, 2**31)
     check_chain_options(where, options)
+    step = make_step(method, where=where, **options)
+    check_int(where, "n_steps", n_steps, 2**31)
     check_int(where, "first_chain", first_chain, 2**63)
     state = chain_state(init, noise_key(where, init.shape, seed, first=first_chain), step=0)
     sums: dict[str, Any] = {"seconds": 0.0, "n_score_evaluations": 0, "divergences": 0}
@@ -81,19 +82,18 @@ def annealed_langevin(
 
         def score_fn(x: Tensor, sigma: float = sigma) -> Tensor | UnscaledScores:
             level = x.new_full((len(x),), sigma)
-            return chain_scores(model_scores(where, model, x, level), sigma, method)
+            return chain_scores(model_scores(where, model, x, level), sigma, step)
 
         last = sigma == levels[-1]
         chains = sample(
             score_fn,
-            method=method,
+            method=step,
             step_size=relative * sigma**2,
             n_steps=n_steps if last else 0,
             burn_in=0 if last else n_steps,
             thin=thin,
             chunk_size=chunk_size,
             state=state,
-            **options,
         )
         state = chains.state
         sums = {name: total + chains.stats[name] for name, total in sums.items()}

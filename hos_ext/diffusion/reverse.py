@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import check, check_count, check_int, check_number, check_samples, one_of
 from ..random import STREAM_PRIOR
-from ..sampling.chains import ADJUSTED, UNADJUSTED
+from ..sampling.methods import Method, make_step
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -269,7 +269,7 @@ def predictor_corrector(
     n_steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
     predictor: str = "euler",
-    corrector: str = "langevin",
+    corrector: Method = "langevin",
     corrector_steps: int = 1,
     corrector_step_size: float = 0.1,
     noise_covariance: str = "low_rank",
@@ -321,11 +321,11 @@ def predictor_corrector(
     second = second_order(one_of(where, "noise_covariance", noise_covariance, _NOISE_COVARIANCES))
     steps = {**_SDE_STEPS, "second_order": second}
     predict = steps[one_of(where, "predictor", predictor, steps)]
-    one_of(where, "corrector", corrector, (*UNADJUSTED, *ADJUSTED))
+    check_chain_options(where, options)
+    chain_step = make_step(corrector, where=where, argument="corrector", **options)
     check_int(where, "corrector_steps", corrector_steps, 2**31)
     step_size = check_number(where, "corrector_step_size", corrector_step_size)
-    check_chain_options(where, options)
-    step = corrected(predict, corrector, corrector_steps, step_size, options)
+    step = corrected(predict, chain_step, corrector_steps, step_size)
     grid = n_steps, times
     return _descend(where, step, model, init, schedule, grid, (seed, offset, first), chunk_size)
 

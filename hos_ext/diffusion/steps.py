@@ -7,8 +7,8 @@ so that it enters with s - t < 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from ..checks import check
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REVERSE, Key
-from ..sampling.chains import ChainState, sample
+from ..sampling import ChainState, sample
+from ..sampling import Step as ChainStep
 from ..schedules import Schedule
 from ..scores import Model, Scores, UnscaledScores, model_scores
 from ..tweedie.posterior import posterior
@@ -161,19 +162,17 @@ def _clean_sample(run: Run, x: Tensor, t: float, noise_covariance: str) -> tuple
 # ------------------------------------------------------------------------------------- correctors
 
 
-def corrected(
-    predict: Step, corrector: str, n: int, step_size: float, options: Mapping[str, Any]
-) -> Step:
+def corrected(predict: Step, corrector: ChainStep, n: int, step_size: float) -> Step:
     """A step, then n steps of a Markov chain that keeps the marginal at the time it came to.
 
     Args:
         predict: the step.
-        corrector: a method of `sample`.
+        corrector: the step of the chain.
         n: steps of the chain.
         step_size: of the chain, in units of sigma(s)^2.
-        options: further arguments of `sample`.
     """
-    used = ("scaled_score",) if corrector == "langevin" else ("scaled_score", "c", "factor")
+    alone = not (corrector.needs_hessian or corrector.adjusted)
+    used = ("scaled_score",) if alone else ("scaled_score", "c", "factor")
 
     def step(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
         x = predict(run, x, t, s, number)
@@ -187,7 +186,6 @@ def corrected(
             n_steps=0,
             burn_in=n,
             state=chain_state(x, run.key, step=number * n),
-            **options,
         )
         return chains.state["x"]
 
@@ -204,9 +202,11 @@ def _seed(key: Key) -> int:
     return key.seed
 
 
-def chain_scores(scores: Scores, sigma: float, method: str) -> Tensor | UnscaledScores:
-    """What `sample` needs at a noise level: s1 alone for Langevin steps, and where there is no c
-    for MALA, whose acceptance is nearer to the truth with s2."""
-    if method == "langevin" or (method == "mala" and scores.c is None):
+def chain_scores(scores: Scores, sigma: float, step: ChainStep) -> Tensor | UnscaledScores:
+    """What `sample` needs at a noise level: s1 alone for a step that does not need s2.
+
+    An adjusted step has s2 where there is a c: its acceptance is then nearer to the truth.
+    """
+    if not step.needs_hessian and (scores.c is None or not step.adjusted):
         return scores.scaled_score / sigma
     return scores.unscaled(sigma)

@@ -1,21 +1,54 @@
-"""Chains: the driver, step sizes, diagnostics, many processes."""
+"""Chains: the driver, the steps, step sizes, diagnostics, many processes.
 
-from .chains import Chains, ChainState, sample
+`sample` runs chains. `methods` has one class a step; `register_step` adds one from outside.
+"""
+
+from .arguments import ChainState
+from .chains import ChainOptions, Chains, sample
 from .diagnostics import ess, ess_rate, min_ess, mode_jumps, r_hat
 from .distributed import sample_sharded, shard
-from .step_size import adapt_step_size, search_step_size
+from .methods import (
+    Metropolis,
+    NormalLaw,
+    NormalStep,
+    PlainStep,
+    Point,
+    Step,
+    StepOptions,
+    diagonal_law,
+    make_step,
+    method_names,
+    register_step,
+    spectral_law,
+)
+from .step_size import StepSizeAdaptation, StepSizeSearch, adapt_step_size, search_step_size
 
 __all__ = [
+    "ChainOptions",
     "ChainState",
     "Chains",
+    "Metropolis",
+    "NormalLaw",
+    "NormalStep",
+    "PlainStep",
+    "Point",
+    "Step",
+    "StepOptions",
+    "StepSizeAdaptation",
+    "StepSizeSearch",
     "adapt_step_size",
+    "diagonal_law",
     "ess",
     "ess_rate",
+    "make_step",
+    "method_names",
     "min_ess",
     "mode_jumps",
     "r_hat",
+    "register_step",
     "sample",
     "sample_sharded",
     "search_step_size",
     "shard",
+    "spectral_law",
 ]

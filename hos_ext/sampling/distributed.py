@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..checks import check_count
-from .chains import Chains, ChainState, begin_chains, sample
-from .transitions import LogDensity, ScoreFunction
+from ..checks import check, check_count
+from ..scores import ScoreFn
+from .arguments import ChainState, begin_chains
+from .chains import ChainOptions, Chains, sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Result = TypeVar("_Result")
 _Told = TypeVar("_Told")
@@ -37,43 +41,43 @@ def shard(n: int, rank: int, world: int) -> slice:
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
+
+    Example:
+        >>> [shard(5, rank, 2) for rank in range(2)]
+        [slice(0, 2, None), slice(2, 5, None)]
     """
     check_count("shard", "n", n, least=0, limit=2**63)
     check_count("shard", "world", world)
     check_count("shard", "rank", rank, least=0)
-    if rank >= world:
-        raise ValueError(f"shard: rank must be below world {world}, got {rank}")
+    check("shard", rank < world, f"rank must be below world {world}", rank)
     return slice(n * rank // world, n * (rank + 1) // world)
 
 
 def sample_sharded(
-    score_fn: ScoreFunction,
+    score_fn: ScoreFn,
     init: Tensor | None = None,
     *,
     step_size: float | Tensor,
     n_steps: int,
-    log_prob: LogDensity | None = None,
     seed: int | None = None,
-    first_chain: int = 0,
     state: ChainState | None = None,
-    progress: bool = False,
     group: dist.ProcessGroup | None = None,
-    **options: Any,
+    **options: Unpack[ChainOptions],
 ) -> Chains:
-    """`samplers.sample` with the chains shared out over the ranks of a process group.
+    """`sample` with the chains shared out over the ranks of a process group.
 
     Every rank calls this with the same arguments, `init` or `state` whole, and its own copy of the
     score function; each runs its chains, with `first_chain` set to the first of them. If that
-    fails on one rank, all ranks raise.
+    fails on one rank, all ranks raise. Where torch.distributed is not initialised this is `sample`.
 
     Args:
-        score_fn, init, step_size, n_steps, log_prob, first_chain: as in `sample`, for all chains.
+        score_fn, init, step_size, n_steps: as in `sample`, for all chains.
         seed: as in `sample`. None: that of rank 0 is used by all.
         state: as in `sample`. It may come from a run on any number of ranks.
-        progress: on rank 0, for its own share.
         group: of ranks that take part; None is all. With NCCL, `torch.cuda.set_device` must have
             chosen the device of the process.
-        options: further arguments of `sample`: method, burn_in, thin, chunk_size, curvature, ...
+        options: further arguments of `sample`, see `ChainOptions`. `first_chain` is that of all
+            chains; `progress` shows rank 0 alone, with its own share.
 
     Returns:
         On every rank the Chains of all, as one process gives them: draws and statistics in the
@@ -84,36 +88,36 @@ def sample_sharded(
         ValueError, TypeError: as `sample`; arguments that differ between ranks; this process is not
             in group.
         RuntimeError: another rank failed; the message has its error.
+
+    Example:
+        >>> import torch
+        >>> chains = sample_sharded(lambda x: -x, torch.zeros(3, 2), step_size=0.1, n_steps=4)
+        >>> chains.draws.shape
+        torch.Size([3, 4, 2])
     """
+    where = "sample_sharded"
     if not (dist.is_available() and dist.is_initialized()):
-        if group is not None:
-            raise ValueError(
-                "sample_sharded: group must be None where torch.distributed is not initialised, "
-                f"got {group}"
-            )
+        rule = "group must be None where torch.distributed is not initialised"
+        check(where, group is None, rule, lambda: str(group))
         return sample(
             score_fn,
             init,
             step_size=step_size,
             n_steps=n_steps,
-            log_prob=log_prob,
             seed=seed,
-            first_chain=first_chain,
             state=state,
-            progress=progress,
             **options,
         )
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError(
-            f"sample_sharded: group must hold this process, got one without rank {dist.get_rank()}"
-        )
+    rule = "group must hold this process"
+    check(where, rank >= 0, rule, lambda: f"one without rank {dist.get_rank()}")
+    first_chain, progress = options.pop("first_chain", 0), options.pop("progress", False)
     fresh = state is None and seed is None
 
     def tell(start: ChainState) -> tuple[int, dict[str, str]]:
         given: dict[str, object] = {"init": start["x"], "seed": None if fresh else start["seed"]}
         given |= {name: start[name] for name in ("step", "since_draw", "first_chain")}
-        given |= {"step_size": step_size, "n_steps": n_steps, "log_prob": log_prob, **options}
+        given |= {"step_size": step_size, "n_steps": n_steps, **options}
         return start["seed"], {name: _mark(value) for name, value in given.items()}
 
     start, told = _together(group, lambda: begin_chains(init, seed, first_chain, state), tell)
@@ -134,7 +138,6 @@ def sample_sharded(
             score_fn,
             step_size=own_step_size,
             n_steps=n_steps,
-            log_prob=log_prob,
             state=share,
             progress=progress and rank == 0,
             **options,

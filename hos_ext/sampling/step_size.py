@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_number
-from ..random import fresh_seed
-from .chains import ADJUSTED, ChainState, begin_chains, check_dtype, check_method, sample
+from ..checks import check, check_count, check_number, one_of
+from ..random import Key, fresh_seed
+from ..scores import LogDensity, ScoreFn
+from .arguments import ChainState, begin_chains, check_dtype
+from .chains import ChainOptions, sample
 from .diagnostics import min_ess
-from .transitions import LogDensity, ScoreFunction, evaluate, metropolis_step, own, score_of
+from .methods.base import CURVATURES
+from .methods.metropolis import MetropolisWalk
+from .methods.points import Point
+from .methods.registry import Method, make_step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StepSizeSearch(NamedTuple):
@@ -36,20 +44,22 @@ class StepSizeAdaptation(NamedTuple):
 
 
 def search_step_size(
-    score_fn: ScoreFunction,
+    score_fn: ScoreFn,
     init: Tensor,
     step_sizes: Sequence[float],
     *,
     n_steps: int,
     ess_method: str = "bulk",
     seed: int | None = 0,
-    **options: Any,
+    **options: Unpack[ChainOptions],
 ) -> StepSizeSearch:
-    """The step size with the largest smallest-ESS per score evaluation (the paper's rule).
+    """The step size that gives most effective samples a score evaluation (the paper's rule).
 
-    Every candidate runs the same chains with the same noise, so that the result is a function of
-    the arguments. For an unadjusted method the rate says how fast the chain forgets, not how far
-    its law is from p, and favours large steps: compare with an adjusted one, or bound `step_sizes`.
+    The rate of a step size is the smallest ESS of any dimension over the score evaluations. Every
+    candidate runs the same chains with the same noise, so that the result is a function of the
+    arguments. For an unadjusted method the rate says how fast the chain forgets. It does not say
+    how far its law is from p, and so it favours large steps: compare with an adjusted method, or
+    bound `step_sizes`.
 
     Args:
         score_fn, init: as for `sample`.
@@ -57,7 +67,7 @@ def search_step_size(
         n_steps: steps of each run after its burn-in; at least 4 draws must be kept.
         ess_method: a method of `ess`: "cutoff" is the rule used with such figures.
         seed: key of the noise; None draws one, for all candidates, from torch's default generator.
-        options: further arguments of `sample`: method, burn_in, thin, log_prob, curvature, ...
+        options: further arguments of `sample`, see `ChainOptions`.
 
     Returns:
         StepSizeSearch. A rate counts the draws of all chains over the score evaluations of all
@@ -67,17 +77,23 @@ def search_step_size(
         ValueError: no candidates, or none with a positive rate; and as `sample` and `ess`.
         TypeError, RuntimeError: as `sample` and `ess`.
 
-    Reference:
+    References:
         Meng et al. 2021, section 5 (step sizes searched for the largest ESS).
+
+    Example:
+        >>> import torch
+        >>> start = torch.zeros(4, 1, dtype=torch.float64)
+        >>> found = search_step_size(
+        ...     lambda x: -x, start, [0.01, 1.0], n_steps=50, ess_method="cutoff"
+        ... )
+        >>> found.step_size
+        1.0
     """
-    candidates = [check_number("search_step_size", "step_sizes", h) for h in step_sizes]
-    if not candidates:
-        raise ValueError("search_step_size: step_sizes must hold at least one step size, got none")
-    if "step_size" in options:
-        raise ValueError(
-            "search_step_size: step_size must not be given beside step_sizes, got "
-            f"{options['step_size']}"
-        )
+    where = "search_step_size"
+    candidates = [check_number(where, "step_sizes", h) for h in step_sizes]
+    check(where, candidates, "step_sizes must hold at least one step size", "none")
+    given = dict(options).get("step_size")
+    check(where, given is None, "step_size must not be given beside step_sizes", given)
     if seed is None:
         seed = fresh_seed()
     rates = []
@@ -90,20 +106,17 @@ def search_step_size(
             rate = 0.0 if math.isnan(size) else size / cost
         rates.append(rate)
     best = max(range(len(rates)), key=rates.__getitem__)
-    if rates[best] == 0:
-        raise ValueError(
-            "search_step_size: step_sizes must hold one that gives finite chains that move, got "
-            f"{candidates}"
-        )
+    rule = "step_sizes must hold one that gives finite chains that move"
+    check(where, rates[best] > 0, rule, candidates)
     return StepSizeSearch(candidates[best], candidates, rates)
 
 
 @torch.no_grad()
 def adapt_step_size(
-    score_fn: ScoreFunction,
+    score_fn: ScoreFn,
     init: Tensor,
     *,
-    method: str,
+    method: Method,
     step_size: float,
     n_steps: int,
     target: float = 0.574,
@@ -122,7 +135,8 @@ def adapt_step_size(
 
     Args:
         score_fn, init, log_prob, curvature, seed, first_chain: as for `sample`.
-        method: an adjusted method of `sample`.
+        method: an adjusted method of `sample`: a name of `method_names(adjusted=True)`, or a
+            `Metropolis`.
         step_size: h_0 > 0, where to start, in squared units of the data.
         n_steps: steps, >= 1; one score evaluation each.
         target: acceptance probability aimed at, in (0, 1). 0.574 is the best of MALA as D grows.
@@ -136,63 +150,57 @@ def adapt_step_size(
             step); and as `sample`.
         TypeError: as `sample`.
 
-    Reference:
+    References:
         Nesterov 2009, doi:10.1007/s10107-007-0149-x; Hoffman & Gelman 2014, section 3.2 (its
         constants); Roberts & Rosenthal 1998 (0.574).
+
+    Example:
+        >>> import torch
+        >>> warm = adapt_step_size(
+        ...     lambda x: -x**3, torch.ones(4, 2), method="mala", step_size=0.1, n_steps=20, seed=0
+        ... )
+        >>> warm.state["step"], len(warm.step_sizes)
+        (20, 20)
     """
     where = "adapt_step_size"
-    check_method(where, method, curvature, ADJUSTED)
-    start = check_number(where, "step_size", step_size)
+    one_of(where, "curvature", curvature, CURVATURES)
+    step = make_step(method, where=where, adjusted=True, curvature=curvature)
+    h0 = check_number(where, "step_size", step_size)
     check_count(where, "n_steps", n_steps, limit=2**56)
-    if not check_number(where, "target", target) < 1:
-        raise ValueError(f"{where}: target must be below 1, got {target}")
+    check(where, check_number(where, "target", target) < 1, "target must be below 1", target)
     state = begin_chains(init, seed, first_chain, None)
-    if len(state["x"]) == 0:
-        raise ValueError(f"{where}: init must hold at least one chain, got none")
-    check_dtype(where, method, state["x"])
-    here = own(evaluate(score_fn, state["x"], method, log_prob))
-    alive = _finite(here.x) & _finite(score_of(here))
-    if here.log_prob is not None:
-        alive &= ~here.log_prob.isnan()
-    if not bool(alive.any()):
-        raise ValueError(
-            f"{where}: init must hold a chain with a finite state, score and log_prob, got none of "
-            f"{len(alive)}"
-        )
+    check(where, len(state["x"]), "init must hold at least one chain", "none")
+    check_dtype(where, step.name, state["x"], step.dtypes)
+    walk = step.walk(score_fn, log_prob, state["x"], h0)
+    assert isinstance(walk, MetropolisWalk)  # the step is adjusted
+    alive = _alive(walk.here)
+    rule = "init must hold a chain with a finite state, score and log_prob"
+    check(where, bool(alive.any()), rule, f"none of {len(alive)}")
     divergences = torch.zeros(len(alive), dtype=torch.int64, device=alive.device)
-    h, log_mean, missing = start, 0.0, 0.0
+    h, log_mean, missing = h0, 0.0, 0.0
     acceptance, step_sizes = [], []
     for t in range(1, n_steps + 1):
-        here, probability, lost = metropolis_step(
-            method,
-            score_fn,
-            log_prob,
-            here,
-            step_size=h,
-            curvature=curvature,
-            seed=state["seed"],
-            offset=state["step"],
-            first=first_chain,
-        )
+        walk.step_size = h
+        report = walk.advance(Key(state["seed"], state["step"], first_chain))
         state["step"] += 1
-        divergences += lost
-        acceptance.append(float(probability[alive].mean()))
+        divergences += report["divergences"]
+        acceptance.append(float(report["acceptance"][alive].mean()))
         step_sizes.append(h)
         missing += (target - acceptance[-1] - missing) / (t + 10)
-        log_h = math.log(10 * start) - math.sqrt(t) / 0.05 * missing
-        if not abs(log_h - math.log(start)) < 46:
-            raise ValueError(
-                f"{where}: target must be met between step sizes 1e-20 and 1e20 times step_size, "
-                f"got acceptance {acceptance[-1]:.3g} at step size {h:.3g}"
-            )
+        log_h = math.log(10 * h0) - math.sqrt(t) / 0.05 * missing
+        rule = "target must be met between step sizes 1e-20 and 1e20 times step_size"
+        got = f"acceptance {acceptance[-1]:.3g} at step size {h:.3g}"
+        check(where, abs(log_h - math.log(h0)) < 46, rule, got)
         weight = t**-0.75
         log_mean = weight * log_h + (1 - weight) * log_mean
         h = math.exp(log_h)
-    state["x"] = here.x
+    state["x"] = walk.x
     return StepSizeAdaptation(
         math.exp(log_mean), acceptance, step_sizes, divergences, ~alive, state
     )
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x.flatten(1).isfinite().all(1)
+def _alive(here: Point) -> Tensor:
+    """Which chains can move: a finite state and score, and a log density that is no NaN. (B,)."""
+    alive = here.x.flatten(1).isfinite().all(1) & here.score.flatten(1).isfinite().all(1)
+    return alive if here.log_prob is None else alive & ~here.log_prob.isnan()

@@ -1,0 +1,173 @@
+"""Where chains stand: states with what the user's functions gave there, checked as it arrives."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ...checks import show
+from ...linalg.operator import hessian_of
+from ...scores import (
+    AnyScores,
+    DenseScores,
+    MatrixFreeScores,
+    SymmetricOperator,
+    UnscaledScores,
+    score_of,
+)
+
+
+class Point(NamedTuple):
+    """A batch of states with their scores.
+
+    Fields:
+        x: the states. Shape (B, *dims).
+        scores: s1 at x, or s1 and s2 in one of the containers of `hos_ext.scores`.
+        log_prob: log p at x, but for a constant. Shape (B,); None where it is not known.
+    """
+
+    x: Tensor
+    scores: AnyScores
+    log_prob: Tensor | None = None
+
+    @property
+    def score(self) -> Tensor:
+        """s1. Shape (B, *dims)."""
+        return score_of(self.scores)
+
+    @property
+    def hessian(self) -> SymmetricOperator:
+        """s2 as an operator on flat vectors, for a step that asked for one."""
+        hessian = hessian_of(self.scores)
+        assert hessian is not None  # the step's `accepts` saw to it
+        return hessian
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """x and s1, each flattened to (B, D)."""
+        return self.x.flatten(1), self.score.flatten(1)
+
+
+# ----------------------------------------------------------------------------------------- checks
+# A score function is foreign code, so what it returns is checked at every call. Each check reads
+# sizes and types alone: nothing here waits for a device, but for the signs of the first call.
+
+
+def check_scores(
+    scores: object, x: Tensor, *, accepts: tuple[type, ...], method: str, read_signs: bool
+) -> None:
+    """Refuses scores that a step cannot use, or that do not fit x.
+
+    Args:
+        scores: what the score function returned.
+        x: where. Shape (B, *dims).
+        accepts: the kinds that the step takes. Tensor among them means that s1 is enough.
+        method: the name of the step, for messages.
+        read_signs: whether the values of signs are read, which waits for the device.
+    """
+    if not isinstance(scores, Tensor) and isinstance(scores, accepts):
+        _check_parts(scores, x, read_signs)
+    elif Tensor in accepts:
+        _check_like_x("score", scores, x)
+    else:
+        kinds = " or ".join(_SIGNATURES[kind] for kind in accepts if kind in _SIGNATURES)
+        raise TypeError(
+            f"sample: score_fn must return {kinds} for method {method!r}, "
+            f"got {type(scores).__name__}"
+        )
+
+
+_SIGNATURES = {
+    UnscaledScores: "UnscaledScores(score, diag, factor)",
+    DenseScores: "DenseScores(score, hessian)",
+}
+
+
+def check_log_prob(value: Tensor, x: Tensor) -> Tensor:
+    """The log density that the user's function returned, if it is one number a row."""
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1] or not value.is_floating_point():
+        raise ValueError(
+            f"sample: log_prob must return floating point of shape ({len(x)},), got {show(value)}"
+        )
+    return value
+
+
+@singledispatch
+def _check_parts(scores: Any, x: Tensor, read_signs: bool) -> None:
+    """Of a container from outside the package, s1; its own `Step.check` looks at the rest."""
+    _check_like_x("score", scores.score, x)
+
+
+@_check_parts.register
+def _(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None:
+    _check_like_x("score", scores.score, x)
+    _check_like_x("diag", scores.diag, x)
+    factor, sign, size = scores.factor, scores.sign, x.shape[1:].numel()
+    if factor is None:
+        return
+    if not isinstance(factor, Tensor) or factor.shape[:-1] != (len(x), size):
+        _refuse("factor", f"have shape ({len(x)}, {size}, r)", show(factor))
+    _check_kind("factor", factor, x)
+    if sign is None:
+        return
+    if not isinstance(sign, Tensor):
+        _refuse("sign", "be a tensor", type(sign).__name__, TypeError)
+    columns = tuple(factor.shape[-1:])
+    if sign.shape != columns:
+        _refuse("sign", f"have shape {columns} (one for each column)", tuple(sign.shape))
+    if sign.device != x.device:
+        _refuse("sign", f"be on {x.device}", sign.device)
+    if read_signs and not bool((sign.abs() == 1).all()):
+        _refuse("sign", "hold +1 or -1", sign.tolist())
+
+
+@_check_parts.register
+def _(scores: DenseScores, x: Tensor, read_signs: bool) -> None:
+    _check_like_x("score", scores.score, x)
+    hessian, size = scores.hessian, x.shape[1:].numel()
+    if not isinstance(hessian, Tensor) or hessian.shape != (len(x), size, size):
+        _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", show(hessian))
+    _check_kind("hessian", hessian, x)
+
+
+@_check_parts.register
+def _(scores: MatrixFreeScores, x: Tensor, read_signs: bool) -> None:
+    _check_like_x("score", scores.score, x)
+    hessian, size = scores.hessian, x.shape[1:].numel()
+    if not isinstance(hessian, SymmetricOperator) or isinstance(hessian, Tensor):
+        _refuse("hessian", "be a SymmetricOperator", type(hessian).__name__, TypeError)
+    shape = tuple(hessian.shape)
+    if shape != (len(x), size, size):
+        _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", shape)
+    _check_kind("hessian", hessian, x)
+
+
+def _check_like_x(name: str, value: object, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        _refuse(name, "be a tensor", type(value).__name__, TypeError)
+    if value.shape != x.shape:
+        _refuse(name, f"have shape {tuple(x.shape)} like x", tuple(value.shape))
+    _check_kind(name, value, x)
+
+
+def _check_kind(name: str, value: Tensor | SymmetricOperator, x: Tensor) -> None:
+    if value.dtype != x.dtype or value.device != x.device:
+        _refuse(name, f"be {x.dtype} on {x.device} like x", f"{value.dtype} on {value.device}")
+
+
+def _refuse(name: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    raise kind(f"sample: {name} from score_fn must {rule}, got {got}")
+
+
+# --------------------------------------------------------------------------------------- divergence
+
+
+def non_finite(x: Tensor) -> Tensor:
+    """Whether a row holds a NaN or an infinity, or is about to (its sum overflows). Shape (B,).
+
+    By the sum, in one pass: isfinite().all() costs 40 times that, as much as an Ozaki step.
+    """
+    total = x.flatten(1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return ~total.isfinite()

@@ -1,0 +1,125 @@
+"""The steps by name. A step registers once; its adjusted form comes with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from ...checks import check, one_of
+from .base import NormalStep, PlainStep, Step, StepOptions
+from .metropolis import Metropolis
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Method: TypeAlias = "str | Step | type[PlainStep]"
+"""What `sample(method=...)` takes: a name, a step, or a class of steps."""
+
+_Class = TypeVar("_Class", bound=type[PlainStep])
+_UNADJUSTED: dict[str, type[PlainStep]] = {}
+_ADJUSTED: dict[str, type[NormalStep]] = {}
+_DEFAULTS = {"curvature": "clamp", "tolerance": 1e-3, "max_iterations": None}
+
+
+def register_step(step: _Class) -> _Class:
+    """Makes a step a method of `sample` by its `name`. It decorates the class:
+
+        @register_step
+        class Slow(NormalStep):
+            name, accepts = "slow", (Tensor,)
+
+            def law(self, here, h):
+                x, score = here.flat()
+                return diagonal_law(x + h / 2 * score, h.sqrt())
+
+    The adjusted form of a `NormalStep` becomes a method too, by its `adjusted_name`: "mh_slow".
+
+    Args:
+        step: a class derived from `PlainStep`, most often from `NormalStep`.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: step is not such a class.
+        ValueError: a name is taken.
+
+    Example:
+        >>> from hos_ext.sampling.methods import Langevin
+        >>> register_step(Langevin)
+        Traceback (most recent call last):
+        ...
+        ValueError: register_step: name must be new, got 'langevin'
+    """
+    where = "register_step"
+    good = isinstance(step, type) and issubclass(step, PlainStep)
+    check(where, good, "step must be a class derived from PlainStep", repr(step), TypeError)
+    adjusted = step.adjusted_name if issubclass(step, NormalStep) else None
+    for name in (step.name, adjusted):
+        check(where, name not in method_names(), "name must be new", repr(name))
+    _UNADJUSTED[step.name] = step
+    if issubclass(step, NormalStep):
+        _ADJUSTED[step.adjusted_name] = step
+    return step
+
+
+def method_names(*, adjusted: bool | None = None) -> tuple[str, ...]:
+    """The names that `sample(method=...)` knows.
+
+    Args:
+        adjusted: True for adjusted methods alone, False for the others, None for all.
+
+    Returns:
+        The names in the order of registration, adjusted methods last.
+
+    Example:
+        >>> method_names()[:2]
+        ('langevin', 'ozaki')
+        >>> method_names(adjusted=True)[:2]
+        ('mala', 'mh_ozaki')
+    """
+    unadjusted = () if adjusted else tuple(_UNADJUSTED)
+    return unadjusted if adjusted is False else (*unadjusted, *_ADJUSTED)
+
+
+def make_step(
+    method: Method,
+    *,
+    where: str = "sample",
+    argument: str = "method",
+    adjusted: bool | None = None,
+    **options: Unpack[StepOptions],
+) -> Step:
+    """The step that a method stands for.
+
+    Args:
+        method: one of `method_names()`, a class of steps, or a step, which is returned as it is.
+        where, argument: the function and its argument that errors name.
+        adjusted: see `method_names`; a method of the other kind is refused.
+        options: the settings of the step, see `StepOptions`. A step that is given has its own.
+
+    Returns:
+        A `Step`.
+
+    Raises:
+        ValueError: an unknown name, a step of the wrong kind, an option out of range, or an option
+            beside a step.
+        TypeError: an option of the wrong kind.
+
+    Example:
+        >>> make_step("mh_ozaki", curvature="abs").proposal
+        Ozaki(curvature='abs', tolerance=0.001, max_iterations=None)
+    """
+    if isinstance(method, type) and issubclass(method, PlainStep):
+        step = method(**options)
+    elif isinstance(method, Step):
+        step = method
+        for name, value in options.items():
+            rule = f"{name} must be that of the step, which has its own settings"
+            check(where, value == _DEFAULTS[name], rule, value)
+    else:
+        name = one_of(where, argument, method, method_names(adjusted=adjusted))
+        proposal = _ADJUSTED.get(name)
+        step = Metropolis(proposal(**options)) if proposal else _UNADJUSTED[name](**options)
+    if adjusted is not None and step.adjusted != adjusted:
+        one_of(where, argument, step.name, method_names(adjusted=adjusted))
+    return step
