@@ -131,6 +131,10 @@ AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
 """s1 alone, or with the Hessian in one of the three forms that samplers know."""
 
 
+Level: TypeAlias = float | Tensor
+"""A noise level sigma or a signal scale alpha: one for all samples, or one for each."""
+
+
 class Model(Protocol):
     """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,)."""
 
@@ -164,3 +168,38 @@ def scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor
         return None
     check_tensor(where, "factor", factor, like=like)
     return factor * times.reshape(-1, 1, 1)
+
+
+# ------------------------------------------------------------------------------ Tweedie's formula
+#
+# With x = alpha x0 + sigma z. Here for plain tensors, because `hos_ext.densities` stands on words
+# alone; `hos_ext.tweedie.posterior` has them for matrices that are never formed.
+
+
+def tweedie_mean(x: Tensor, score: Tensor, sigma: Level, alpha: Level) -> Tensor:
+    """E[x0 | x] = (x + sigma^2 s1) / alpha. The levels broadcast against x.
+
+    Example:
+        >>> import torch
+        >>> tweedie_mean(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), 2.0, 1.0)
+        tensor([[1.]])
+    """
+    return (x + sigma**2 * score) / alpha
+
+
+def tweedie_covariance(
+    hessian: Tensor, identity: float | Tensor, sigma: Level, alpha: Level
+) -> Tensor:
+    """Cov[x0 | x] = (sigma / alpha)^2 (I + sigma^2 s2).
+
+    Args:
+        hessian: s2 as a matrix, or its diagonal, or v^T s2 v along directions v.
+        identity: I in the same form: a matrix, 1, or |v|^2.
+        sigma, alpha: the levels, shaped to broadcast.
+
+    Example:
+        >>> import torch
+        >>> tweedie_covariance(torch.tensor([-0.125]), 1.0, 2.0, 1.0)
+        tensor([2.])
+    """
+    return (sigma / alpha) ** 2 * (identity + sigma**2 * hessian)

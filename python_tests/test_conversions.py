@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hos_ext.densities.gaussian import GaussianMixture
-from hos_ext.linalg.dplr import DPLR
+from hos_ext.linalg import DPLR, ScoreHessian
 from hos_ext.tweedie import conversions
 from hos_ext.tweedie.conversions import hessian_from_jacobian, jacobian_from_hessian
 
@@ -375,3 +375,16 @@ def test_second_order_conversions_refuse(
         with pytest.raises(kind) as caught:
             function(matrix, **({"sigma": 1.0} | level))
         assert str(caught.value) == f"{function.__name__}: {message.format(name)}"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch itself
+def test_differentiated_hessians_convert_like_dense_ones() -> None:
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    jacobian = ScoreHessian(lambda x: x - 0.1 * x**3, x)
+    sigma = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    for prediction in ("x0", "eps", "v", "edm"):
+        got = hessian_from_jacobian(jacobian, sigma, 0.8, prediction=prediction)
+        want = hessian_from_jacobian(jacobian.dense(), sigma, 0.8, prediction=prediction)
+        torch.testing.assert_close(got.dense(), want)
+        back = jacobian_from_hessian(got, sigma, 0.8, prediction=prediction)
+        torch.testing.assert_close(back.dense(), jacobian.dense())

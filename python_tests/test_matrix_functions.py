@@ -10,7 +10,7 @@ import torch
 from conftest import assert_near
 from torch import Tensor
 
-from hos_ext.linalg.dplr import DPLR
+from hos_ext.linalg import DPLR, ScoreHessian, hessian_of
 from hos_ext.linalg.lanczos import lanczos
 from hos_ext.linalg.spectrum import (
     Rows,
@@ -22,6 +22,7 @@ from hos_ext.linalg.spectrum import (
     spectrum_logdet,
 )
 from hos_ext.ops.reference import phi1, treat_curvature
+from hos_ext.scores import DenseScores, MatrixFreeScores, SymmetricOperator, UnscaledScores
 
 Function = Callable[[Tensor], Tensor]
 
@@ -594,3 +595,37 @@ def test_lanczos_refuses_bad_arguments() -> None:
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch itself
+def test_every_symmetric_operator_answers_alike() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    low_rank = DPLR(draw(3, 4), draw(3, 4, 2), torch.tensor([1, -1]))
+    dense = low_rank.dense()
+    products = ScoreHessian(lambda x: (dense @ x.unsqueeze(-1)).squeeze(-1), draw(3, 4))
+    containers = [
+        UnscaledScores(draw(3, 2, 2), low_rank.diag.view(3, 2, 2), low_rank.factor, low_rank.sign),
+        DenseScores(draw(3, 2, 2), dense),
+        MatrixFreeScores(draw(3, 2, 2), products),
+    ]
+    assert hessian_of(draw(3, 4)) is None
+    index, v = torch.tensor([2, 0]), draw(3, 4)
+    for scores in containers:
+        operator = hessian_of(scores)
+        assert isinstance(operator, SymmetricOperator)
+        assert operator.shape == (3, 4, 4)
+        for part, rows in ((operator, slice(None)), (operator.rows(index), index)):
+            assert part.shape == (len(v[rows]), 4, 4)
+            assert part.dtype == v.dtype
+            assert part.device == v.device
+            assert_near(part.dense(), dense[rows])
+            assert_near(part.diagonal(), dense[rows].diagonal(dim1=1, dim2=2))
+            assert_near(part.matvec(v[rows]), (dense @ v.unsqueeze(-1)).squeeze(-1)[rows])
+            assert_near(part.matvec(dense[rows]), (dense @ dense)[rows])
+        assert_near(operator.rows(index).rows(slice(1, 2)).dense(), dense[:1])
+    with pytest.raises(TypeError, match="hessian_of: scores must hold scores, got str"):
+        hessian_of("scores")

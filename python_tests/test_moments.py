@@ -245,7 +245,7 @@ def test_recurrence_by_autodiff_equals_the_cumulant_route(per_sample):
     sigma = torch.tensor([0.3, 0.7, 1.2], dtype=F64) if per_sample else SIGMA
     alpha = torch.tensor([0.9, 0.8, 0.7], dtype=F64) if per_sample else ALPHA
     want = posterior_moments(x, scores_at(density, x), sigma, alpha)
-    got = moment_recurrence(density.score, x, 4, sigma, alpha)
+    got = moment_recurrence(density.score, x, sigma, alpha, order=4)
     assert len(got) == 4
     for value, moment in zip(got, want, strict=True):
         close(value, moment)
@@ -258,8 +258,8 @@ def test_recurrence_flattens_images():
         assert x.shape[1:] == (2, 2)
         return density.score(x.flatten(1)).reshape(x.shape)
 
-    flat = moment_recurrence(density.score, x.flatten(1), 2, SIGMA, ALPHA)
-    for value, want in zip(moment_recurrence(score, x, 2, SIGMA, ALPHA), flat, strict=True):
+    flat = moment_recurrence(density.score, x.flatten(1), SIGMA, ALPHA, order=2)
+    for value, want in zip(moment_recurrence(score, x, SIGMA, ALPHA, order=2), flat, strict=True):
         close(value, want)
 
 
@@ -299,7 +299,7 @@ def test_empty_batches_and_first_orders_alone_pass():
     scores = [torch.zeros(0, *[D] * n, dtype=F64) for n in (1, 2, 3)]
     assert [m.shape for m in posterior_moments(x, scores, SIGMA)] == [s.shape for s in scores]
     for empty in (x, x.reshape(0, 1, D)):
-        moments = moment_recurrence(lambda x: -x, empty, 3, SIGMA, ALPHA)
+        moments = moment_recurrence(lambda x: -x, empty, SIGMA, ALPHA, order=3)
         assert [m.shape for m in moments] == [s.shape for s in scores]
         assert {m.dtype for m in moments} == {F64}
     x = randn(B, 2, 3)
@@ -425,32 +425,32 @@ ERRORS = {
         ),
     ),
     "order": (
-        lambda: moment_recurrence(lambda x: x, X, 0, 1.0),
+        lambda: moment_recurrence(lambda x: x, X, 1.0, order=0),
         ValueError,
         "moment_recurrence: order must be at least 1, got 0",
     ),
     "order_kind": (
-        lambda: moment_recurrence(lambda x: x, X, 2.0, 1.0),
+        lambda: moment_recurrence(lambda x: x, X, 1.0, order=2.0),
         TypeError,
         "moment_recurrence: order must be an int, got float",
     ),
     "score_fn": (
-        lambda: moment_recurrence(lambda x: x[:, :1], X, 2, 1.0),
+        lambda: moment_recurrence(lambda x: x[:, :1], X, 1.0, order=2),
         ValueError,
         "moment_recurrence: score_fn(x) must have shape (3, 2), got (3, 1)",
     ),
     "recurrence_sigma": (
-        lambda: moment_recurrence(lambda x: x, X, 2, 0.0),
+        lambda: moment_recurrence(lambda x: x, X, 0.0, order=2),
         ValueError,
         "moment_recurrence: sigma must be positive, got 0.0",
     ),
     "recurrence_alpha": (
-        lambda: moment_recurrence(lambda x: x, X, 2, 1.0, 0.0),
+        lambda: moment_recurrence(lambda x: x, X, 1.0, 0.0, order=2),
         ValueError,
         "moment_recurrence: alpha must be positive, got 0.0",
     ),
     "recurrence_batch": (
-        lambda: moment_recurrence(lambda x: x, X[0], 2, 1.0),
+        lambda: moment_recurrence(lambda x: x, X[0], 1.0, order=2),
         ValueError,
         "moment_recurrence: x must have shape (B, *dims), got (2,)",
     ),

@@ -155,7 +155,7 @@ def test_scaled_and_unscaled_are_inverse() -> None:
     assert back.sign is case.scores.sign
     scaled = case.scores.scaled(case.sigma)
     level = case.sigma[:, None, None]
-    close(scaled.scaled_score, level * case.scores.scaled_score)
+    close(scaled.scaled_score, level * case.scores.score)
     close(scaled.c, 1 + level**2 * case.scores.diag)
     close(scaled.factor, level * case.scores.factor)
 
@@ -499,17 +499,17 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: FIT.recalibrated(0.0),
             ValueError,
-            "Posterior.recalibrated: factor must be positive, got 0.0",
+            "Posterior.recalibrated: scale must be positive, got 0.0",
         ),
         (
             lambda: FIT.log_prob(torch.ones(3, 2)),
             ValueError,
-            "Posterior.log_prob: x must have shape (2, 3), got (3, 2)",
+            "Posterior.log_prob: x0 must have shape (2, 3), got (3, 2)",
         ),
         (
             lambda: FIT.log_prob(X.double()),
             ValueError,
-            "Posterior.log_prob: x must have dtype torch.float32, got torch.float64",
+            "Posterior.log_prob: x0 must have dtype torch.float32, got torch.float64",
         ),
         (
             lambda: posterior_mean(X, 1.0, 1.0),
@@ -549,7 +549,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: Scores(INTS, INTS).unscaled(0.5),
             ValueError,
-            "Scores.unscaled: score must have dtype float32, float64, got torch.int64",
+            "Scores.unscaled: scaled_score must have dtype float32, float64, got torch.int64",
         ),
         (
             lambda: UnscaledScores(INTS, INTS).scaled(0.5),
@@ -584,7 +584,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: FIT.log_prob([1.0]),
             TypeError,
-            "Posterior.log_prob: x must be a Tensor, got list",
+            "Posterior.log_prob: x0 must be a Tensor, got list",
         ),
         (
             lambda: FIT.credible_interval(0.0),

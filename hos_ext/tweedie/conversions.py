@@ -13,21 +13,57 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check_like, check_tensor, positive
+from ..checks import check, check_like, check_tensor, one_of, positive
 from ..linalg.dplr import DPLR
+from ..linalg.jacobian import ScoreHessian
 from .posterior import posterior_mean
 
-_Matrix = TypeVar("_Matrix", Tensor, DPLR)
+_Matrix = TypeVar("_Matrix", Tensor, DPLR, ScoreHessian)
+_PREDICTIONS = ("x0", "eps", "v", "edm")
 
 
 def score_from_eps(eps: Tensor, sigma: float | Tensor) -> Tensor:
-    """s1 = -E[z | x] / sigma, from a noise prediction (any alpha). eps (B, *dims)."""
+    """s1 = -E[z | x] / sigma, from a noise prediction (any alpha).
+
+    Args:
+        eps: E[z | x]. Shape (B, *dims). float32 or float64. No units.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims). Units 1/data.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or sigma is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import score_from_eps
+        >>> score_from_eps(torch.tensor([[1.0, -2.0]]), sigma=2.0)
+        tensor([[-0.5000,  1.0000]])
+    """
     check_tensor("score_from_eps", "eps", eps)
     return -eps / positive("score_from_eps", "sigma", sigma, eps)
 
 
 def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
-    """E[z | x] = -sigma s1, the noise prediction (any alpha). score (B, *dims)."""
+    """E[z | x] = -sigma s1, the noise prediction (any alpha).
+
+    Args:
+        score: s1. Shape (B, *dims). float32 or float64. Units 1/data.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims). No units.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or sigma is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import eps_from_score
+        >>> eps_from_score(torch.tensor([[-0.5, 1.0]]), sigma=2.0)
+        tensor([[ 1., -2.]])
+    """
     check_tensor("eps_from_score", "score", score)
     return -score * positive("eps_from_score", "sigma", sigma, score)
 
@@ -35,40 +71,109 @@ def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
 def score_from_x0(
     x: Tensor, x0: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
 ) -> Tensor:
-    """s1 = (alpha E[x0 | x] - x) / sigma^2, from a denoised sample. x, x0 (B, *dims).
+    """s1 = (alpha E[x0 | x] - x) / sigma^2, from a denoised sample.
 
     With an EDM denoiser: score_from_x0(x, D(x / alpha, sigma / alpha), sigma, alpha); in its own
     variables, where alpha is 1, score_from_x0(y, D(y, sigma_edm), sigma_edm).
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64. Units of the data.
+        x0: E[x0 | x]. Shape, dtype and device of x.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+        alpha: signal scale. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims). Units 1/data.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import score_from_x0
+        >>> score_from_x0(torch.tensor([[2.0]]), torch.tensor([[1.0]]), sigma=2.0)
+        tensor([[-0.2500]])
     """
-    check_like("score_from_x0", "x0", x0, x)
-    s = positive("score_from_x0", "sigma", sigma, x)
-    return (positive("score_from_x0", "alpha", alpha, x) * x0 - x) / s.square()
+    where = "score_from_x0"
+    check_like(where, "x0", x0, x)
+    s = positive(where, "sigma", sigma, x)
+    return (positive(where, "alpha", alpha, x) * x0 - x) / s.square()
 
 
 def x0_from_score(
     x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
 ) -> Tensor:
-    """E[x0 | x] = (x + sigma^2 s1) / alpha: `posterior_mean` under its name in diffusion."""
+    """E[x0 | x] = (x + sigma^2 s1) / alpha: `posterior_mean` under its name in diffusion.
+
+    Args:
+        x, score, sigma, alpha: as `posterior_mean`, which names them in errors.
+
+    Returns:
+        Shape (B, *dims). Units of the data.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import x0_from_score
+        >>> x0_from_score(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), sigma=2.0)
+        tensor([[1.]])
+    """
     return posterior_mean(x, score, sigma, alpha)
 
 
 def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
-    """s1 from a velocity prediction E[v | x], v = alpha z - sigma x0. x, v (B, *dims).
+    """s1 from a velocity prediction E[v | x], v = alpha z - sigma x0.
 
     With x = alpha x0 + sigma z: z = (sigma x + alpha v) / (alpha^2 + sigma^2) and s1 = -z / sigma.
     Any alpha and sigma; in the variance-preserving case the denominator is 1.
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64. Units of the data.
+        v: E[v | x]. Shape, dtype and device of x.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+        alpha: signal scale. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims). Units 1/data.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import score_from_v
+        >>> score_from_v(torch.tensor([[2.0]]), torch.tensor([[1.0]]), sigma=1.0, alpha=1.0)
+        tensor([[-1.5000]])
     """
-    check_like("score_from_v", "v", v, x)
-    s = positive("score_from_v", "sigma", sigma, x)
-    a = positive("score_from_v", "alpha", alpha, x)
+    where = "score_from_v"
+    check_like(where, "v", v, x)
+    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
     return -(s * x + a * v) / (s * (a.square() + s.square()))
 
 
 def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
-    """E[v | x] = -(sigma / alpha) (x + (alpha^2 + sigma^2) s1), v as in `score_from_v`."""
-    check_like("v_from_score", "score", score, x)
-    s = positive("v_from_score", "sigma", sigma, x)
-    a = positive("v_from_score", "alpha", alpha, x)
+    """E[v | x] = -(sigma / alpha) (x + (alpha^2 + sigma^2) s1), v as in `score_from_v`.
+
+    Args:
+        x: the noisy sample. Shape (B, *dims). float32 or float64. Units of the data.
+        score: s1 at x. Shape, dtype and device of x. Units 1/data.
+        sigma: noise standard deviation, units of the data. float or (B,), > 0.
+        alpha: signal scale. float or (B,), > 0.
+
+    Returns:
+        Shape (B, *dims).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import v_from_score
+        >>> v_from_score(torch.tensor([[2.0]]), torch.tensor([[-1.5]]), sigma=1.0, alpha=1.0)
+        tensor([[1.]])
+    """
+    where = "v_from_score"
+    check_like(where, "score", score, x)
+    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
     return -(s / a) * (x + (a.square() + s.square()) * score)
 
 
@@ -92,27 +197,34 @@ def hessian_from_jacobian(
 
     Args:
         jacobian: J_ij = d f_i / d x_j, as vmap(jacrev(f))(x) gives it. Shape (B, *dims, *dims),
-            float32 or float64. Or a DPLR (B, D, D), for O(D r) instead of O(D^2); of rank 0 if
-            only the diagonal is known.
+            float32 or float64. Or a DPLR (B, D, D), for O(D r) instead of O(D^2), of rank 0 if
+            only the diagonal is known; or a `ScoreHessian` of f, for products alone.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
         prediction: what f predicts: "x0", "eps", "v" or "edm".
 
     Returns:
-        s2. Shape (B, D, D), D in row-major order of dims, or a DPLR if jacobian is one. Units
+        s2. Shape (B, D, D), D in row-major order of dims, or of the kind of jacobian. Units
         1/data^2. Symmetric if J is; a network's Jacobian is so only approximately.
 
     Raises:
         TypeError: jacobian is neither a Tensor nor a DPLR.
         ValueError: jacobian is not (B, *dims, *dims); sigma or alpha is not positive; an unknown
             prediction.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import hessian_from_jacobian
+        >>> hessian_from_jacobian(torch.tensor([[[0.5]]]), sigma=2.0)
+        tensor([[[-0.1250]]])
     """
     where = "hessian_from_jacobian"
-    if isinstance(jacobian, DPLR):
-        shift, slope = _affine(where, prediction, sigma, alpha, jacobian.diag)
+    if isinstance(jacobian, (DPLR, ScoreHessian)):
+        rows = torch.empty(jacobian.shape[:1], dtype=jacobian.dtype, device=jacobian.device)
+        shift, slope = _affine(where, prediction, sigma, alpha, rows)
         return (jacobian + -shift).scale(1 / slope)
     flat = _flat(where, "jacobian", jacobian)
-    shift, slope = _affine(where, prediction, sigma, alpha, flat)
+    shift, slope = _affine(where, prediction, sigma, alpha, flat.new_empty(len(flat)))
     return (flat - _times_identity(shift, flat)) / slope[..., None, None]
 
 
@@ -127,45 +239,47 @@ def jacobian_from_hessian(
     has the equations. J of "x0" is alpha Cov[x0 | x] / sigma^2.
 
     Args:
-        hessian: s2. Shape (B, *dims, *dims), float32 or float64, or a DPLR (B, D, D). Units
-            1/data^2.
+        hessian: s2. Shape (B, *dims, *dims), float32 or float64, or a DPLR (B, D, D), or a
+            `ScoreHessian`. Units 1/data^2.
         sigma, alpha, prediction: as in `hessian_from_jacobian`.
 
     Returns:
-        J. Shape (B, D, D), or a DPLR if hessian is one.
+        J. Shape (B, D, D), or of the kind of hessian.
 
     Raises:
         TypeError: hessian is neither a Tensor nor a DPLR.
         ValueError: hessian is not (B, *dims, *dims); sigma or alpha is not positive; an unknown
             prediction.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import jacobian_from_hessian
+        >>> jacobian_from_hessian(torch.tensor([[[-0.125]]]), sigma=2.0)
+        tensor([[[0.5000]]])
     """
     where = "jacobian_from_hessian"
-    if isinstance(hessian, DPLR):
-        shift, slope = _affine(where, prediction, sigma, alpha, hessian.diag)
+    if isinstance(hessian, (DPLR, ScoreHessian)):
+        rows = torch.empty(hessian.shape[:1], dtype=hessian.dtype, device=hessian.device)
+        shift, slope = _affine(where, prediction, sigma, alpha, rows)
         return hessian.scale(slope) + shift
     flat = _flat(where, "hessian", hessian)
-    shift, slope = _affine(where, prediction, sigma, alpha, flat)
+    shift, slope = _affine(where, prediction, sigma, alpha, flat.new_empty(len(flat)))
     return slope[..., None, None] * flat + _times_identity(shift, flat)
 
 
 def _affine(
-    where: str, prediction: str, sigma: float | Tensor, alpha: float | Tensor, like: Tensor
+    where: str, prediction: str, sigma: float | Tensor, alpha: float | Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """p and q of J = p I + q s2, each 0-d or (B,) with the B, dtype and device of like."""
-    rows = like.new_empty(like.shape[0])
-    s = positive(where, "sigma", sigma, rows)
-    a = positive(where, "alpha", alpha, rows)
+    """p and q of J = p I + q s2, each 0-d or (B,) with the B, dtype and device of rows (B,)."""
+    s, a = positive(where, "sigma", sigma, rows), positive(where, "alpha", alpha, rows)
+    one_of(where, "prediction", prediction, _PREDICTIONS)
     if prediction == "x0":
         return 1 / a, s.square() / a
     if prediction == "eps":
         return torch.zeros_like(s), -s
     if prediction == "v":
         return -s / a, -(s / a) * (a.square() + s.square())
-    if prediction == "edm":
-        return torch.ones_like(s), s.square()
-    raise ValueError(
-        f"{where}: prediction must be one of 'x0', 'eps', 'v', 'edm', got {prediction!r}"
-    )
+    return torch.ones_like(s), s.square()
 
 
 def _flat(where: str, name: str, matrix: object) -> Tensor:
@@ -175,10 +289,8 @@ def _flat(where: str, name: str, matrix: object) -> Tensor:
     check_tensor(where, name, matrix)
     half = matrix.dim() // 2
     dims = matrix.shape[1 : 1 + half]
-    if half == 0 or matrix.dim() % 2 == 0 or dims != matrix.shape[1 + half :]:
-        raise ValueError(
-            f"{where}: {name} must have shape (B, *dims, *dims), got {tuple(matrix.shape)}"
-        )
+    square = half > 0 and matrix.dim() % 2 == 1 and dims == matrix.shape[1 + half :]
+    check(where, square, f"{name} must have shape (B, *dims, *dims)", tuple(matrix.shape))
     return matrix.reshape(matrix.shape[0], dims.numel(), dims.numel())
 
 

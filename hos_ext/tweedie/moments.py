@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from ..checks import check_count, check_like, check_samples, check_tensor, positive
+from ..checks import (
+    check,
+    check_count,
+    check_like,
+    check_samples,
+    check_tensor,
+    positive,
+)
+from ..scores import tweedie_covariance, tweedie_mean
 
 
 def posterior_cumulants(
@@ -54,8 +62,16 @@ def posterior_cumulants(
         TypeError: scores is not a list of tensors.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, Eq. 4, 18, Lemma 1 and Theorem 3, with alpha.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import posterior_cumulants
+        >>> x = torch.tensor([[2.0]])
+        >>> mean, variance = posterior_cumulants(x, [-x / 8, torch.full((1, 1), -0.125)], sigma=2.0)
+        >>> mean, variance
+        (tensor([[1.]]), tensor([[2.]]))
     """
     where = "posterior_cumulants"
     check_samples(where, "x", x)
@@ -64,9 +80,9 @@ def posterior_cumulants(
     s = positive(where, "sigma", sigma, x)
     a = positive(where, "alpha", alpha, x)
     squared = None if directions is None else directions.square().sum(-1)
-    cumulants = _cumulants(scores, s.square() / a, (s / a).square(), dense, squared)
-    first = start.reshape(scores[0].shape)
-    cumulants[0] = cumulants[0] + first / _column(a, first)
+    cumulants = _cumulants(scores, s, a, dense, squared)
+    noisy = start.reshape(scores[0].shape)
+    cumulants[0] = cumulants[0] + noisy / _column(a, noisy)
     return cumulants
 
 
@@ -88,22 +104,24 @@ def noise_cumulants(
     Raises:
         TypeError: scores is not a list of tensors.
         ValueError: shapes, dtypes or devices disagree; sigma is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import noise_cumulants
+        >>> noise_cumulants([torch.tensor([[-0.25]]), torch.tensor([[-0.125]])], sigma=2.0)
+        [tensor([[0.5000]]), tensor([[0.5000]])]
     """
     where = "noise_cumulants"
-    start = _first(where, "scores", scores)
+    start = _first_order(where, "scores", scores)
     check_samples(where, "scores[0]", start)
     dense = is_dense(where, "scores", scores, start, directions is not None)
     squared = None
     if directions is not None:
-        check_tensor(where, "directions", directions, like=start)
-        if directions.dim() != 3 or directions.shape[:2] != start.shape:
-            raise ValueError(
-                f"{where}: directions must have shape ({start.shape[0]}, {start.shape[1]}, D), got "
-                f"{tuple(directions.shape)}"
-            )
+        check_tensor(where, "directions", directions, like=start, shape=(*start.shape, "D"))
         squared = directions.square().sum(-1)
     s = positive(where, "sigma", sigma, start)
-    return _cumulants(scores, -s, torch.ones_like(s), dense, squared)
+    # -sigma in place of alpha makes those of x0 into those of z, but for x / alpha in the mean.
+    return _cumulants(scores, s, -s, dense, squared)
 
 
 def moments_from_cumulants(cumulants: list[Tensor], *, central: bool = False) -> list[Tensor]:
@@ -123,12 +141,18 @@ def moments_from_cumulants(cumulants: list[Tensor], *, central: bool = False) ->
     Raises:
         TypeError: cumulants is not a list of tensors.
         ValueError: shapes, dtypes or devices disagree.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import moments_from_cumulants
+        >>> moments_from_cumulants([torch.tensor([[1.0]]), torch.tensor([[2.0]])])
+        [tensor([[1.]]), tensor([[3.]])]
     """
     where = "moments_from_cumulants"
-    first = _first(where, "cumulants", cumulants)
-    dense = is_dense(where, "cumulants", cumulants, first, False)
+    mean = _first_order(where, "cumulants", cumulants)
+    dense = is_dense(where, "cumulants", cumulants, mean, False)
     if central:
-        cumulants = [torch.zeros_like(first), *cumulants[1:]]
+        cumulants = [torch.zeros_like(mean), *cumulants[1:]]
     return bell(cumulants, len(cumulants), dense)
 
 
@@ -148,10 +172,16 @@ def psi_from_scores(scores: list[Tensor]) -> list[Tensor]:
     Raises:
         TypeError: scores is not a list of tensors.
         ValueError: shapes, dtypes or devices disagree.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import psi_from_scores
+        >>> psi_from_scores([torch.tensor([[2.0]]), torch.tensor([[-1.0]])])
+        [tensor([[2.]]), tensor([[3.]])]
     """
     where = "psi_from_scores"
-    first = _first(where, "scores", scores)
-    return bell(scores, len(scores), is_dense(where, "scores", scores, first, False))
+    score = _first_order(where, "scores", scores)
+    return bell(scores, len(scores), is_dense(where, "scores", scores, score, False))
 
 
 def posterior_moments(
@@ -176,6 +206,13 @@ def posterior_moments(
     Raises:
         TypeError: scores is not a list of tensors.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import posterior_moments
+        >>> x = torch.tensor([[2.0]])
+        >>> posterior_moments(x, [-x / 8, torch.full((1, 1), -0.125)], sigma=2.0)
+        [tensor([[1.]]), tensor([[3.]])]
     """
     cumulants = posterior_cumulants(x, scores, sigma, alpha, directions=directions)
     return moments_from_cumulants(cumulants, central=central)
@@ -184,9 +221,10 @@ def posterior_moments(
 def moment_recurrence(
     score_fn: Callable[[Tensor], Tensor],
     x: Tensor,
-    order: int,
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
+    *,
+    order: int,
 ) -> list[Tensor]:
     """Posterior moments by differentiating the posterior mean (Lemma 1, Theorem 3).
 
@@ -197,9 +235,9 @@ def moment_recurrence(
         score_fn: `score_fn(x) -> s1` for the noisy density at sigma, row by row, differentiable
             under `torch.func`. Shapes (B, *dims) to (B, *dims).
         x: the noisy sample. Shape (B, *dims). float32 or float64.
-        order: the highest order, >= 1.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
+        order: the highest order, >= 1.
 
     Returns:
         [m_1, ..., m_order], dense: (B, D), (B, D, D), ... Units data^j.
@@ -207,6 +245,12 @@ def moment_recurrence(
     Raises:
         TypeError: order is not an int.
         ValueError: shapes, dtypes or devices disagree; order, sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import moment_recurrence
+        >>> moment_recurrence(lambda x: -x / 8, torch.tensor([[2.0]]), 2.0, order=2)
+        [tensor([[1.]]), tensor([[[3.]]])]
     """
     where = "moment_recurrence"
     check_samples(where, "x", x)
@@ -222,8 +266,7 @@ def moment_recurrence(
 
     def mean(row: Tensor, s: Tensor, a: Tensor) -> Tensor:
         score = score_fn(row.reshape(1, *x.shape[1:])).reshape(-1)
-        value: Tensor = (row + s.square() * score) / a
-        return value
+        return tweedie_mean(row, score, s, a)
 
     def raised(moment: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def next_moment(row: Tensor, s: Tensor, a: Tensor) -> Tensor:
@@ -241,7 +284,7 @@ def moment_recurrence(
     return moments
 
 
-# ------------------------------------------------------------------------------------------ pieces
+# ----------------------------------------------------------------------------------------- pieces
 
 
 def bell(cumulants: list[Tensor], order: int, dense: bool) -> list[Tensor]:
@@ -284,7 +327,7 @@ def is_dense(
     like `(B, *dims)` has the elementwise shape; dense is `(B, D)`, `(B, D, D)`, ..., and never
     directional. With points, every shape has that axis in front.
     """
-    _first(where, name, values)
+    _first_order(where, name, values)
     for j, value in enumerate(values):
         check_tensor(where, f"{name}[{j}]", value, like=like)
     shapes = [tuple(value.shape) for value in values]
@@ -304,41 +347,41 @@ def is_dense(
 
 def project(where: str, x: Tensor, directions: Tensor) -> Tensor:
     """<v, x> for directions v (B, m, D), shape (B, m)."""
-    check_tensor(where, "directions", directions, like=x)
     rows, size = x.shape[0], x.shape[1:].numel()
-    if directions.dim() != 3 or (directions.shape[0], directions.shape[2]) != (rows, size):
-        raise ValueError(
-            f"{where}: directions must have shape ({rows}, m, {size}), got "
-            f"{tuple(directions.shape)}"
-        )
+    check_tensor(where, "directions", directions, like=x, shape=(rows, "m", size))
     return (directions * x.reshape(rows, 1, size)).sum(-1)  # autocast would halve a matmul
 
 
-def _first(where: str, name: str, values: Any) -> Tensor:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"{where}: {name} must be a list of Tensors of orders 1, 2, ..., got "
-            f"{type(values).__name__}"
-        )
-    if not values:
-        raise ValueError(f"{where}: {name} must hold at least the first order, got none")
+def _first_order(where: str, name: str, values: Any) -> Tensor:
+    """The tensor of order 1 of a list of tensors."""
+    rule = f"{name} must be a list of Tensors of orders 1, 2, ..."
+    check(where, isinstance(values, (list, tuple)), rule, type(values).__name__, TypeError)
+    check(where, len(values) > 0, f"{name} must hold at least the first order", "none")
     check_tensor(where, f"{name}[0]", values[0])
-    first: Tensor = values[0]
-    return first
+    one: Tensor = values[0]
+    return one
 
 
 def _cumulants(
-    scores: list[Tensor], unit: Tensor, second: Tensor, dense: bool, squared: Tensor | None
+    scores: list[Tensor],
+    sigma: Tensor,
+    alpha: Tensor,
+    dense: bool,
+    squared: Tensor | None,
 ) -> list[Tensor]:
-    """unit^j s_j, plus second times the identity at order 2: I, 1, or |v|^2 along directions v."""
+    """(sigma^2 / alpha)^j s_j, but at order 2 Tweedie's covariance, in the form of the scores.
+
+    The identity of order 2 is I, 1, or |v|^2 (`squared`) along directions v.
+    """
+    unit = sigma.square() / alpha
     cumulants = [_column(unit, s) ** j * s for j, s in enumerate(scores, 1)]
     if len(cumulants) > 1:
-        two = cumulants[1]
+        two = scores[1]
+        identity: float | Tensor = 1.0 if squared is None else squared
         if dense:
             identity = torch.eye(two.shape[-1], dtype=two.dtype, device=two.device)
-        else:
-            identity = torch.ones_like(two) if squared is None else squared
-        cumulants[1] = two + _column(second, two) * identity
+        levels = _column(sigma, two), _column(alpha, two)
+        cumulants[1] = tweedie_covariance(two, identity, *levels)
     return cumulants
 
 

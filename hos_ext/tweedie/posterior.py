@@ -1,24 +1,39 @@
 """Posterior moments of the clean sample, from scores of the noisy density (Tweedie's formula).
 
-Setting: x = alpha * x0 + sigma * z with z standard normal; s1 and s2 are the gradient and the
-Hessian of log p(x), the density of the noisy sample. The formulas are equations 4, 7-10 and 18 of
-Meng et al. 2021 (arXiv:2111.04726) with alpha. Networks speak in scaled quantities (`Scores`), all
-of order one at every noise level; `UnscaledScores` are s1 and s2 themselves.
+Setting: x = alpha x0 + sigma z with z standard normal; s1 and s2 are the gradient and the Hessian
+of log p(x), the density of the noisy sample. This file is the one place of the formulas
+
+    E[x0 | x]   = (x + sigma^2 s1) / alpha
+    Cov[z | x]  = kappa = I + sigma^2 s2             `noise_covariance`
+    Cov[x0 | x] = (sigma / alpha)^2 kappa            `covariance_from_kappa`
+
+They are equations 4, 7-10 and 18 of Meng et al. 2021 (arXiv:2111.04726) with alpha. A network gives
+kappa itself, as diag(c) + F diag(sign) F^T (`Scores`): all of order one at every noise level, and
+nothing cancels where the posterior is sharp. `tweedie_mean` and `tweedie_covariance` of
+`hos_ext.scores` are the same for plain tensors; densities and cumulants use them.
 """
 
 from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal
 
-from ..checks import check_like, check_number, check_samples, check_tensor, positive
+from ..checks import (
+    check,
+    check_kind,
+    check_like,
+    check_number,
+    check_samples,
+    check_tensor,
+    positive,
+)
 from ..linalg.dplr import DPLR
-from ..scores import Scores, scaled_factor
+from ..scores import Scores, tweedie_mean
 
 
 class Posterior(NamedTuple):
@@ -30,6 +45,15 @@ class Posterior(NamedTuple):
 
     Drawing from it, its density and its principal components treat the posterior as N(mean,
     covariance); mean and covariance themselves are those of the true posterior if the scores are.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR, Posterior
+        >>> found = Posterior(torch.zeros(1, 2), DPLR(torch.tensor([[4.0, 1.0]])))
+        >>> found.std
+        tensor([[2., 1.]])
+        >>> found.log_prob(torch.zeros(1, 2))
+        tensor([-2.5310])
     """
 
     mean: Tensor
@@ -56,8 +80,7 @@ class Posterior(NamedTuple):
         """
         where = "Posterior.credible_interval"
         number = check_number(where, "level", level)
-        if number >= 1:
-            raise ValueError(f"{where}: level must be in (0, 1), got {number:g}")
+        check(where, number < 1, "level must be in (0, 1)", f"{number:g}")
         quantile = math.sqrt(2) * torch.erfinv(torch.tensor(number, dtype=torch.float64)).item()
         reach = quantile * self.std
         return self.mean - reach, self.mean + reach
@@ -96,44 +119,41 @@ class Posterior(NamedTuple):
         """The k largest eigenvalues (B, k) of the covariance and their eigenvectors (B, D, k)."""
         return self.covariance.eigh(k)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log N(x; mean, covariance), natural logarithm.
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """log N(x0; mean, covariance), natural logarithm.
 
         Args:
-            x: a clean sample for each posterior. Shape (B, *dims), dtype and device of mean.
+            x0: a clean sample for each posterior. Shape (B, *dims), dtype and device of mean.
 
         Returns:
-            Shape (B,). NaN where x or mean holds NaN, or the covariance NaN or inf.
+            Shape (B,). NaN where x0 or mean holds NaN, or the covariance NaN or inf.
 
         Raises:
-            ValueError: x does not fit, or a finite covariance is not positive definite.
+            ValueError: x0 does not fit, or a finite covariance is not positive definite.
         """
         where = "Posterior.log_prob"
-        check_tensor(where, "x", x, like=self.mean, shape=tuple(self.mean.shape))
-        diag, factor = self.covariance.diag, self.covariance.factor
+        check_tensor(where, "x0", x0, like=self.mean, shape=tuple(self.mean.shape))
+        diag, factor, sign = self.covariance.diag, self.covariance.factor, self.covariance.sign
         finite = diag.isfinite().all(-1) & factor.isfinite().flatten(1).all(-1)
-        covariance = DPLR(
-            diag.where(finite[:, None], 1.0),
-            factor.where(finite[:, None, None], 0.0),
-            self.covariance.sign,
-        )
+        diag, factor = diag.where(finite[:, None], 1.0), factor.where(finite[:, None, None], 0.0)
+        covariance = DPLR.of(diag, factor, sign)
         bad = ~covariance.is_positive_definite()
-        if bool(bad.any()):
-            item = int(bad.nonzero()[0])
-            raise ValueError(
-                "Posterior.log_prob: covariance must be positive definite, "
-                f"got one that is not at batch {item}"
-            )
-        error = (x - self.mean).flatten(1)
+        check(
+            where,
+            not bool(bad.any()),
+            "covariance must be positive definite",
+            lambda: f"one that is not at batch {int(bad.nonzero()[0])}",
+        )
+        error = (x0 - self.mean).flatten(1)
         distance = (error * covariance.solve(error)).sum(-1)
         constant = error.shape[1] * math.log(2 * math.pi)
         value = -(distance + covariance.logdet() + constant) / 2
         return value.where(finite, torch.nan)
 
-    def recalibrated(self, factor: float | Tensor) -> Posterior:
-        """The posterior with its covariance times factor: a float or (B,), > 0."""
-        positive("Posterior.recalibrated", "factor", factor, self.mean)
-        return Posterior(self.mean, self.covariance.scale(factor))
+    def recalibrated(self, scale: float | Tensor) -> Posterior:
+        """The posterior with its covariance times scale: a float or (B,), > 0."""
+        positive("Posterior.recalibrated", "scale", scale, self.mean)
+        return Posterior(self.mean, self.covariance.scale(scale))
 
     def to_distribution(self) -> LowRankMultivariateNormal:
         """The posterior as a torch distribution over the flattened sample (event shape (D,)).
@@ -142,17 +162,13 @@ class Posterior(NamedTuple):
             ValueError: the covariance has a sign -1 or a diagonal part that is not positive, which
                 that class cannot hold.
         """
+        where = "Posterior.to_distribution"
         diag, sign = self.covariance.diag, self.covariance.sign
-        if sign is not None and bool((sign < 0).any()):
-            raise ValueError(
-                f"Posterior.to_distribution: signs must all be +1, got {sign.tolist()}"
-            )
+        plus = sign is None or not bool((sign < 0).any())
+        check(where, plus, "signs must all be +1", lambda: None if sign is None else sign.tolist())
         bad = ~(diag > 0)
-        if bool(bad.any()):
-            raise ValueError(
-                "Posterior.to_distribution: the diagonal part of the covariance must be positive, "
-                f"got {diag[bad][0].item()}"
-            )
+        rule = "the diagonal part of the covariance must be positive"
+        check(where, not bool(bad.any()), rule, lambda: diag[bad][0].item())
         factor = self.covariance.factor
         if self.covariance.rank == 0:  # that class needs a column
             factor = torch.zeros_like(diag).unsqueeze(-1)
@@ -181,24 +197,86 @@ def posterior(
     Raises:
         TypeError: scores is not a `Scores`.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+
+    References:
+        Meng et al. 2021, arXiv:2111.04726, Eq. 4 and 7-10.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import Scores, posterior
+        >>> x = torch.tensor([[2.0, 4.0]])
+        >>> scores = Scores(scaled_score=-x / 2, c=torch.tensor([[0.5, 0.25]]))
+        >>> found = posterior(x, scores, 2.0)
+        >>> found.mean, found.covariance.diagonal()
+        (tensor([[0., 0.]]), tensor([[2., 1.]]))
     """
-    if not isinstance(scores, Scores):
-        raise TypeError(f"posterior: scores must be a Scores, got {type(scores).__name__}")
-    check_samples("posterior", "x", x)
-    check_like("posterior", "scores.scaled_score", scores.scaled_score, x)
-    check_like("posterior", "scores.c", scores.c, x)
-    s = positive("posterior", "sigma", sigma, x)
-    a = positive("posterior", "alpha", alpha, x)
-    ratio = s / a
-    factor = scaled_factor("posterior", scores.factor, x, ratio)
-    covariance = DPLR((ratio.square() * scores.c).flatten(1), factor, scores.sign)
-    return Posterior((x + s * scores.scaled_score) / a, covariance)
+    where = "posterior"
+    check_kind(where, "scores", scores, Scores)
+    check_samples(where, "x", x)
+    check_like(where, "scores.scaled_score", scores.scaled_score, x)
+    check_like(where, "scores.c", scores.c, x)
+    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
+    if scores.factor is not None:
+        check_tensor(where, "factor", scores.factor, like=x)
+    kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+    return Posterior((x + s * scores.scaled_score) / a, covariance_from_kappa(kappa, s, a))
+
+
+class Affine(Protocol):
+    """A matrix that can be scaled and shifted: `DPLR`, `ScoreHessian`."""
+
+    def scale(self: Matrix, a: float | Tensor, /) -> Matrix: ...
+
+    def __add__(self: Matrix, other: float | Tensor, /) -> Matrix: ...
+
+
+Matrix = TypeVar("Matrix", bound=Affine)
+
+
+def noise_covariance(hessian: Matrix, sigma: Tensor) -> Matrix:
+    """kappa = Cov[z | x] = I + sigma^2 s2, the covariance of the noise given the noisy sample.
+
+    Args:
+        hessian: s2 (B, D, D), a `DPLR` or a `ScoreHessian`. Units 1/data^2.
+        sigma: noise standard deviation, 0-d or one value a row, checked.
+
+    Returns:
+        kappa, of the kind of hessian. No units.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR
+        >>> noise_covariance(DPLR(torch.tensor([[-0.5, -0.25]])), torch.tensor(1.0)).diagonal()
+        tensor([[0.5000, 0.7500]])
+    """
+    return hessian.scale((sigma if sigma.dim() == 0 else sigma.flatten()).square()) + 1.0
+
+
+def covariance_from_kappa(kappa: DPLR, sigma: Tensor, alpha: Tensor) -> DPLR:
+    """Cov[x0 | x] = (sigma / alpha)^2 kappa, since x0 = (x - sigma z) / alpha.
+
+    Args:
+        kappa: Cov[z | x], a DPLR (B, D, D). No units.
+        sigma, alpha: 0-d or one value a row, checked.
+
+    Returns:
+        DPLR (B, D, D). Units data^2.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR
+        >>> kappa = DPLR(torch.tensor([[0.5, 0.75]]))
+        >>> covariance_from_kappa(kappa, torch.tensor(2.0), torch.tensor(1.0)).diagonal()
+        tensor([[2., 3.]])
+    """
+    ratio = (sigma / alpha).reshape(-1, 1)
+    return DPLR.of(ratio.square() * kappa.diag, ratio.unsqueeze(-1) * kappa.factor, kappa.sign)
 
 
 def posterior_mean(
     x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
 ) -> Tensor:
-    """E[x0 | x] = (x + sigma^2 s1) / alpha (Eq. 4).
+    """E[x0 | x] = (x + sigma^2 s1) / alpha.
 
     Args:
         x: the noisy sample. Shape (B, *dims). float32 or float64.
@@ -211,10 +289,20 @@ def posterior_mean(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+
+    References:
+        Meng et al. 2021, arXiv:2111.04726, Eq. 4.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import posterior_mean
+        >>> posterior_mean(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), sigma=2.0)
+        tensor([[1.]])
     """
-    check_like("posterior_mean", "score", score, x)
-    s = positive("posterior_mean", "sigma", sigma, x)
-    return (x + s.square() * score) / positive("posterior_mean", "alpha", alpha, x)
+    where = "posterior_mean"
+    check_like(where, "score", score, x)
+    s = positive(where, "sigma", sigma, x)
+    return tweedie_mean(x, score, s, positive(where, "alpha", alpha, x))
 
 
 def posterior_covariance(
@@ -225,7 +313,7 @@ def posterior_covariance(
     *,
     sign: Tensor | None = None,
 ) -> DPLR:
-    """Cov[x0 | x] = (sigma^4 / alpha^2) (s2 + I / sigma^2), s2 = diag + U diag(sign) U^T.
+    """Cov[x0 | x] = (sigma / alpha)^2 (I + sigma^2 s2), s2 = diag + U diag(sign) U^T.
 
     Where diag is near -1/sigma^2 (a sharp posterior at small sigma) the sum cancels; `posterior`
     takes c = 1 + sigma^2 diag from a network and does not.
@@ -242,12 +330,20 @@ def posterior_covariance(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import posterior_covariance
+        >>> posterior_covariance(torch.tensor([[-0.125, -0.25]]), None, sigma=2.0).diagonal()
+        tensor([[2., 0.]])
     """
-    check_samples("posterior_covariance", "diag", diag)
-    s = positive("posterior_covariance", "sigma", sigma, diag)
-    a = positive("posterior_covariance", "alpha", alpha, diag)
-    factor = scaled_factor("posterior_covariance", factor, diag, s.square() / a)
-    return DPLR(((s / a).square() * (1 + s.square() * diag)).flatten(1), factor, sign)
+    where = "posterior_covariance"
+    check_samples(where, "diag", diag)
+    s, a = positive(where, "sigma", sigma, diag), positive(where, "alpha", alpha, diag)
+    if factor is not None:
+        check_tensor(where, "factor", factor, like=diag)
+    kappa = noise_covariance(DPLR(diag.flatten(1), factor, sign), s)
+    return covariance_from_kappa(kappa, s, a)
 
 
 def second_moment(
@@ -260,7 +356,7 @@ def second_moment(
     *,
     sign: Tensor | None = None,
 ) -> DPLR:
-    """E[x0 x0^T | x] = (sigma^4 / alpha^2) (s2 + I / sigma^2 + J J^T), J = s1 + x / sigma^2.
+    """E[x0 x0^T | x] = Cov[x0 | x] + E[x0 | x] E[x0 | x]^T.
 
     The mean is one more column beside the scaled factor, with sign +1.
 
@@ -274,12 +370,20 @@ def second_moment(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie import second_moment
+        >>> x = torch.tensor([[2.0, 4.0]])
+        >>> second_moment(x, -x / 8, torch.full((1, 2), -0.125), None, sigma=2.0).dense()
+        tensor([[[3., 2.],
+                 [2., 6.]]])
     """
     check_samples("second_moment", "x", x)
     check_like("second_moment", "diag", diag, x)
     mean = posterior_mean(x, score, sigma, alpha).flatten(1)
     covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
-    return covariance + DPLR(torch.zeros_like(mean), mean.unsqueeze(-1))
+    return covariance + DPLR.of(torch.zeros_like(mean), mean.unsqueeze(-1))
 
 
 def _flat_index(where: str, index: int | tuple[int, ...], dims: tuple[int, ...]) -> int:
@@ -288,11 +392,10 @@ def _flat_index(where: str, index: int | tuple[int, ...], dims: tuple[int, ...])
         parts, sizes = index, dims
     else:
         parts, sizes = (index,), (math.prod(dims),)
-    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in parts):
-        raise TypeError(f"{where}: index must be an int or a tuple of ints, got {index!r}")
+    whole = not any(isinstance(i, bool) or not isinstance(i, Integral) for i in parts)
+    check(where, whole, "index must be an int or a tuple of ints", repr(index), TypeError)
     inside = len(parts) == len(sizes) and all(0 <= i < n for i, n in zip(parts, sizes, strict=True))
-    if not inside:
-        raise ValueError(f"{where}: index must be inside {sizes}, got {index!r}")
+    check(where, inside, f"index must be inside {sizes}", repr(index))
     flat = 0
     for i, n in zip(parts, sizes, strict=True):
         flat = flat * n + int(i)

@@ -9,7 +9,12 @@ from torch import Tensor
 from ..checks import check_samples, positive
 from ..linalg.autodiff import CHUNK, Score
 from ..linalg.jacobian import ScoreHessian
-from ..tweedie.posterior import Posterior, posterior_mean
+from ..tweedie.posterior import (
+    Posterior,
+    covariance_from_kappa,
+    noise_covariance,
+    posterior_mean,
+)
 
 
 def posterior_from_score(
@@ -75,8 +80,8 @@ def posterior_from_score(
     check_samples(where, "x", x)
     s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
     hessian = ScoreHessian(score_fn, x, symmetrize=symmetrize, chunk_size=chunk_size, check=check)
-    kappa = hessian.scale(s.flatten().square() if s.dim() else s.square()) + 1.0
-    covariance = kappa.low_rank(
+    kappa = noise_covariance(hessian, s)
+    truncated = kappa.low_rank(
         rank,
         remainder=remainder,
         n_probes=n_probes,
@@ -86,8 +91,5 @@ def posterior_from_score(
         tolerance=tolerance,
         max_products=max_products,
     )
-    ratio = (s / a).square()
-    return Posterior(
-        posterior_mean(x, hessian.score, sigma, alpha),
-        covariance.scale(ratio.flatten() if ratio.dim() else ratio),
-    )
+    mean = posterior_mean(x, hessian.score, sigma, alpha)
+    return Posterior(mean, covariance_from_kappa(truncated, s, a))
