@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hos_ext.densities.gaussian import Gaussian, GaussianMixture
-from hos_ext.diffusion.guidance import _conjugate_gradients, condition, condition_mean, guided
+from hos_ext.diffusion.guidance import condition, condition_mean, guided
+from hos_ext.diffusion.conditioning import conjugate_gradients
 from hos_ext.diffusion.reverse import prior, probability_flow_ode, reverse_sde, second_order_reverse
 from hos_ext.linalg.dplr import DPLR
 from hos_ext.schedules import EDM, VE, VP
@@ -173,21 +174,21 @@ def test_conjugate_gradients_stop_each_sample_by_itself():
         calls += 1
         return (matrix @ u.unsqueeze(-1)).squeeze(-1)
 
-    x, iterations = _conjugate_gradients("here", product, b, 1e-8, 100)
+    x, iterations = conjugate_gradients("here", product, b, 1e-8, 100)
     assert iterations[:2].tolist() == [1, 0]
     assert iterations[2:].min() >= 5
     assert iterations.max() == calls <= 15
     residual = b - (matrix @ x.unsqueeze(-1)).squeeze(-1)
     assert (residual.norm(dim=1) <= 1.01e-8 * b.norm(dim=1)).all()
     for row in range(4):
-        alone, count = _conjugate_gradients(
+        alone, count = conjugate_gradients(
             "here", lambda u, row=row: u @ matrix[row], b[row : row + 1], 1e-8, 100
         )
         assert count == iterations[row]
         assert (alone[0] - x[row]).abs().max() < 1e-12
     with pytest.raises(RuntimeError, match=r"^here: conjugate gradients must converge to 1e-08, "):
-        _conjugate_gradients("here", product, b, 1e-8, int(iterations.max()) - 1)
-    again = _conjugate_gradients("here", product, b, 1e-8, int(iterations.max()))[0]
+        conjugate_gradients("here", product, b, 1e-8, int(iterations.max()) - 1)
+    again = conjugate_gradients("here", product, b, 1e-8, int(iterations.max()))[0]
     assert torch.equal(again, x)
 
 
@@ -195,7 +196,7 @@ def test_conjugate_gradients_leave_what_is_not_finite_to_its_own_sample():
     b = torch.ones(3, 4, dtype=F64)
     b[0, 1], b[2, 0] = torch.nan, torch.inf
     for rows in ([0], [0, 2], [0, 1, 2]):
-        x, iterations = _conjugate_gradients("here", lambda u: 2 * u, b[rows], 1e-8, 5)
+        x, iterations = conjugate_gradients("here", lambda u: 2 * u, b[rows], 1e-8, 5)
         assert iterations.tolist() == [int(row == 1) for row in rows]
         for row, value in zip(rows, x, strict=True):
             assert (
