@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hos_ext.densities.gaussian import Gaussian, GaussianMixture
-from hos_ext.diffusion.guidance import condition, condition_mean, guided
 from hos_ext.diffusion.conditioning import conjugate_gradients
+from hos_ext.diffusion.guidance import condition, condition_mean, guided
 from hos_ext.diffusion.reverse import prior, probability_flow_ode, reverse_sde, second_order_reverse
 from hos_ext.linalg.dplr import DPLR
 from hos_ext.schedules import EDM, VE, VP

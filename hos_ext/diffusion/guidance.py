@@ -15,8 +15,8 @@ from ..checks import check, check_kind, check_samples, positive, refuse_dropout
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
-from .measurement import Operator, checked_moments, checked_problem, checked_residual
 from .conditioning import check_stop, closed_form, iterated, refuse_small_noise
+from .measurement import Operator, checked_moments, checked_problem, checked_residual
 
 
 def condition(
