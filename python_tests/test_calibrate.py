@@ -205,8 +205,8 @@ def test_recalibration_factor_refuses_what_no_factor_calibrates():
     with pytest.raises(ValueError, match=r"^recalibration_factor") as error:
         recalibration_factor(x, fit, tau=0.1)
     assert str(error.value) == (
-        "recalibration_factor: x0 must be calibrated by a factor in 1e-27 ... 1e27, got mean square "
-        f"{2.0**-200} of x0 - posterior.mean"
+        "recalibration_factor: x0 must be calibrated by a factor in 1e-27 ... 1e27, got mean "
+        f"square {2.0**-200} of x0 - posterior.mean"
     )
 
 
