@@ -38,12 +38,24 @@ class History(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a run stands: steps done, its curve, the sums since its last row, its checkpoint."""
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        history: its curve.
+        sums: of loss, first and second term, norm of the gradient, and steps since the last row.
+        kept: its newest checkpoint.
+    """
 
     step: int
     history: list[History]
     sums: list[float]
     kept: Path | None
+
+    @classmethod
+    def fresh(cls) -> State:
+        """Of a run that has not begun."""
+        return cls(0, [], [0.0] * 5, None)
 
 
 def list_checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
@@ -52,14 +64,17 @@ def list_checkpoints(out: Path | str) -> list[tuple[Path, str | None]]:
 
 
 def found_checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, oldest first, damaged ones too."""
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Of the checkpoint after a step."""
     return folder / f"step-{step:08d}"
 
 
 def named(path: Path | None) -> str:
+    """A checkpoint in a message."""
     return "none was written" if path is None else f"{path} (step {int(path.name[5:])})"
 
 
@@ -75,6 +90,12 @@ def save_checkpoint(
     """Writes step-00000500/ whole, and only then removes all but the newest `keep` whole ones.
 
     Args:
+        folder: checkpoints/ of the run.
+        model: the weights being trained; those that are frozen are left out.
+        ema: their average.
+        optimizer: its moments.
+        content: plain JSON: step, options, facts, history and sums.
+        keep: how many whole checkpoints stay.
         kept: the checkpoint before. What lies between it and this one, or behind this one, was
             damaged when the run went on.
     """
@@ -126,7 +147,21 @@ def load_checkpoint(
     optimizer: Any,
     deciding: dict[str, Any],
 ) -> State:
-    """Restores the newest whole checkpoint into model, ema and optimizer."""
+    """Restores the newest whole checkpoint into model, ema and optimizer.
+
+    Args:
+        folder: checkpoints/ of the run.
+        model: gets its weights.
+        ema: gets its averaged weights.
+        optimizer: gets its moments.
+        deciding: the options that decide what a step computes, as `TrainingOptions.deciding` gives.
+
+    Returns:
+        Where the run stands; a fresh state if there is no whole checkpoint.
+
+    Raises:
+        ValueError: it is of another model or of other options.
+    """
     for path in reversed(found_checkpoints(folder)):
         wrong = storage.damage(path)
         if wrong is not None:
@@ -150,7 +185,7 @@ def load_checkpoint(
         optimizer.load_state_dict(moments)
         history = [History(*row) for row in state["history"]]
         return State(state["step"], history, state["sums"], path)
-    return State(0, [], [0.0] * 5, None)
+    return State.fresh()
 
 
 def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> None:
@@ -165,6 +200,7 @@ def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> N
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses other options; with a constant learning rate there may be more steps."""
     for name, value in now.items():
         longer = name == "steps" and now["decay"] == "constant" and value >= before[name]
         rule = f"{name} must be {before[name]!r} to go on from {path}"

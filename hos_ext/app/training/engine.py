@@ -152,11 +152,11 @@ class _Training:
     """A training under way: the step that it has come to, and all that the next one changes.
 
     Attributes:
-        step: the last that was taken, or the one being taken.
-        history: rows of the curve.
-        sums: loss, first and second term, norm of the gradient, and steps since the last row.
-        kept: the newest checkpoint.
+        step, history, sums, kept: see `State`; during a step, `step` is its number.
+        model, ema: the weights, and their average.
+        network: the model as accelerate wraps it.
         batch: what this process drew last.
+        held_out: the validation rows of the curve.
         size: rows of a micro-batch of this process.
         window: steps of a row of the curve.
     """
@@ -173,7 +173,7 @@ class _Training:
         # Before prepare: under bf16 that puts a forward into the model whose copy calls the
         # original.
         self.ema = swa_utils.AveragedModel(model.to(accelerator.device), avg_fn=self._average)
-        self.step, self.history, self.sums, self.kept = State(0, [], [0.0] * 5, None)
+        self.step, self.history, self.sums, self.kept = State.fresh()
         self.batch: Batch
 
     def _average(self, old: Tensor, new: Tensor, _: Tensor | int) -> Tensor:
@@ -286,6 +286,7 @@ class _Training:
 
 
 def _optimizer(weights: list[nn.Parameter], options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW, whose decay spares biases and other vectors."""
     groups = [
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
