@@ -20,6 +20,7 @@ from .methods import (
     method_names,
     register_step,
     spectral_law,
+    unregister_step,
 )
 from .step_size import StepSizeAdaptation, StepSizeSearch, adapt_step_size, search_step_size
 
@@ -51,4 +52,5 @@ __all__ = [
     "search_step_size",
     "shard",
     "spectral_law",
+    "unregister_step",
 ]

@@ -28,7 +28,7 @@ class ChainOptions(StepOptions, total=False):
     """The arguments of `sample` that its kin hand on to it, with its defaults.
 
     Keys:
-        method, burn_in, thin, log_prob, first_chain, chunk_size, progress: see `sample`.
+        method, burn_in, thin, log_prob, chunk_size: see `sample`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
 
@@ -36,9 +36,7 @@ class ChainOptions(StepOptions, total=False):
     burn_in: int
     thin: int
     log_prob: LogDensity | None
-    first_chain: int
     chunk_size: int | None
-    progress: bool
 
 
 class Chains(NamedTuple):

@@ -60,7 +60,9 @@ def sample_sharded(
     step_size: float | Tensor,
     n_steps: int,
     seed: int | None = None,
+    first_chain: int = 0,
     state: ChainState | None = None,
+    progress: bool = False,
     group: dist.ProcessGroup | None = None,
     **options: Unpack[ChainOptions],
 ) -> Chains:
@@ -71,13 +73,13 @@ def sample_sharded(
     fails on one rank, all ranks raise. Where torch.distributed is not initialised this is `sample`.
 
     Args:
-        score_fn, init, step_size, n_steps: as in `sample`, for all chains.
+        score_fn, init, step_size, n_steps, first_chain: as in `sample`, for all chains.
         seed: as in `sample`. None: that of rank 0 is used by all.
         state: as in `sample`. It may come from a run on any number of ranks.
+        progress: on rank 0, for its own share.
         group: of ranks that take part; None is all. With NCCL, `torch.cuda.set_device` must have
             chosen the device of the process.
-        options: further arguments of `sample`, see `ChainOptions`. `first_chain` is that of all
-            chains; `progress` shows rank 0 alone, with its own share.
+        options: further arguments of `sample`, see `ChainOptions`.
 
     Returns:
         On every rank the Chains of all, as one process gives them: draws and statistics in the
@@ -105,13 +107,14 @@ def sample_sharded(
             step_size=step_size,
             n_steps=n_steps,
             seed=seed,
+            first_chain=first_chain,
             state=state,
+            progress=progress,
             **options,
         )
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     rule = "group must hold this process"
     check(where, rank >= 0, rule, lambda: f"one without rank {dist.get_rank()}")
-    first_chain, progress = options.pop("first_chain", 0), options.pop("progress", False)
     fresh = state is None and seed is None
 
     def tell(start: ChainState) -> tuple[int, dict[str, str]]:

@@ -51,6 +51,8 @@ def search_step_size(
     n_steps: int,
     ess_method: str = "bulk",
     seed: int | None = 0,
+    first_chain: int = 0,
+    progress: bool = False,
     **options: Unpack[ChainOptions],
 ) -> StepSizeSearch:
     """The step size that gives most effective samples a score evaluation (the paper's rule).
@@ -67,6 +69,7 @@ def search_step_size(
         n_steps: steps of each run after its burn-in; at least 4 draws must be kept.
         ess_method: a method of `ess`: "cutoff" is the rule used with such figures.
         seed: key of the noise; None draws one, for all candidates, from torch's default generator.
+        first_chain, progress: as for `sample`.
         options: further arguments of `sample`, see `ChainOptions`.
 
     Returns:
@@ -98,7 +101,16 @@ def search_step_size(
         seed = fresh_seed()
     rates = []
     for h in candidates:
-        chains = sample(score_fn, init, step_size=h, n_steps=n_steps, seed=seed, **options)
+        chains = sample(
+            score_fn,
+            init,
+            step_size=h,
+            n_steps=n_steps,
+            seed=seed,
+            first_chain=first_chain,
+            progress=progress,
+            **options,
+        )
         rate = 0.0
         if not bool(chains.stats["diverged"].any()):
             size = min_ess(chains.draws, method=ess_method)

@@ -10,7 +10,7 @@ from .laws import NormalLaw, diagonal_law, spectral_law
 from .metropolis import Metropolis, log_ratio
 from .ozaki import Ozaki
 from .points import Point
-from .registry import Method, make_step, method_names, register_step
+from .registry import Method, make_step, method_names, register_step, unregister_step
 
 for _step in (Langevin, Ozaki, OzakiFull, OzakiIsotropic, OzakiLanczos, OzakiCayley):
     register_step(_step)
@@ -38,4 +38,5 @@ __all__ = [
     "method_names",
     "register_step",
     "spectral_law",
+    "unregister_step",
 ]

@@ -55,7 +55,7 @@ class Metropolis(Step):
     adjusted = True
 
     def __init__(self, proposal: NormalStep):
-        self.proposal = check_kind("Metropolis", "proposal", proposal, NormalStep)  # type: ignore[type-abstract]
+        self.proposal = check_kind("Metropolis", "proposal", proposal, NormalStep)
         self.name = proposal.adjusted_name
         # A rejected chain keeps its scores, and products alone cannot be kept.
         self.accepts = tuple(kind for kind in proposal.accepts if kind is not MatrixFreeScores)

@@ -21,17 +21,9 @@ _DEFAULTS = {"curvature": "clamp", "tolerance": 1e-3, "max_iterations": None}
 
 
 def register_step(step: _Class) -> _Class:
-    """Makes a step a method of `sample` by its `name`. It decorates the class:
+    """Makes a step a method of `sample` by its `name`. It decorates the class.
 
-        @register_step
-        class Slow(NormalStep):
-            name, accepts = "slow", (Tensor,)
-
-            def law(self, here, h):
-                x, score = here.flat()
-                return diagonal_law(x + h / 2 * score, h.sqrt())
-
-    The adjusted form of a `NormalStep` becomes a method too, by its `adjusted_name`: "mh_slow".
+    The adjusted form of a `NormalStep` becomes a method too, by its `adjusted_name`.
 
     Args:
         step: a class derived from `PlainStep`, most often from `NormalStep`.
@@ -44,11 +36,20 @@ def register_step(step: _Class) -> _Class:
         ValueError: a name is taken.
 
     Example:
-        >>> from hos_ext.sampling.methods import Langevin
-        >>> register_step(Langevin)
-        Traceback (most recent call last):
-        ...
-        ValueError: register_step: name must be new, got 'langevin'
+        >>> import torch
+        >>> from hos_ext.sampling import NormalStep, diagonal_law, register_step, sample
+        >>> @register_step
+        ... class Slow(NormalStep):
+        ...     name, accepts = "slow", (torch.Tensor,)
+        ...     def law(self, here, h):
+        ...         x, score = here.flat()
+        ...         return diagonal_law(x + h / 2 * score, h.sqrt())
+        >>> chains = sample(
+        ...     lambda x: -x, torch.zeros(4, 2), method="mh_slow", step_size=0.5, n_steps=3
+        ... )
+        >>> chains.draws.shape
+        torch.Size([4, 3, 2])
+        >>> unregister_step(Slow)
     """
     where = "register_step"
     good = isinstance(step, type) and issubclass(step, PlainStep)
@@ -60,6 +61,22 @@ def register_step(step: _Class) -> _Class:
     if issubclass(step, NormalStep):
         _ADJUSTED[step.adjusted_name] = step
     return step
+
+
+def unregister_step(step: type[PlainStep]) -> None:
+    """Takes back `register_step`, as before a cell of a notebook defines the step anew.
+
+    Args:
+        step: a class that was registered.
+
+    Raises:
+        ValueError: it was not.
+    """
+    known = step in _UNADJUSTED.values()
+    check("unregister_step", known, "step must be registered", lambda: repr(step))
+    del _UNADJUSTED[step.name]
+    if issubclass(step, NormalStep):
+        del _ADJUSTED[step.adjusted_name]
 
 
 def method_names(*, adjusted: bool | None = None) -> tuple[str, ...]:
@@ -109,6 +126,7 @@ def make_step(
         >>> make_step("mh_ozaki", curvature="abs").proposal
         Ozaki(curvature='abs', tolerance=0.001, max_iterations=None)
     """
+    step: Step
     if isinstance(method, type) and issubclass(method, PlainStep):
         step = method(**options)
     elif isinstance(method, Step):
