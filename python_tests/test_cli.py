@@ -371,7 +371,7 @@ def test_sample_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
     arrays = dict(np.load(tmp_path / f"sample-{method}.npz"))
     assert arrays["draws"].shape == (3, 6, 8, 8)
     assert arrays["starts"].shape == arrays["denoised"].shape == (3, 8, 8)
-    assert arrays["step_size"] == pytest.approx(results.METHODS[method] * 0.16)
+    assert arrays["step_size"] == pytest.approx(results.methods()[method] * 0.16)
     np.testing.assert_allclose(
         arrays["raw_denoised"], arrays["denoised"] * 8.5 + 8, rtol=1e-5, atol=1e-5
     )

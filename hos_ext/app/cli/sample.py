@@ -27,7 +27,7 @@ CHAINS = "Chains"  # a panel of --help
 def sample(
     folder: RunFolder,
     method: Annotated[
-        str, typer.Option(help=", ".join(results.METHODS) + ".", rich_help_panel=CHAINS)
+        str, typer.Option(help=", ".join(results.methods()) + ".", rich_help_panel=CHAINS)
     ] = "ozaki",
     sigma: Sigma = None,
     step_size: Annotated[
@@ -81,7 +81,7 @@ def sample(
         source = runs.open_data(facts)
         check_available("sample", "--chains", chains, len(source.test))
     starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
-    size = results.METHODS[method] * level**2 if step_size is None else step_size
+    size = results.methods()[method] * level**2 if step_size is None else step_size
     dynamics = results.Dynamics(level, method, size)
     with results.ranks():
         found, ess = results.run_chains(
@@ -101,7 +101,7 @@ def sample(
 
 def _check_chains(method: str, step_size: float | None, steps: int, thin: int) -> None:
     """Refuses what needs no run to be wrong."""
-    one_of("sample", "--method", method, results.METHODS)
+    one_of("sample", "--method", method, results.methods())
     if step_size is not None:
         check_number("sample", "--step-size", step_size)
     rule, got = "--steps must be at least 4 --thin, for 4 draws", f"{steps} steps and --thin {thin}"

@@ -4,7 +4,7 @@ Samples are in data units inside; what other programs read and write (images, `r
 units. A command builds all of its files in memory, then writes each whole.
 """
 
-from .chains import METHODS, Dynamics, ranks, run_chains, sample_files, sampled
+from .chains import Dynamics, methods, ranks, run_chains, sample_files, sampled
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
@@ -12,12 +12,12 @@ from .reading import Samples, read_files
 
 __all__ = [
     "EVALUATE_FILES",
-    "METHODS",
     "Dynamics",
     "Samples",
     "denoise_files",
     "denoised",
     "evaluated",
+    "methods",
     "npz",
     "ranks",
     "read_files",

@@ -15,26 +15,25 @@ from torch import distributed as dist
 
 from ...sampling import diagnostics, distributed
 from ...sampling.chains import Chains
-from ...scores import Model
+from ...sampling.methods import OzakiIsotropic, make_step, method_names
+from ...scores import Model, UnscaledScores
 from ...tweedie.posterior import posterior
 from .. import data, plots
 from ..evaluation.chains import refuse_diverged, scores_at
 from .files import npz
 
-# What learned scores can drive, and step_size / sigma^2. The precision of noisy data is at most
-# 1 / sigma^2: Langevin is stable below 2, and its variance too large by the factor
-# 1 / (1 - h / (2 sigma^2)) where data do not vary.
-METHODS = {
-    "langevin": 0.1,
-    "ozaki": 1.0,
-    "ozaki_full": 1.0,
-    "ozaki_lanczos": 1.0,
-    "ozaki_cayley": 1.0,
-    "mala": 0.1,
-    "mh_ozaki": 0.1,
-    "mh_ozaki_full": 0.1,
-    "mh_ozaki_cayley": 0.1,
-}
+# Learned variances differ from entry to entry, which this step refuses.
+_UNFIT = (OzakiIsotropic.name, OzakiIsotropic.adjusted_name)
+
+
+def methods() -> dict[str, float]:
+    """The methods of `sampling.sample` that learned scores can drive, and step_size / sigma^2.
+
+    Noise of level sigma makes the smallest variance of noisy data at least sigma^2, the unit in
+    which a step states the step size to begin with.
+    """
+    steps = [make_step(name) for name in method_names() if name not in _UNFIT]
+    return {step.name: step.relative_step_size for step in steps if UnscaledScores in step.accepts}
 
 
 class Dynamics(NamedTuple):
@@ -42,7 +41,7 @@ class Dynamics(NamedTuple):
 
     Fields:
         sigma: noise level of the density that they sample. Data units.
-        method: one of METHODS.
+        method: one of `methods()`.
         step_size: h, in squared data units.
     """
 
