@@ -22,19 +22,27 @@ from ..tweedie.posterior import Posterior, posterior
 class MeanDenoiser(nn.Module):
     """`denoiser(x, sigma)` -> E[x0 | x], for x = x0 + sigma z, as deepinv's denoisers are called.
 
-    deepinv draws its priors from such a module, `deepinv.optim.ScorePrior(MeanDenoiser(model))`:
-    the prior's score is then the model's. Its images lie in [0, 1]: where the model was trained on
-    other units, `shift` and `scale` say how, x_model = (x - shift) / scale.
+    deepinv makes a prior of such a module, `deepinv.optim.ScorePrior(MeanDenoiser(model))`. The
+    score of that prior is then the model's. deepinv's images lie in [0, 1]. Where the model was
+    trained in other units, `shift` and `scale` say how: x_model = (x - shift) / scale.
 
     Args:
         model: `model(x, sigma) -> Scores`, trained with alpha = 1, or with the schedule's alpha.
         schedule: of a model trained with alpha: it is called with alpha x at the time at which
             sigma(t) / alpha(t) is the sigma asked for, which must lie within the schedule.
-        shift, scale: numbers, scale > 0.
+        shift: a number, in the units of x.
+        scale: a number, > 0. Units of x over units of the model.
 
     Raises:
         TypeError: the model returns something else; an argument of the wrong kind.
         ValueError: x, sigma or what the model returns does not fit, or scale is not positive.
+
+    Example:
+        >>> import hos_ext, torch
+        >>> from hos_ext.integrations import MeanDenoiser
+        >>> denoiser = MeanDenoiser(hos_ext.MLP((2,), 1))
+        >>> denoiser(torch.ones(1, 2), 1.0)  # a fresh model is that of standard normal samples
+        tensor([[0.5000, 0.5000]], grad_fn=<AddBackward0>)
     """
 
     def __init__(
@@ -96,6 +104,12 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
     Raises:
         TypeError: schedule is none.
         RuntimeError: azula is not installed.
+
+    Example:
+        >>> import hos_ext
+        >>> from hos_ext.integrations import azula_denoiser
+        >>> model = hos_ext.MLP((2,), 1)
+        >>> denoiser = azula_denoiser(model, hos_ext.VP())  # doctest: +SKIP
     """
     azula = require("azula_denoiser", "azula.denoise", "adapters")
     fine, got = isinstance(schedule, Schedule) or callable(schedule), type(schedule).__name__

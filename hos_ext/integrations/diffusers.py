@@ -1,4 +1,4 @@
-"""Pretrained networks of diffusers as scores."""
+"""Pretrained networks of diffusers as scores, from their folders and back."""
 
 from __future__ import annotations
 
@@ -41,8 +41,18 @@ class DiffusersScore(nn.Module):
     Raises:
         TypeError, ValueError: unet or scheduler is of another kind.
 
-    Reference:
+    References:
         Ho et al. 2020, arXiv:2006.11239 (epsilon); Salimans and Ho 2022, arXiv:2202.00512 (v).
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> from hos_ext.integrations import DiffusersScore
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (32,)}
+        >>> score = DiffusersScore(UNet2DModel(**blocks, **sizes), DDPMScheduler())
+        >>> score(torch.zeros(2, 1, 4, 4), 0.5).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
@@ -183,6 +193,10 @@ def from_diffusers(
     Raises:
         ValueError: the folder holds no such pipeline. Names what is missing.
         RuntimeError: diffusers is missing.
+
+    Example:
+        >>> from hos_ext.integrations import from_diffusers
+        >>> score = from_diffusers("downloads/ddpm-cat-256")  # doctest: +SKIP
     """
     where = "from_diffusers"
     diffusers = require(where, "diffusers")

@@ -42,9 +42,9 @@ def hermite(
 ) -> Tensor:
     """The Hermite tensor He_k(z): z, z z^T - I, z (x) z (x) z - sym3(I (x) z), ...
 
-    It is the k-th Bell polynomial of (z, -I, 0, ...). Elementwise that is the recursion
-    H_(j + 1) = a H_j - j b H_(j - 1), H_0 = 1, with (a, b) = (z_i, 1) on the diagonal and
-    (<v, z>, |v|^2) along v.
+    It is the k-th Bell polynomial of (z, -I, 0, ...). Elementwise this is a recursion from H_0 = 1:
+    H_(j + 1) = a H_j - j b H_(j - 1), with (a, b) = (z_i, 1) on the diagonal and (<v, z>, |v|^2)
+    along v.
 
     Args:
         noise: z. Shape (B, *dims). float32 or float64.
@@ -60,6 +60,12 @@ def hermite(
         TypeError: k is not an int.
         ValueError: shapes, dtypes or devices disagree, k is not positive, or diagonal comes with
             directions.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import hermite
+        >>> hermite(torch.tensor([[2.0, 3.0]]), 3, diagonal=True)  # z^3 - 3 z
+        tensor([[ 2., 18.]])
     """
     where = "hermite"
     check_samples(where, "noise", noise)
@@ -96,9 +102,10 @@ def order_k_loss(
 ) -> Tensor:
     """Denoising score matching of order k, |psi_k - (-1/sigma)^k He_k(z)|^2 (Theorem 4).
 
-    The part |He_k|^2 / sigma^(2k), which the scores do not move, is left out, as in `d2sm_loss`:
-    |psi_k|^2 - 2 (-1/sigma)^k <He_k, psi_k>. So k = 1 is `dsm_loss` without |z|^2 / sigma^2, k = 2
-    `d2sm_loss` or, diagonal, `d2sm_diag_loss`. Any k. Its gradient has variance sigma^(-2k).
+    The scores do not move |He_k|^2 / sigma^(2k), which is left out, as in `d2sm_loss`. What is left
+    is |psi_k|^2 - 2 (-1/sigma)^k <He_k, psi_k>, for any k. So k = 1 is `dsm_loss` without
+    |z|^2 / sigma^2, and k = 2 is `d2sm_loss` or, diagonal, `d2sm_diag_loss`. The gradient has
+    variance sigma^(-2k).
 
     Args:
         k: order, >= 1.
@@ -122,9 +129,16 @@ def order_k_loss(
         TypeError: k is not an int, or the scores are not tensors.
         ValueError: shapes, dtypes or devices disagree; k or sigma is not positive.
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, Theorem 4, for He_k(z) in place of x0 (x) ... (x) x0:
         unlike that moment it does not involve x, which would let errors in s1 bias sk.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import order_k_loss
+        >>> score = torch.full((1, 2), -2.0)
+        >>> order_k_loss(1, score, [], torch.ones(1, 2), 0.5)  # |s1|^2 + 2 <s1, z> / sigma
+        tensor(-8.)
     """
     where = "order_k_loss"
     check_reduction(where, reduction)
@@ -177,6 +191,13 @@ def order_k_vr_loss(
         TypeError: k is not an int, or the scores are not tensors.
         ValueError: shapes, dtypes or devices disagree; k is out of range, sigma is not positive,
             or derivative is given for k below 3.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import order_k_vr_loss
+        >>> score = torch.tensor([[[-2.0]], [[2.0]]])  # at the points + and -
+        >>> order_k_vr_loss(1, score, [], torch.ones(1, 1), 0.5)
+        tensor(-4.)
     """
     where = "order_k_vr_loss"
     check_reduction(where, reduction)
@@ -212,8 +233,8 @@ def order_k_matching_loss(
 
     The batch is noised once, x = alpha x0 + sigma z. Models speak in scaled quantities,
     sigma^j s_j, of order one at every noise level. With variance reduction model and lower visit
-    two (k odd) or three points in one batch and, for k = 3 and 4, the clean point once more under
-    one `torch.func.jvp`, or two nested, which they must support.
+    two points (k odd) or three (k even) in one batch. For k = 3 and 4 they visit the clean point
+    once more under one `torch.func.jvp`, or two nested, which they must support.
 
     Args:
         model: `model(x, sigma)` -> sigma^k sk in the asked form, shapes as `order_k_loss`;
@@ -249,6 +270,13 @@ def order_k_matching_loss(
         ValueError: shapes, dtypes or devices disagree, or a value breaks the rules above; with
             variance reduction, active dropout (its masks differ between the points) or autocast
             (rounding is divided by sigma^k).
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import order_k_matching_loss
+        >>> model = lambda x, sigma: -x / sigma  # the scaled score of samples that are all 0
+        >>> order_k_matching_loss(model, torch.zeros(4, 2), 0.5, k=1, noise=torch.ones(4, 2))
+        tensor(-2.)
     """
     where = "order_k_matching_loss"
     check_samples(where, "x0", x0)

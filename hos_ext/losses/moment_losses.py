@@ -45,8 +45,16 @@ def second_moment_loss(
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, Theorem 2, Eq. 11, with alpha.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import second_moment_loss
+        >>> x, eye = torch.tensor([[0.5, -0.5]]), torch.eye(2).unsqueeze(0)
+        >>> # The scores of samples that are all 0, at sigma = 1/2.
+        >>> second_moment_loss(torch.zeros(1, 2), x, -4 * x, -4 * eye, 0.5)
+        tensor(0.)
     """
     where = "second_moment_loss"
     _check_arguments(where, x0, x, score, hessian, sigma, alpha, reduction)
@@ -78,8 +86,16 @@ def noise_moment_loss(
     Raises:
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, Theorem 2, Eq. 12, with alpha.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.losses import noise_moment_loss
+        >>> x, eye = torch.tensor([[0.5, -0.5]]), torch.eye(2).unsqueeze(0)
+        >>> # The scores of samples that are all 0, at sigma = 1/2.
+        >>> noise_moment_loss(torch.zeros(1, 2), x, -4 * x, -4 * eye, 0.5)
+        tensor(0.)
     """
     where = "noise_moment_loss"
     s, a = _check_arguments(where, x0, x, score, hessian, sigma, alpha, reduction)

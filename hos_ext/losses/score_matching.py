@@ -93,9 +93,12 @@ def score_matching_loss(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Joint first- and second-order denoising score matching: second + gamma * first.
 
-    The batch is noised once, x = alpha x0 + sigma z, and the model is called once with every point
-    that the two terms need: alpha x0 + sigma z always, alpha x0 - sigma z for variance reduction or
-    first_order="antithetic", alpha x0 for variance reduction or first_order="vr".
+    The batch is noised once, x = alpha x0 + sigma z. The model is called once with all the points
+    that the two terms need:
+
+    * alpha x0 + sigma z always;
+    * alpha x0 - sigma z for variance reduction or first_order="antithetic";
+    * alpha x0 for variance reduction or first_order="vr".
 
     Args:
         model: `model(x, sigma) -> Scores` in scaled quantities, smooth in x where variance is
@@ -114,13 +117,13 @@ def score_matching_loss(
             False: as in the paper; the smallest sigma then outweighs all others.
         detach_score: in the second-order term s1 is given, as Theorem 2 assumes. False lets a
             restricted s2 pull s1 off: gradient 4 (psi_model - psi) s1 at the true s1.
-        centred: the second-order term matches kappa = I + sigma^2 s2 to e e^T, e = z + sigma s1, in
-            place of kappa + sigma^2 s1 s1^T to z z^T (Eq. 13, 17), averaged over the noisy points.
-            For the true s1 the minimiser is the same, E[e e^T | x] = kappa; for a learned one it
-            is the second moment of the errors that the denoiser makes, which is what calibration
-            asks for, and the noise of the target along s1 is gone. With variance_reduction it has
-            the pairing and the control variate of Eq. 33 and the same minimiser, at any noise
-            level. Needs detach_score.
+        centred: the second-order term matches kappa = I + sigma^2 s2 to e e^T, e = z + sigma s1,
+            averaged over the noisy points. (Eq. 13 and 17 match kappa + sigma^2 s1 s1^T to z z^T.)
+            For the true s1 the minimiser is the same, E[e e^T | x] = kappa. For a learned s1 it is
+            the second moment of the errors that the denoiser makes, which is what calibration asks
+            for. The noise of the target along s1 is gone. With variance_reduction it has the
+            pairing and the control variate of Eq. 33 and the same minimiser, at any noise level.
+            Needs detach_score.
         noise: standard normal draw z, shape, dtype and device of x0. None draws it.
         seed: key of the draw, an int or a 0-d int64 tensor. None takes one from torch's default
             generator.
@@ -132,11 +135,12 @@ def score_matching_loss(
 
     Returns:
         The loss: a scalar, or (B,) with reduction="none", summed over entries; or (loss, terms).
+        No units when scale_free, else 1/data^4 (gamma 1/data^2). Half-precision outputs are raised
+        to float32 for plain losses.
+
         Parts that do not depend on the model are left out: |C|^2 of the second term, and for "vr"
-        |z|^2 of the first, so both can be negative. `centred` leaves out |I - e e^T|^2, which the
-        score moves: compare its values only where the errors e are alike. No units when scale_free,
-        else 1/data^4 (gamma 1/data^2). Half-precision outputs are raised to float32 for plain
-        losses.
+        |z|^2 of the first. So both can be negative. `centred` leaves out |I - e e^T|^2, which the
+        score moves: compare its values only where the errors e are alike.
 
     Raises:
         TypeError: model does not return Scores.
@@ -144,8 +148,16 @@ def score_matching_loss(
             several points, active dropout (its masks differ between the points); with variance
             reduction, half precision or autocast (rounding is divided by sigma^2).
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, Eq. 3, 13-17, 32, 33.
+
+    Example:
+        >>> import hos_ext, torch
+        >>> model, x0 = hos_ext.MLP((2,), rank=1), torch.randn(8, 2)
+        >>> loss = hos_ext.score_matching_loss(model, x0, 0.5, seed=0, offset=3)
+        >>> loss.backward()
+        >>> hos_ext.score_matching_loss(model, x0, 0.5, seed=0, reduction="none").shape
+        torch.Size([8])
     """
     where = _WHERE
     _check_objective(gamma, first_order, centred, detach_score)

@@ -1,14 +1,16 @@
 """Networks, and their files."""
 
 from .files import load_model, save_model
-from .head import SecondOrderHead
+from .head import SavableScore, SecondOrderHead, register_score_reader
 from .mlp import MLP
 from .unet import UNet
 
 __all__ = [
     "MLP",
+    "SavableScore",
     "SecondOrderHead",
     "UNet",
     "load_model",
+    "register_score_reader",
     "save_model",
 ]

@@ -24,7 +24,7 @@ KINK = "twice differentiable: at a kink variance reduction fails"
 class NoiseLevel(NamedTuple):
     """Constants of the noise levels of a batch, each `(B,)`, with v = sigma^2 + sigma_data^2.
 
-    Fields:
+    Attributes:
         log_ratio: log(sigma / sigma_data).
         inverse_std: 1 / sqrt(v). It brings noisy samples to unit scale.
         skip: sigma / v. The scaled score of Gaussian data is -skip x.

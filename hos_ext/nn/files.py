@@ -40,6 +40,14 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
             or starts with "_"; the activation of the model has no name.
         RuntimeError: safetensors is missing.
         OSError: the disk is full, or the folder cannot be written to.
+
+    Example:
+        >>> import hos_ext, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = hos_ext.save_model(hos_ext.MLP((2,), 1), folder, step=7)
+        ...     model, config = hos_ext.load_model(folder)
+        >>> model.rank, config["step"]
+        (1, 7)
     """
     if not isinstance(model, (MLP, UNet, SecondOrderHead)):
         rule = f"model must be one of {', '.join(CLASSES)} (unwrapped)"
@@ -52,9 +60,9 @@ def load_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads what `save_model` wrote.
 
-    The config in the metadata of model.safetensors counts. If config.json says something else there
-    is a warning, but not where a killed `save_model` explains it: config.json is the older file and
-    the model's arguments in both agree. Without metadata config.json counts.
+    The config in the metadata of model.safetensors counts. Without metadata config.json counts. If
+    both are there and disagree, there is a warning. A killed `save_model` is no reason to warn:
+    then config.json is the older file, and the model's arguments in both agree.
 
     Args:
         folder: with model.safetensors and config.json.
@@ -67,6 +75,9 @@ def load_model(
         ValueError: the folder holds no such model: a file is missing, truncated or foreign, or the
             weights are not those of the model; pickle files are not read. Names the file.
         RuntimeError: safetensors is missing, or diffusers for a `UNet`.
+
+    Example:
+        See `save_model`.
     """
     config, state = read_weights(folder)
     model = _CLASSES[config["_class_name"]]

@@ -63,6 +63,7 @@ def register_score_reader(kind: str, reader: str) -> None:
         ValueError: reader is not of this form.
 
     Example:
+        >>> from hos_ext.nn import register_score_reader
         >>> register_score_reader("mine", "my_package.scores:read")
     """
     module, _, function = reader.partition(":")
@@ -75,7 +76,7 @@ class SecondOrderHead(nn.Module):
     """`model(x, sigma) -> Scores`: the score of a model that stays as it is, c and factor learned.
 
     `score_matching_loss` trains it: its second-order term moves the head, its first-order term is a
-    constant. The score sees no training mode and its parameters ask for no gradient: give an
+    constant. The score stays in eval mode and its parameters ask for no gradient. So give an
     optimiser `[p for p in model.parameters() if p.requires_grad]`, which are the head's.
 
     In a variance-preserving chain x_t = alpha x0 + sigma z the same model serves:
@@ -83,17 +84,27 @@ class SecondOrderHead(nn.Module):
 
     Args:
         score: `score(x, sigma)` -> sigma * s1 as x, for x = x0 + sigma z, or -> `Scores`, of which
-            the score counts: a `DiffusersScore`, a model of ours, any function. Smooth in x where
-            variance is reduced. A module is frozen in place.
+            scaled_score counts: a `DiffusersScore`, a model of ours, any function. Smooth in x
+            where variance is reduced. A module is frozen in place.
         head: `head(x, sigma, score) -> Scores`: an `MLP` or `UNet` made with given_score=True.
         scaled: False: score returns s1 itself.
 
     Attributes:
+        score_model: the first-order model, as it was given.
+        head: the second-order head.
         gradient_checkpointing: that of the head.
 
     Raises:
         TypeError: score is not callable, or head not a module.
         ValueError: head was made without given_score=True.
+
+    Example:
+        >>> import hos_ext, torch
+        >>> score = lambda x, sigma: -sigma * x / (1 + sigma**2)  # of standard normal samples
+        >>> model = hos_ext.SecondOrderHead(score, hos_ext.MLP((2,), 1, given_score=True))
+        >>> scores = model(torch.ones(1, 2), 0.5)
+        >>> scores.scaled_score, scores.factor.shape
+        (tensor([[-0.4000, -0.4000]]), torch.Size([1, 2, 1]))
     """
 
     def __init__(self, score: ScoreModel, head: nn.Module, *, scaled: bool = True) -> None:

@@ -47,14 +47,13 @@ class MLP(Network):
         constrained: True: c >= c_min, so that the posterior covariance is positive definite by
             construction. False: the paper's head, c free.
         c_min: least value of c when constrained, >= 0. c is the posterior variance over sigma^2.
-        given_score: a second-order head for a score that is known (`frozen.SecondOrderHead`): no
-            score network; `model(x, sigma, score)` sees the scaled score beside x, and returns it
-            with c and the factor. width and depth are then those of the shared trunk only.
+        given_score: a second-order head for a score that is known (see `SecondOrderHead`). There is
+            no score network: `model(x, sigma, score)` sees the scaled score beside x, and returns
+            it with c and the factor. width and depth are then those of the shared trunk only.
 
     The score and c start at the values for Gaussian data, the constrained c at c_min more than
-    that. The factor starts small but not at zero:
-    the loss depends on U U^T, its gradient 4 R U vanishes at U = 0, and a factor that starts there
-    stays there.
+    that. The factor starts small but not at zero. The loss depends on U U^T and its gradient 4 R U
+    vanishes at U = 0: a factor that starts there stays there.
 
     Attributes:
         config: these arguments as plain JSON, with "_class_name".
@@ -65,8 +64,15 @@ class MLP(Network):
         ValueError: a size, rank, sigma_data, c_min, trunk or activation breaks the rules above.
         TypeError: dims is not a sequence, a size or rank not an int, or activation not callable.
 
-    Reference:
+    References:
         Meng et al. 2021, arXiv:2111.04726, section 5 (widths) and Eq. 13 (diag + U U^T).
+
+    Example:
+        >>> import hos_ext, torch
+        >>> model = hos_ext.MLP((2, 3), rank=4)
+        >>> scores = model(torch.zeros(5, 2, 3), 0.5)
+        >>> scores.scaled_score.shape, scores.factor.shape
+        (torch.Size([5, 2, 3]), torch.Size([5, 6, 4]))
     """
 
     class_name = "MLP"

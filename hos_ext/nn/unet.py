@@ -65,8 +65,15 @@ class UNet(Network):
         ValueError: a size breaks the rules above, or an option is refused.
         TypeError: dims is not a sequence, or a size or rank not an int.
 
-    Reference:
+    References:
         Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239.
+
+    Example:
+        >>> import hos_ext, torch
+        >>> model = hos_ext.UNet((1, 8, 8), rank=2, channels=(8, 8))
+        >>> scores = model(torch.zeros(5, 1, 8, 8), 0.5)
+        >>> scores.c.shape, scores.factor.shape
+        (torch.Size([5, 1, 8, 8]), torch.Size([5, 64, 2]))
     """
 
     class_name = "UNet"
