@@ -55,7 +55,7 @@ def _stream(number: int, owners: str, purpose: str) -> int:
 
 
 # Numbers must not change: they decide the draws of every seed, and exact resume.
-STREAM_STEP = _stream(0, "ops", "the noise of Langevin and Ozaki steps")
+STREAM_STEP = _stream(0, "ops, sampling", "the noise of Langevin and Ozaki steps")
 STREAM_ACCEPT = _stream(1, "sampling", "the uniforms by which a proposal is accepted")
 STREAM_POSTERIOR = _stream(2, "linalg", "draws from a posterior; restarts of matrix functions")
 STREAM_TRAINING = _stream(3, "losses", "the noise of training samples")
