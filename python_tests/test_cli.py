@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -713,6 +714,15 @@ def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
         "sampling": [{"min_ess": None, "step_size": 0.1, "n": 3}],
         "loss": None,
     }
+
+
+def test_the_command_line_is_imported_without_the_extras():
+    program = "import sys, hos_ext; hos_ext.app.cli.COMMANDS; print(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    )
+    extras = {"typer", "rich", "matplotlib", "accelerate", "datasets", "diffusers", "PIL"}
+    assert not extras & set(told.stdout.split())
 
 
 def test_main_exits_with_the_code(monkeypatch):
