@@ -31,7 +31,7 @@ SAMPLERS = {
     "Euler, SDE": lambda *a, n, seed: reverse_sde(*a, n_steps=n, seed=seed),
     "Heun, ODE": lambda *a, n, seed: probability_flow_ode(*a, n_steps=n),
     "ancestral": lambda *a, n, seed: second_order_reverse(
-        *a, n_steps=n, seed=seed, noise_covariance="none"
+        *a, n_steps=n, seed=seed, covariance_form="none"
     ),
     "second order": lambda *a, n, seed: second_order_reverse(*a, n_steps=n, seed=seed),
 }

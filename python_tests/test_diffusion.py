@@ -157,7 +157,7 @@ def distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 def test_second_order_steps_keep_a_gaussian_for_every_number_of_steps(schedule, n, monkeypatch):
     grid = schedule.times(n)
     for covariance, density in (("low_rank", GAUSSIAN), ("diagonal", DIAGONAL)):
-        sampler = partial(second_order_reverse, noise_covariance=covariance)
+        sampler = partial(second_order_reverse, covariance_form=covariance)
         start, end = (marginal(density, schedule, t) for t in (schedule.t_max, schedule.t_min))
         model = exact_model(density, schedule)
         reached = pushed(sampler, model, schedule, grid, start, monkeypatch)
@@ -169,7 +169,7 @@ def test_steps_that_leave_covariance_out_miss_the_gaussian(covariance, monkeypat
     schedule = VP()
     start, end = (marginal(GAUSSIAN, schedule, t) for t in (schedule.t_max, schedule.t_min))
     sampler, model = (
-        partial(second_order_reverse, noise_covariance=covariance),
+        partial(second_order_reverse, covariance_form=covariance),
         exact_model(GAUSSIAN, schedule),
     )
     errors = [
@@ -211,7 +211,7 @@ def test_one_step_on_a_mixture_has_the_exact_mean_and_covariance():
     worst = {}
     for covariance in ("low_rank", "none"):
         x = second_order_reverse(
-            model, start, schedule, times=[t, s], noise_covariance=covariance, seed=1
+            model, start, schedule, times=[t, s], covariance_form=covariance, seed=1
         )
         centred = x - alpha * mean
         terms = [centred, centred[:, :, None] * centred[:, None] - wanted]
@@ -238,7 +238,7 @@ def test_few_second_order_steps_beat_ancestral_steps_on_a_mixture():
     apart = {}
     for covariance in ("low_rank", "diagonal", "none"):
         x = second_order_reverse(
-            model, start, schedule, n_steps=6, noise_covariance=covariance, seed=2
+            model, start, schedule, n_steps=6, covariance_form=covariance, seed=2
         )
         apart[covariance] = energy_distance(x, draws)
     assert apart["low_rank"] < apart["none"] / 3
@@ -262,7 +262,7 @@ def test_ancestral_step_is_that_of_diffusers(monkeypatch):
             x,
             schedule,
             times=[t, t - 1],
-            noise_covariance="none",
+            covariance_form="none",
         )
         torch.testing.assert_close(out, expected.prev_sample, rtol=1e-5, atol=1e-6)
 
@@ -471,9 +471,9 @@ def test_score_alone_suffices_where_only_the_score_is_used():
     x = prior((50, D), schedule, seed=0, dtype=F64)
     near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
     runs = [
-        partial(second_order_reverse, noise_covariance="none"),
+        partial(second_order_reverse, covariance_form="none"),
         predictor_corrector,
-        partial(predictor_corrector, predictor="second_order", noise_covariance="none"),
+        partial(predictor_corrector, predictor="second_order", covariance_form="none"),
     ]
     for run in runs:
         options = {"schedule": schedule, "n_steps": 3, "seed": 1}
@@ -495,7 +495,7 @@ def test_score_alone_suffices_where_only_the_score_is_used():
     )
     for run in (
         second_order_reverse,
-        partial(second_order_reverse, noise_covariance="diagonal"),
+        partial(second_order_reverse, covariance_form="diagonal"),
         partial(predictor_corrector, corrector="ozaki"),
         partial(predictor_corrector, predictor="second_order"),
     ):
@@ -638,8 +638,8 @@ SAMPLERS = {
     "reverse_sde euler": partial(reverse_sde, method="euler"),
     "reverse_sde heun": partial(reverse_sde, method="heun"),
     "second_order_reverse low_rank": second_order_reverse,
-    "second_order_reverse diagonal": partial(second_order_reverse, noise_covariance="diagonal"),
-    "second_order_reverse none": partial(second_order_reverse, noise_covariance="none"),
+    "second_order_reverse diagonal": partial(second_order_reverse, covariance_form="diagonal"),
+    "second_order_reverse none": partial(second_order_reverse, covariance_form="none"),
     "predictor_corrector": partial(predictor_corrector, corrector="ozaki", corrector_steps=2),
 }
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
@@ -784,7 +784,7 @@ def test_scores_that_are_not_finite_name_time_and_sample(name, value):
             assert bool(sampler(model, x, schedule, **options).isfinite().all())
         with pytest.raises(ValueError, match=rf"^predictor_corrector: {name} from model must be f"):
             predictor_corrector(model, x, schedule, corrector="ozaki", **options)
-        options["noise_covariance"] = "none"
+        options["covariance_form"] = "none"
         assert bool(second_order_reverse(model, x, schedule, **options).isfinite().all())
 
 
@@ -813,11 +813,11 @@ def test_negative_variances_name_time_and_sample():
     # rowwise's factor at 0 is 0: the variance is c sigma^2 / alpha^2
     value = -1000 * sigma**2 / alpha**2
     for covariance in ("low_rank", "diagonal"):
-        assert run(negative, noise_covariance=covariance) == (
+        assert run(negative, covariance_form=covariance) == (
             f"posterior variance must be at least 0, got {value:g} at t = 0.5 for sample 5"
         )
     assert bool(
-        second_order_reverse(negative, x, schedule, times=[0.5, 0.1], noise_covariance="none")
+        second_order_reverse(negative, x, schedule, times=[0.5, 0.1], covariance_form="none")
         .isfinite()
         .all()
     )
@@ -888,9 +888,9 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
             "probability_flow_ode: method must be one of 'euler', 'heun', got 'rk4'",
         ),
         (
-            lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, noise_covariance="full"),
+            lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, covariance_form="full"),
             (
-                "second_order_reverse: noise_covariance must be one of 'low_rank', 'diagonal', "
+                "second_order_reverse: covariance_form must be one of 'low_rank', 'diagonal', "
                 "'none', got 'full'"
             ),
         ),

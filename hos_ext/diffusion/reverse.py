@@ -39,7 +39,7 @@ from .steps import (
 
 _SDE_STEPS: dict[str, Step] = {"euler": euler_sde, "heun": heun_sde}
 _ODE_STEPS: dict[str, Step] = {"euler": euler_ode, "heun": heun_ode}
-_NOISE_COVARIANCES = ("low_rank", "diagonal", "none")
+_COVARIANCE_FORMS = ("low_rank", "diagonal", "none")
 
 
 def prior(
@@ -206,7 +206,7 @@ def second_order_reverse(
     *,
     n_steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
-    noise_covariance: str = "low_rank",
+    covariance_form: str = "low_rank",
     seed: int | None = None,
     offset: int = 0,
     first: int = 0,
@@ -223,7 +223,7 @@ def second_order_reverse(
         x_s | x_t ~ N( w (alpha_s / alpha_t) x_t + alpha_s (1 - w) m,
                        sigma_s^2 (1 - w) I + alpha_s^2 (1 - w)^2 C ).
 
-    noise_covariance="none" (C = 0) is the ancestral step of DDPM, which lacks the variance of x0.
+    covariance_form="none" (C = 0) is the ancestral step of DDPM, which lacks the variance of x0.
     With the exact posterior a step has the exact mean and covariance given x_t. On Gaussian data
     the law is exact for every number of steps ("diagonal": if the data's covariance is diagonal).
 
@@ -231,7 +231,7 @@ def second_order_reverse(
         model, init, schedule, n_steps, times, seed, offset, first, chunk_size: as `reverse_sde`.
             The noise is that of `Posterior.sample` with the same seed and offset: a draw from the
             posterior at the end takes another seed, or the number of steps as its offset.
-        noise_covariance: "low_rank", the whole C; "diagonal", its diagonal; "none", for which the
+        covariance_form: "low_rank", the whole C; "diagonal", its diagonal; "none", for which the
             model's score is all that is used (its c may be None).
 
     Returns:
@@ -256,7 +256,7 @@ def second_order_reverse(
         True
     """
     where = "second_order_reverse"
-    step = second_order(one_of(where, "noise_covariance", noise_covariance, _NOISE_COVARIANCES))
+    step = second_order(one_of(where, "covariance_form", covariance_form, _COVARIANCE_FORMS))
     grid = n_steps, times
     return _descend(where, step, model, init, schedule, grid, (seed, offset, first), chunk_size)
 
@@ -272,7 +272,7 @@ def predictor_corrector(
     corrector: Method = "langevin",
     corrector_steps: int = 1,
     corrector_step_size: float = 0.1,
-    noise_covariance: str = "low_rank",
+    covariance_form: str = "low_rank",
     seed: int | None = None,
     offset: int = 0,
     first: int = 0,
@@ -289,7 +289,7 @@ def predictor_corrector(
         corrector_steps: steps at each time, >= 0. Step k of the run has the chain noise of
             (offset + k) corrector_steps onwards, none of it used twice.
         corrector_step_size: h of `sample` in units of sigma(t)^2, > 0.
-        noise_covariance: of the predictor "second_order".
+        covariance_form: of the predictor "second_order".
         options: further arguments of `sample` for the corrector: curvature, tolerance,
             max_iterations.
 
@@ -318,7 +318,7 @@ def predictor_corrector(
         True
     """
     where = "predictor_corrector"
-    second = second_order(one_of(where, "noise_covariance", noise_covariance, _NOISE_COVARIANCES))
+    second = second_order(one_of(where, "covariance_form", covariance_form, _COVARIANCE_FORMS))
     steps = {**_SDE_STEPS, "second_order": second}
     predict = steps[one_of(where, "predictor", predictor, steps)]
     check_chain_options(where, options)

@@ -115,18 +115,18 @@ def heun_sde(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
 # ------------------------------------------------------------------------------------ second order
 
 
-def second_order(noise_covariance: str) -> Step:
+def second_order(covariance_form: str) -> Step:
     """The step of `second_order_reverse`, whose docstring has the formula.
 
     Args:
-        noise_covariance: "low_rank", "diagonal" or "none": what is kept of C.
+        covariance_form: "low_rank", "diagonal" or "none": what is kept of C.
     """
 
     def step(run: Run, x: Tensor, t: float, s: float, number: int) -> Tensor:
         alpha_t, sigma_t = run.schedule.alpha(t), run.schedule.sigma(t)
         alpha_s, sigma_s = run.schedule.alpha(s), run.schedule.sigma(s)
         kept = (sigma_s / alpha_s * (alpha_t / sigma_t)) ** 2  # w
-        clean, spread = _clean_sample(run, x, t, noise_covariance)
+        clean, spread = _clean_sample(run, x, t, covariance_form)
         mean = kept * alpha_s / alpha_t * x + alpha_s * (1 - kept) * clean
         variance = sigma_s**2 * (1 - kept)
         law = spread.scale((alpha_s * (1 - kept)) ** 2) + variance
@@ -146,17 +146,17 @@ def second_order(noise_covariance: str) -> Step:
     return step
 
 
-def _clean_sample(run: Run, x: Tensor, t: float, noise_covariance: str) -> tuple[Tensor, DPLR]:
+def _clean_sample(run: Run, x: Tensor, t: float, covariance_form: str) -> tuple[Tensor, DPLR]:
     """The mean m of x0 given x at time t, and what is kept of its covariance C."""
     alpha, sigma = run.schedule.alpha(t), run.schedule.sigma(t)
-    if noise_covariance == "none":
+    if covariance_form == "none":
         mean = (x + sigma * run.scores(x, t, "scaled_score").scaled_score) / alpha
         return mean, DPLR(torch.zeros_like(x).flatten(1))
     scores = run.scores(x, t, "scaled_score", "c", "factor")
     mean, covariance = posterior(x, scores, sigma, alpha)
     variance = covariance.diagonal()
     run.check_not_negative("posterior variance", variance, t)
-    return mean, DPLR(variance) if noise_covariance == "diagonal" else covariance
+    return mean, DPLR(variance) if covariance_form == "diagonal" else covariance
 
 
 # ------------------------------------------------------------------------------------- correctors
