@@ -16,6 +16,8 @@ from hos_ext.app import cli, data, evaluation, options, results, runs, training
 from hos_ext.app.cli.common import noise_level, program
 from hos_ext.app.cli.train import default_out
 from hos_ext.app.training import batches
+from hos_ext.sampling import register_step, unregister_step
+from hos_ext.sampling.methods import Langevin
 from hos_ext.schedules import draw_sigma
 
 SMALL = [
@@ -377,6 +379,26 @@ def test_sample_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
         arrays["raw_denoised"], arrays["denoised"] * 8.5 + 8, rtol=1e-5, atol=1e-5
     )
     assert "of 3 x 6 draws" in capsys.readouterr().out
+
+
+def test_sample_takes_a_step_that_is_registered_from_outside(run_folder, tmp_path):
+    class Halved(Langevin):
+        name, adjusted_name, relative_step_size = "halved", "mh_halved", 0.05
+
+    class FirstOrder(Langevin):  # asks for s1 alone, and a model gives more
+        name, adjusted_name, accepts = "first_order", "mh_first_order", (torch.Tensor,)
+
+    short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
+    try:
+        register_step(Halved)
+        register_step(FirstOrder)
+        assert results.methods()["halved"] == 0.05
+        assert not {"first_order", "mh_first_order"} & set(results.methods())
+        assert cli.run(["sample", str(run_folder), "--method", "halved", *short]) == 0
+    finally:
+        unregister_step(Halved)
+        unregister_step(FirstOrder)
+    assert np.load(tmp_path / "sample-halved.npz")["step_size"] == pytest.approx(0.05 * 0.16)
 
 
 def test_sample_draws_what_run_chains_draws(run_folder, tmp_path):
