@@ -239,17 +239,17 @@ def test_posterior_satisfies_tweedie(kind: str, sigma: float, alpha: float) -> N
 def test_posterior_matches_quadrature(kind: str, alpha: float) -> None:
     d = density(kind, dim=2)
     sigma = 0.8
-    x_noisy = points(3, dim=2, scale=1.0)
+    x = points(3, dim=2, scale=1.0)
     grid, cell = grid2d(12.0, 361)
     prior = d.log_prob(grid)
-    for b in range(x_noisy.shape[0]):
-        gap = (x_noisy[b] - alpha * grid).square().sum(-1)
+    for b in range(x.shape[0]):
+        gap = (x[b] - alpha * grid).square().sum(-1)
         log_joint = prior - gap / (2 * sigma**2) - math.log(2 * math.pi * sigma**2)
         weight = log_joint.exp() * cell
         evidence = weight.sum()
         mean = weight @ grid / evidence
         covariance = (grid - mean).T @ ((grid - mean) * weight.unsqueeze(-1)) / evidence
-        row = x_noisy[b : b + 1]
+        row = x[b : b + 1]
         got = float(d.noisy(sigma, alpha).log_prob(row))
         assert got == pytest.approx(math.log(float(evidence)), abs=1e-6)
         torch.testing.assert_close(
@@ -516,7 +516,7 @@ def test_bad_noise_and_sampling_arguments_are_refused(kind: str) -> None:
         refused(TypeError, message, call, *lead, torch.ones(2))
         assert call(*lead, torch.tensor(0.5)) is not None
         if lead:
-            message = f"{name}: x_noisy must have shape (B, 3), got (2, 2)"
+            message = f"{name}: x must have shape (B, 3), got (2, 2)"
             refused(ValueError, message, call, x[:, :2], 1.0)
     name = f"{type(d).__name__}.sample"
     refused(ValueError, f"{name}: n must be >= 0, got -1", lambda: d.sample(-1, seed=0))

@@ -57,7 +57,7 @@ def exact_score(x, sigma):
 
 def kappa(sigma):
     """Cov[x0 | x] / sigma^2, the same at every x."""
-    return law().noisy(sigma)._precision @ law().covariance
+    return torch.linalg.solve(law().noisy(sigma).covariance, law().covariance)
 
 
 def plan(prediction="epsilon", n=1000, **options):

@@ -84,7 +84,8 @@ def by_partitions(cumulants, n):
 def exact_moments(density, x, sigma, alpha, k, *, central=False):
     """Moments of the posterior, itself a mixture of Gaussians, part by part (Isserlis)."""
     noisy = density.noisy(sigma, alpha)
-    r = noisy._weighted("score", x)[0]
+    law = torch.distributions.MultivariateNormal(noisy.means, noisy.covariances)
+    r = (law.log_prob(x.unsqueeze(1)) + noisy.weights.log()).softmax(-1)
     eye = torch.eye(x.shape[1], dtype=F64)
     parts = []
     for j, covariance in enumerate(density.covariances):

@@ -1,174 +1,150 @@
-"""What the densities share: moments of mixtures, draws, Tweedie's formula in dense form, checks."""
+"""What every density here answers, with its checks: scores, draws, noise and posteriors.
+
+A density defines the methods with an underscore, which trust their arguments. The public ones are
+written once, here: they check and call them.
+"""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import check, check_number
+from ..scores import tweedie_covariance, tweedie_mean
 
-LOG_2PI = math.log(2 * math.pi)
-
-
-# ---------------------------------------------------------------------------------------- moments
+Law = TypeVar("Law", bound="Density")
 
 
-def weighted_mean(r: Tensor, value: Tensor) -> Tensor:
-    """E_r[value] for r (B, K), value (B, K, D)."""
-    return (r.unsqueeze(-2) @ value).squeeze(-2)
+class Density(ABC):
+    """A density p on R^D whose scores are known at every noise level.
 
+    Fields:
+        dim: D.
+    """
 
-def weighted_covariance(r: Tensor, value: Tensor) -> Tensor:
-    """Cov_r[value], (B, D, D); centred first, since E[v v^T] - E[v] E[v]^T cancels."""
-    centred = value - weighted_mean(r, value).unsqueeze(-2)
-    return (centred * r.unsqueeze(-1)).mT @ centred
+    dim: int
 
+    # ------------------------------------------------------------------------- what is asked of it
 
-def weighted_third_moment(r: Tensor, centred: Tensor) -> Tensor:
-    """E_r[c c c], (B, D, D, D)."""
-    return torch.einsum("bki,bkj,bkl->bijl", centred * r.unsqueeze(-1), centred, centred)
+    def to(
+        self: Law, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Law:
+        """The same density on another device or in another dtype."""
+        moved = (p.to(device=device or p.device, dtype=dtype or p.dtype) for p in self._tensors())
+        return self._like(*moved)
 
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        """n independent draws; the same seed gives the same draws on one device.
 
-def symmetrise_third(value: Tensor) -> Tensor:
-    """A_ij b_l -> A_ij b_l + A_il b_j + A_jl b_i, for value (B, D, D, D) symmetric in i, j."""
-    return value + value.permute(0, 1, 3, 2) + value.permute(0, 3, 1, 2)
+        Returns:
+            Shape (n, D). Units of the data.
 
+        Raises:
+            TypeError: n or seed is not an int.
+            ValueError: n < 0.
+        """
+        where = f"{type(self).__name__}.sample"
+        for name, value in (("n", n), ("seed", seed)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            check(where, whole, f"{name} must be an int", repr(value), TypeError)
+        check(where, n >= 0, "n must be >= 0", n)
+        device = self._tensors()[0].device
+        generator = torch.Generator(device=device)
+        if device.type == "cpu":  # it keeps 32 bits of a seed: the others are mixed in
+            seed = (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF if seed >> 32 else seed
+        return self._sample(n, generator.manual_seed(seed))
 
-def noisy_covariance(covariance: Tensor, sigma: float, alpha: float) -> Tensor:
-    """alpha^2 S + sigma^2 I."""
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return alpha**2 * covariance + sigma**2 * identity
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p at x (B, D), shape (B,), normalised."""
+        return self._log_prob(self._points("log_prob", x))
 
+    def score(self, x: Tensor) -> Tensor:
+        """s1, the gradient of log p, at x (B, D). Shape (B, D). Units 1/data."""
+        return self._score(self._points("score", x))
 
-def tweedie_mean(x_noisy: Tensor, score: Tensor, sigma: float, alpha: float) -> Tensor:
-    """(x_noisy + sigma^2 s1) / alpha, from a float64 score."""
-    return ((x_noisy.double() + sigma**2 * score) / alpha).to(x_noisy.dtype)
+    def hessian(self, x: Tensor) -> Tensor:
+        """s2, the Hessian of log p, at x (B, D). Shape (B, D, D). Units 1/data^2."""
+        return self._hessian(self._points("hessian", x))
 
+    def hessian_diag(self, x: Tensor) -> Tensor:
+        """The diagonal of s2 at x (B, D), without a D x D object. Shape (B, D). Units 1/data^2."""
+        return self._hessian_diag(self._points("hessian_diag", x))
 
-def tweedie_covariance(x_noisy: Tensor, hessian: Tensor, sigma: float, alpha: float) -> Tensor:
-    """(sigma / alpha)^2 (I + sigma^2 s2), from a float64 s2: for a large sigma the sum cancels."""
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    return ((sigma / alpha) ** 2 * (identity + sigma**2 * hessian)).to(x_noisy.dtype)
+    def third(self, x: Tensor) -> Tensor:
+        """s3, the third derivative of log p, at x (B, D). Shape (B, D, D, D). Units 1/data^3."""
+        return self._third(self._points("third", x))
 
+    def noisy(self: Law, sigma: float, alpha: float = 1.0) -> Law:
+        """The law of alpha x0 + sigma z for x0 from this density; sigma, alpha > 0."""
+        return self._noisy(*self._levels("noisy", sigma, alpha))
 
-# ---------------------------------------------------------------------------------- random numbers
+    def posterior_mean(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
+        """E[x0 | alpha x0 + sigma z = x] at the noisy x (B, D). Shape (B, D). Units of the data."""
+        sigma, alpha = self._levels("posterior_mean", sigma, alpha)
+        return self._posterior_mean(self._points("posterior_mean", x), sigma, alpha)
 
+    def posterior_covariance(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
+        """Cov[x0 | alpha x0 + sigma z = x] at the noisy x (B, D). Shape (B, D, D). Units data^2."""
+        sigma, alpha = self._levels("posterior_covariance", sigma, alpha)
+        return self._posterior_covariance(self._points("posterior_covariance", x), sigma, alpha)
 
-def seeded_generator(name: str, n: int, seed: int, like: Tensor) -> torch.Generator:
-    for argument, value in (("n", n), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}.sample: {argument} must be an int, got {value!r}")
-    if n < 0:
-        raise ValueError(f"{name}.sample: n must be >= 0, got {n}")
-    generator = torch.Generator(device=like.device)
-    if like.device.type == "cpu":  # it keeps 32 bits of a seed: the others are mixed in
-        seed = (seed ^ (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF if seed >> 32 else seed
-    return generator.manual_seed(seed)
+    # ----------------------------------------------------------------------------- what it defines
 
+    @abstractmethod
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the constructor."""
 
-def draw_normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    @abstractmethod
+    def _like(self: Law, *tensors: Tensor) -> Law:
+        """The density with other tensors."""
 
+    @abstractmethod
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor: ...
 
-def choose_components(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n parts drawn with the given weights, weights.shape[:-1] + (n,), int64."""
-    if n == 0:
-        return torch.zeros(*weights.shape[:-1], 0, dtype=torch.int64, device=weights.device)
-    return weights.multinomial(n, replacement=True, generator=generator)
+    @abstractmethod
+    def _log_prob(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def _score(self, x: Tensor) -> Tensor: ...
 
-# ----------------------------------------------------------------------------------------- checks
+    @abstractmethod
+    def _hessian(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def _hessian_diag(self, x: Tensor) -> Tensor: ...
 
-def check_leading(name: str, argument: str, value: Tensor, ndim: int) -> None:
-    """The parameter that sets sizes, dtype and device of the others."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: {argument} must be float32 or float64, got {value.dtype}")
-    if value.dim() != ndim or value.numel() == 0:
-        rule = f"{ndim} non-empty dimension{'s' if ndim > 1 else ''}"
-        raise ValueError(f"{name}: {argument} must have {rule}, got shape {tuple(value.shape)}")
-    _check_finite(name, argument, value)
+    @abstractmethod
+    def _third(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def _noisy(self: Law, sigma: float, alpha: float) -> Law: ...
 
-def check_like(
-    name: str, argument: str, value: Tensor, like: Tensor, shape: tuple[int, ...]
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
-    if value.dtype != like.dtype:
-        raise ValueError(f"{name}: {argument} must have dtype {like.dtype}, got {value.dtype}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: {argument} must be on {like.device}, got {value.device}")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{name}: {argument} must have shape {tuple(shape)}, got {tuple(value.shape)}"
-        )
-    _check_finite(name, argument, value)
+    # By Tweedie's formula in float64, since its sum cancels at a large sigma; a density with closed
+    # forms puts them here instead.
 
+    def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        wide, noisy = x.double(), self.to(dtype=torch.float64)._noisy(sigma, alpha)
+        return tweedie_mean(wide, noisy._score(wide), sigma, alpha).to(x.dtype)
 
-def _check_finite(name: str, argument: str, value: Tensor) -> None:
-    bad = value[~value.isfinite()]
-    if bad.numel() > 0:
-        raise ValueError(f"{name}: {argument} must be finite, got {float(bad[0])}")
+    def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        wide, noisy = x.double(), self.to(dtype=torch.float64)._noisy(sigma, alpha)
+        identity = torch.eye(self.dim, dtype=wide.dtype, device=wide.device)
+        return tweedie_covariance(noisy._hessian(wide), identity, sigma, alpha).to(x.dtype)
 
+    # -------------------------------------------------------------------------------------- checks
 
-def check_positive(name: str, argument: str, value: Tensor) -> None:
-    if not bool((value > 0).all()):
-        raise ValueError(f"{name}: {argument} must be positive, got {float(value.min()):g}")
+    def _points(self, method: str, x: Tensor) -> Tensor:
+        where, like = f"{type(self).__name__}.{method}", self._tensors()[0]
+        check(where, isinstance(x, Tensor), "x must be a tensor", type(x).__name__, TypeError)
+        flat = x.dim() == 2 and x.shape[1] == self.dim
+        check(where, flat, f"x must have shape (B, {self.dim})", tuple(x.shape))
+        check(where, x.dtype == like.dtype, f"x must have dtype {like.dtype}", x.dtype)
+        check(where, x.device == like.device, f"x must be on {like.device}", x.device)
+        return x
 
-
-def log_weights(name: str, weights: Tensor) -> Tensor:
-    """log of the weights, normalised over the last axis within the rounding that is allowed."""
-    check_positive(name, "weights", weights)
-    total = weights.sum(-1, keepdim=True)
-    worst = total.flatten()[(total - 1).abs().argmax()]
-    if abs(float(worst) - 1) > 1e-5:
-        raise ValueError(f"{name}: weights must sum to one, got {float(worst):g}")
-    return (weights / total).log()
-
-
-def cholesky_factor(name: str, argument: str, covariance: Tensor) -> Tensor:
-    """The lower Cholesky factor of symmetric positive definite matrices."""
-    gap = float((covariance - covariance.mT).abs().max())
-    if gap > 1e-5 * float(covariance.abs().max()):
-        raise ValueError(f"{name}: {argument} must be symmetric, got a difference of {gap:g}")
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if bool(info.any()):
-        smallest = float(torch.linalg.eigvalsh(covariance).min())
-        raise ValueError(
-            f"{name}: {argument} must be positive definite, got smallest eigenvalue {smallest:g}"
-        )
-    return factor
-
-
-def inverse_triangular(factor: Tensor) -> Tensor:
-    """W = L^-1, so that |W v|^2 = v^T P v and W^T W = P = (L L^T)^-1."""
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse
-
-
-def check_points(name: str, x: Tensor, like: Tensor, dim: int, argument: str = "x") -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
-    if x.dim() != 2 or x.shape[1] != dim:
-        raise ValueError(f"{name}: {argument} must have shape (B, {dim}), got {tuple(x.shape)}")
-    if x.dtype != like.dtype:
-        raise ValueError(f"{name}: {argument} must have dtype {like.dtype}, got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name}: {argument} must be on {like.device}, got {x.device}")
-
-
-def check_noise(name: str, sigma: float, alpha: float) -> tuple[float, float]:
-    return check_number(name, "sigma", sigma), check_number(name, "alpha", alpha)
-
-
-def moved_to(
-    device: torch.device | str | None, dtype: torch.dtype | None, *parameters: Tensor
-) -> list[Tensor]:
-    return [p.to(device=device or p.device, dtype=dtype or p.dtype) for p in parameters]
+    def _levels(self, method: str, sigma: float, alpha: float) -> tuple[float, float]:
+        where = f"{type(self).__name__}.{method}"
+        return check_number(where, "sigma", sigma), check_number(where, "alpha", alpha)

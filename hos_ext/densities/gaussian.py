@@ -5,28 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import (
+from .base import Density
+from .mixtures import (
     LOG_2PI,
-    check_leading,
-    check_like,
-    check_noise,
-    check_points,
-    cholesky_factor,
-    choose_components,
+    centred,
+    choose_parts,
     draw_normal,
-    inverse_triangular,
-    log_weights,
-    moved_to,
-    noisy_covariance,
-    seeded_generator,
     symmetrise_third,
     weighted_covariance,
     weighted_mean,
     weighted_third_moment,
 )
+from .parameters import check_leading, check_other, log_weights, whitening
 
 
-class Gaussian:
+class Gaussian(Density):
     """The normal law N(mean, covariance) in D dimensions.
 
     Args:
@@ -36,79 +29,74 @@ class Gaussian:
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes, dtypes or devices disagree, or the covariance is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.densities import Gaussian
+        >>> law = Gaussian(torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0])))
+        >>> law.score(torch.ones(1, 2))
+        tensor([[-1.0000, -0.2500]])
+        >>> law.posterior_mean(torch.ones(1, 2), sigma=1.0)
+        tensor([[0.5000, 0.8000]])
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         check_leading("Gaussian", "mean", mean, 1)
-        check_like("Gaussian", "covariance", covariance, mean, (mean.shape[0], mean.shape[0]))
-        self.mean, self.covariance, self.dim = mean, covariance, mean.shape[0]
-        self._cholesky = cholesky_factor("Gaussian", "covariance", covariance)
-        self._whiten = inverse_triangular(self._cholesky)
-        self._precision = self._whiten.mT @ self._whiten
+        self.dim = mean.shape[0]
+        check_other("Gaussian", "covariance", covariance, mean, (self.dim, self.dim))
+        self.mean, self.covariance = mean, covariance
+        self._white = whitening("Gaussian", "covariance", covariance)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Gaussian:
-        """The same density on another device or in another dtype."""
-        mean, covariance = moved_to(device, dtype, self.mean, self.covariance)
-        return Gaussian(mean, covariance)
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.mean, self.covariance
 
-    def sample(self, n: int, *, seed: int) -> Tensor:
-        """n independent draws, shape (n, D); the same seed gives the same draws on one device."""
-        generator = seeded_generator("Gaussian", n, seed, self.mean)
-        return self.mean + draw_normal((n, self.dim), generator, self.mean) @ self._cholesky.mT
+    def _like(self, *tensors: Tensor) -> Gaussian:
+        return Gaussian(*tensors)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p at x (B, D), shape (B,), normalised."""
-        white = self._centred("log_prob", x) @ self._whiten.mT
-        log_det = self._whiten.diagonal().log().sum()
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return (
+            self.mean + draw_normal((n, self.dim), generator, self.mean) @ self._white.cholesky.mT
+        )
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        white = (x - self.mean) @ self._white.inverse.mT
+        log_det = self._white.inverse.diagonal().log().sum()
         return log_det - (white.square().sum(-1) + self.dim * LOG_2PI) / 2
 
-    def score(self, x: Tensor) -> Tensor:
-        """s1 = -P (x - mean), P the inverse covariance, at x (B, D), shape (B, D)."""
-        return -(self._centred("score", x) @ self._precision)
+    def _score(self, x: Tensor) -> Tensor:
+        """-P (x - mean), P the inverse covariance."""
+        return -((x - self.mean) @ self._white.precision)
 
-    def hessian(self, x: Tensor) -> Tensor:
-        """s2 = -P at x (B, D), shape (B, D, D)."""
-        check_points("Gaussian.hessian", x, self.mean, self.dim)
-        return -self._precision.repeat(x.shape[0], 1, 1)
+    def _hessian(self, x: Tensor) -> Tensor:
+        return -self._white.precision.repeat(x.shape[0], 1, 1)
 
-    def hessian_diag(self, x: Tensor) -> Tensor:
-        """The diagonal of s2 at x (B, D), shape (B, D)."""
-        check_points("Gaussian.hessian_diag", x, self.mean, self.dim)
-        return -self._precision.diagonal().repeat(x.shape[0], 1)
+    def _hessian_diag(self, x: Tensor) -> Tensor:
+        return -self._white.precision.diagonal().repeat(x.shape[0], 1)
 
-    def third(self, x: Tensor) -> Tensor:
-        """s3 = 0 at x (B, D), shape (B, D, D, D)."""
-        check_points("Gaussian.third", x, self.mean, self.dim)
+    def _third(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], self.dim, self.dim, self.dim)
 
-    def noisy(self, sigma: float, alpha: float = 1.0) -> Gaussian:
-        """The law of alpha x + sigma z: N(alpha mean, alpha^2 covariance + sigma^2 I)."""
-        sigma, alpha = check_noise("Gaussian.noisy", sigma, alpha)
-        return Gaussian(alpha * self.mean, noisy_covariance(self.covariance, sigma, alpha))
+    def _noisy(self, sigma: float, alpha: float) -> Gaussian:
+        """N(alpha mean, alpha^2 covariance + sigma^2 I)."""
+        return Gaussian(alpha * self.mean, _noisy_covariance(self.covariance, sigma, alpha))
 
-    def posterior_mean(self, x_noisy: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
-        """E[x | alpha x + sigma z = x_noisy], shape (B, D)."""
-        sigma, alpha = check_noise("Gaussian.posterior_mean", sigma, alpha)
-        check_points("Gaussian.posterior_mean", x_noisy, self.mean, self.dim, "x_noisy")
-        gain = self.noisy(sigma, alpha)._precision @ self.covariance
-        return self.mean + alpha * (x_noisy - alpha * self.mean) @ gain
+    def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        gain = self._noisy(sigma, alpha)._white.precision @ self.covariance
+        return self.mean + alpha * (x - alpha * self.mean) @ gain
 
-    def posterior_covariance(self, x_noisy: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
-        """Cov[x | alpha x + sigma z = x_noisy] = sigma^2 S P, shape (B, D, D)."""
-        sigma, alpha = check_noise("Gaussian.posterior_covariance", sigma, alpha)
-        check_points("Gaussian.posterior_covariance", x_noisy, self.mean, self.dim, "x_noisy")
-        covariance = sigma**2 * self.covariance @ self.noisy(sigma, alpha)._precision
-        return covariance.repeat(x_noisy.shape[0], 1, 1)
-
-    def _centred(self, method: str, x: Tensor) -> Tensor:
-        check_points(f"Gaussian.{method}", x, self.mean, self.dim)
-        return x - self.mean
+    def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        """sigma^2 S P, the same at every x; P is the precision of the noisy law."""
+        covariance = sigma**2 * self.covariance @ self._noisy(sigma, alpha)._white.precision
+        return covariance.repeat(x.shape[0], 1, 1)
 
 
-class GaussianMixture:
+class GaussianMixture(Density):
     """sum_k weights_k N(means_k, covariances_k) in D dimensions.
+
+    With r the responsibilities, g_k the scores of the parts, P_k their precisions and
+    c = g - E_r[g]:
+
+        s1 = E_r[g]     s2 = Cov_r[g] - E_r[P]     s3 = E_r[c c c] + sym3(E_r[-P (x) c])
 
     Args:
         weights: shape (K,), positive, summing to one (the remaining rounding is divided out).
@@ -120,84 +108,77 @@ class GaussianMixture:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes, dtypes or devices disagree, the weights are not positive with sum one,
             or a covariance is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.densities import GaussianMixture
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> law = GaussianMixture(torch.tensor([0.5, 0.5]), means, torch.ones(2, 1, 1))
+        >>> law.hessian(torch.zeros(1, 1))
+        tensor([[[0.]]])
+        >>> law.noisy(sigma=1.0).covariances.flatten()
+        tensor([2., 2.])
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-        check_leading("GaussianMixture", "means", means, 2)
+        name = "GaussianMixture"
+        check_leading(name, "means", means, 2)
         k, self.dim = means.shape
-        check_like("GaussianMixture", "weights", weights, means, (k,))
-        check_like("GaussianMixture", "covariances", covariances, means, (k, self.dim, self.dim))
-        self._log_weights = log_weights("GaussianMixture", weights)
+        check_other(name, "weights", weights, means, (k,))
+        check_other(name, "covariances", covariances, means, (k, self.dim, self.dim))
+        self._log_weights = log_weights(name, weights)
         self.weights, self.means, self.covariances = weights, means, covariances
-        self._cholesky = cholesky_factor("GaussianMixture", "covariances", covariances)
-        self._whiten = inverse_triangular(self._cholesky)
-        self._precision = self._whiten.mT @ self._whiten
+        self._white = whitening(name, "covariances", covariances)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> GaussianMixture:
-        """The same density on another device or in another dtype."""
-        return GaussianMixture(*moved_to(device, dtype, self.weights, self.means, self.covariances))
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.weights, self.means, self.covariances
 
-    def sample(self, n: int, *, seed: int) -> Tensor:
-        """n independent draws, shape (n, D); the same seed gives the same draws on one device."""
-        generator = seeded_generator("GaussianMixture", n, seed, self.means)
-        part = choose_components(self.weights, n, generator)
+    def _like(self, *tensors: Tensor) -> GaussianMixture:
+        return GaussianMixture(*tensors)
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        part = choose_parts(self.weights, n, generator)
         noise = draw_normal((n, self.dim), generator, self.means)
         draws = self.means[part]
         for k in range(self.means.shape[0]):
-            draws[part == k] += noise[part == k] @ self._cholesky[k].mT
+            draws[part == k] += noise[part == k] @ self._white.cholesky[k].mT
         return draws
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p at x (B, D), shape (B,), normalised."""
-        return self._parts("log_prob", x)[0].logsumexp(-1)
+    def _log_prob(self, x: Tensor) -> Tensor:
+        return self._parts(x)[0].logsumexp(-1)
 
-    def score(self, x: Tensor) -> Tensor:
-        """s1 = E_r[g] at x (B, D), shape (B, D): r the responsibilities, g the parts' scores."""
-        r, g = self._weighted("score", x)
-        return weighted_mean(r, g)
+    def _score(self, x: Tensor) -> Tensor:
+        return weighted_mean(*self._weighted(x))
 
-    def hessian(self, x: Tensor) -> Tensor:
-        """s2 = E_r[-P] + Cov_r[g] at x (B, D), shape (B, D, D)."""
-        r, g = self._weighted("hessian", x)
-        return weighted_covariance(r, g) - torch.einsum("bk,kij->bij", r, self._precision)
+    def _hessian(self, x: Tensor) -> Tensor:
+        r, g = self._weighted(x)
+        within = torch.einsum("bk,kij->bij", r, self._white.precision)
+        return weighted_covariance(r, g) - within
 
-    def hessian_diag(self, x: Tensor) -> Tensor:
-        """The diagonal of s2 at x (B, D), shape (B, D), without a D x D object."""
-        r, g = self._weighted("hessian_diag", x)
-        centred = g - weighted_mean(r, g).unsqueeze(-2)
-        return weighted_mean(r, centred.square()) - r @ self._precision.diagonal(dim1=-2, dim2=-1)
+    def _hessian_diag(self, x: Tensor) -> Tensor:
+        r, g = self._weighted(x)
+        within = r @ self._white.precision.diagonal(dim1=-2, dim2=-1)
+        return weighted_mean(r, centred(r, g).square()) - within
 
-    def third(self, x: Tensor) -> Tensor:
-        """s3 = E_r[c c c] + sym3(E_r[-P (x) c]), c = g - s1, at x (B, D), shape (B, D, D, D)."""
-        r, g = self._weighted("third", x)
-        centred = g - weighted_mean(r, g).unsqueeze(-2)
-        mixed = -torch.einsum("bkl,kij->bijl", centred * r.unsqueeze(-1), self._precision)
-        return weighted_third_moment(r, centred) + symmetrise_third(mixed)
+    def _third(self, x: Tensor) -> Tensor:
+        r, g = self._weighted(x)
+        c = centred(r, g)
+        mixed = -torch.einsum("bkl,kij->bijl", c * r.unsqueeze(-1), self._white.precision)
+        return weighted_third_moment(r, c) + symmetrise_third(mixed)
 
-    def noisy(self, sigma: float, alpha: float = 1.0) -> GaussianMixture:
-        """The law of alpha x + sigma z: means alpha m_k, covariances alpha^2 S_k + sigma^2 I."""
-        sigma, alpha = check_noise("GaussianMixture.noisy", sigma, alpha)
-        covariances = noisy_covariance(self.covariances, sigma, alpha)
+    def _noisy(self, sigma: float, alpha: float) -> GaussianMixture:
+        """Means alpha m_k, covariances alpha^2 S_k + sigma^2 I."""
+        covariances = _noisy_covariance(self.covariances, sigma, alpha)
         return GaussianMixture(self.weights, alpha * self.means, covariances)
 
-    def posterior_mean(self, x_noisy: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
-        """E[x | alpha x + sigma z = x_noisy], shape (B, D)."""
-        sigma, alpha = check_noise("GaussianMixture.posterior_mean", sigma, alpha)
-        check_points("GaussianMixture.posterior_mean", x_noisy, self.means, self.dim, "x_noisy")
-        r, g = self.noisy(sigma, alpha)._weighted("posterior_mean", x_noisy)
+    def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        r, g = self._noisy(sigma, alpha)._weighted(x)
         return weighted_mean(r, self._posterior_means(g, alpha))
 
-    def posterior_covariance(self, x_noisy: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
-        """Cov[x | alpha x + sigma z = x_noisy], shape (B, D, D)."""
-        sigma, alpha = check_noise("GaussianMixture.posterior_covariance", sigma, alpha)
-        check_points(
-            "GaussianMixture.posterior_covariance", x_noisy, self.means, self.dim, "x_noisy"
-        )
-        noisy = self.noisy(sigma, alpha)
-        r, g = noisy._weighted("posterior_covariance", x_noisy)
-        within = sigma**2 * self.covariances @ noisy._precision
+    def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        noisy = self._noisy(sigma, alpha)
+        r, g = noisy._weighted(x)
+        within = sigma**2 * self.covariances @ noisy._white.precision
         between = weighted_covariance(r, self._posterior_means(g, alpha))
         return torch.einsum("bk,kij->bij", r, within) + between
 
@@ -206,16 +187,22 @@ class GaussianMixture:
         shift = torch.einsum("kij,bkj->bki", self.covariances, noisy_scores)
         return self.means - alpha * shift
 
-    def _parts(self, method: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log(weight_k N_k(x)), (B, K), and the score of each part, (B, K, D)."""
-        check_points(f"GaussianMixture.{method}", x, self.means, self.dim)
-        centred = x.unsqueeze(-2) - self.means
-        white = torch.einsum("kij,bkj->bki", self._whiten, centred)
-        log_det = self._whiten.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        inverse = self._white.inverse
+        white = torch.einsum("kij,bkj->bki", inverse, x.unsqueeze(-2) - self.means)
+        log_det = inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_parts = log_det - (white.square().sum(-1) + self.dim * LOG_2PI) / 2
-        scores = -torch.einsum("kij,bki->bkj", self._whiten, white)
+        scores = -torch.einsum("kij,bki->bkj", inverse, white)
         return self._log_weights + log_parts, scores
 
-    def _weighted(self, method: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_parts, scores = self._parts(method, x)
+    def _weighted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The responsibilities r, (B, K), and the score of each part, (B, K, D)."""
+        log_parts, scores = self._parts(x)
         return log_parts.softmax(-1), scores
+
+
+def _noisy_covariance(covariance: Tensor, sigma: float, alpha: float) -> Tensor:
+    """alpha^2 S + sigma^2 I."""
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return alpha**2 * covariance + sigma**2 * identity
