@@ -52,7 +52,7 @@ def score_network(network: str, dims: Sequence[int] | None = None) -> Callable[[
     unet = model(network, dims, 0).requires_grad_(False)  # its head for c is one small convolution
     with torch.no_grad():  # it starts at zero, which would leave nothing to differentiate
         unet.score.weight.normal_(std=0.05)  # type: ignore[union-attr, operator]
-    return lambda x: unet(x, SIGMA).score.flatten(1)
+    return lambda x: unet(x, SIGMA).scaled_score.flatten(1)
 
 
 def parameters(module: Any) -> int:

@@ -110,7 +110,7 @@ def by_backprop(model: Model, y: Tensor, problem: Problem, *, kind: str) -> Mode
         s = sigma.reshape(-1, 1, 1)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            score = model(x, sigma).score
+            score = model(x, sigma).scaled_score
             mean = x + s * score
 
         def pull(u: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def fit_head(
                 sigma,
                 points,
                 lambda x, each=each, sigma=sigma: each(x, sigma).unscaled(sigma),
-                lambda x, each=each, sigma=sigma: each(x[None], sigma).score[0] / sigma,
+                lambda x, each=each, sigma=sigma: each(x[None], sigma).scaled_score[0] / sigma,
             )
             levels |= {key + suffix: value for key, value in figures.items()}
         found.append(levels)
