@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from .checks import check_like, check_tensor, positive
+from .checks import check, check_like, check_tensor, positive
 
 
 class Scores(NamedTuple):
@@ -23,6 +23,13 @@ class Scores(NamedTuple):
         factor: sigma * U with s2 = diag + U diag(sign) U^T. Shape (B, D, r), D in row-major order
             of dims; None is rank 0.
         sign: +1 or -1 for each column of factor. Shape (r,); None is all +1.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import Scores
+        >>> scores = Scores(scaled_score=torch.tensor([[-1.0]]), c=torch.tensor([[0.5]]))
+        >>> scores.unscaled(sigma=2.0).diag
+        tensor([[-0.1250]])
     """
 
     scaled_score: Tensor
@@ -31,15 +38,20 @@ class Scores(NamedTuple):
     sign: Tensor | None = None
 
     def unscaled(self, sigma: float | Tensor) -> UnscaledScores:
-        """s1, the diagonal of s2 and U. sigma: float or (B,), > 0."""
-        where = "Scores.unscaled"
-        check_tensor(where, "scaled_score", self.scaled_score)
-        check_tensor(
-            where, "c", self.c, like=self.scaled_score, shape=tuple(self.scaled_score.shape)
-        )
-        s = positive(where, "sigma", sigma, self.scaled_score)
-        factor = scaled_factor(where, self.factor, self.scaled_score, 1 / s)
-        return UnscaledScores(self.scaled_score / s, (self.c - 1) / s.square(), factor, self.sign)
+        """s1, the diagonal of s2 and U.
+
+        Args:
+            sigma: noise standard deviation, units of the data. float or (B,), > 0.
+
+        Raises:
+            ValueError: shapes, dtypes or devices disagree, or sigma is not positive.
+        """
+        where, score = "Scores.unscaled", self.scaled_score
+        check_tensor(where, "scaled_score", score)
+        check_tensor(where, "c", self.c, like=score, shape=tuple(score.shape))
+        s = positive(where, "sigma", sigma, score)
+        factor = _scaled_factor(where, self.factor, score, 1 / s)
+        return UnscaledScores(score / s, (self.c - 1) / s.square(), factor, self.sign)
 
 
 class UnscaledScores(NamedTuple):
@@ -50,6 +62,13 @@ class UnscaledScores(NamedTuple):
         diag: d with s2 = diag(d) + U diag(sign) U^T. Shape (B, *dims). Units 1/data^2.
         factor: U. Shape (B, D, r), D in row-major order of dims; None is rank 0. Units 1/data.
         sign: +1 or -1 for each column of factor. Shape (r,); None is all +1.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import UnscaledScores
+        >>> scores = UnscaledScores(torch.tensor([[-0.5]]), torch.tensor([[-0.125]]))
+        >>> scores.scaled(sigma=2.0).c
+        tensor([[0.5000]])
     """
 
     score: Tensor
@@ -58,12 +77,19 @@ class UnscaledScores(NamedTuple):
     sign: Tensor | None = None
 
     def scaled(self, sigma: float | Tensor) -> Scores:
-        """sigma s1, 1 + sigma^2 diag, sigma U. sigma: float or (B,), > 0."""
+        """sigma s1, 1 + sigma^2 diag, sigma U.
+
+        Args:
+            sigma: noise standard deviation, units of the data. float or (B,), > 0.
+
+        Raises:
+            ValueError: shapes, dtypes or devices disagree, or sigma is not positive.
+        """
         where = "UnscaledScores.scaled"
         check_tensor(where, "score", self.score)
         check_tensor(where, "diag", self.diag, like=self.score, shape=tuple(self.score.shape))
         s = positive(where, "sigma", sigma, self.score)
-        factor = scaled_factor(where, self.factor, self.score, s)
+        factor = _scaled_factor(where, self.factor, self.score, s)
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
@@ -73,6 +99,14 @@ class DenseScores(NamedTuple):
     Fields:
         score: s1. Shape (B, *dims). Units 1/data.
         hessian: s2, symmetric. Shape (B, D, D), D in row-major order of dims. Units 1/data^2.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.densities import Gaussian
+        >>> from hos_ext.scores import DenseScores
+        >>> law, x = Gaussian(torch.zeros(2), torch.eye(2)), torch.ones(3, 2)
+        >>> DenseScores(law.score(x), law.hessian(x)).hessian.shape
+        torch.Size([3, 2, 2])
     """
 
     score: Tensor
@@ -114,13 +148,19 @@ class SymmetricOperator(Protocol):
 class MatrixFreeScores(NamedTuple):
     """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
 
-        def score_fn(x):
-            hessian = ScoreHessian(score, x, symmetrize=True, check=False)
-            return MatrixFreeScores(hessian.score.reshape(x.shape), hessian)
-
     Fields:
         score: s1. Shape (B, *dims). Units 1/data.
         hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import ScoreHessian
+        >>> from hos_ext.scores import MatrixFreeScores
+        >>> def score_fn(x):
+        ...     hessian = ScoreHessian(lambda x: -x, x, symmetrize=True, check=False)
+        ...     return MatrixFreeScores(hessian.score, hessian)
+        >>> score_fn(torch.ones(1, 2)).score
+        tensor([[-1., -1.]])
     """
 
     score: Tensor
@@ -149,20 +189,45 @@ LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def score_of(scores: AnyScores) -> Tensor:
-    """s1 of what a score function returned."""
+    """s1 of what a score function returned.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.scores import DenseScores, score_of
+        >>> score_of(DenseScores(torch.ones(1, 1), torch.ones(1, 1, 1)))
+        tensor([[1.]])
+    """
     return scores if isinstance(scores, Tensor) else scores.score
 
 
 def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> Scores:
-    """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x."""
+    """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x.
+
+    Args:
+        where: the function named in errors.
+        model: the network.
+        x: noisy samples. Shape (B, *dims).
+        sigma: noise standard deviation, as the model takes it.
+
+    Raises:
+        TypeError: the model returned something else.
+        ValueError: scaled_score has another shape, dtype or device than x.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import Scores
+        >>> x = torch.ones(1, 2)
+        >>> model_scores("f", lambda x, sigma: Scores(-x, x), x, torch.tensor(1.0)).scaled_score
+        tensor([[-1., -1.]])
+    """
     scores = model(x, sigma)
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{where}: model must return Scores, got {type(scores).__name__}")
+    kind = type(scores).__name__
+    check(where, isinstance(scores, Scores), "model must return Scores", kind, TypeError)
     check_like(where, "scaled_score from model", scores.scaled_score, x)
     return scores
 
 
-def scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
+def _scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
     """factor times a value of `positive`."""
     if factor is None:
         return None
@@ -181,6 +246,7 @@ def tweedie_mean(x: Tensor, score: Tensor, sigma: Level, alpha: Level) -> Tensor
 
     Example:
         >>> import torch
+        >>> from hos_ext.scores import tweedie_mean
         >>> tweedie_mean(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), 2.0, 1.0)
         tensor([[1.]])
     """
@@ -199,6 +265,7 @@ def tweedie_covariance(
 
     Example:
         >>> import torch
+        >>> from hos_ext.scores import tweedie_covariance
         >>> tweedie_covariance(torch.tensor([-0.125]), 1.0, 2.0, 1.0)
         tensor([2.])
     """

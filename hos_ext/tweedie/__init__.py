@@ -18,15 +18,25 @@ from .moments import (
     posterior_moments,
     psi_from_scores,
 )
-from .posterior import Posterior, posterior, posterior_covariance, posterior_mean, second_moment
+from .posterior import (
+    Posterior,
+    covariance_from_kappa,
+    noise_covariance,
+    posterior,
+    posterior_covariance,
+    posterior_mean,
+    second_moment,
+)
 
 __all__ = [
     "Posterior",
+    "covariance_from_kappa",
     "eps_from_score",
     "hessian_from_jacobian",
     "jacobian_from_hessian",
     "moment_recurrence",
     "moments_from_cumulants",
+    "noise_covariance",
     "noise_cumulants",
     "posterior",
     "posterior_covariance",

@@ -246,6 +246,7 @@ def noise_covariance(hessian: Matrix, sigma: Tensor) -> Matrix:
     Example:
         >>> import torch
         >>> from hos_ext import DPLR
+        >>> from hos_ext.tweedie import noise_covariance
         >>> noise_covariance(DPLR(torch.tensor([[-0.5, -0.25]])), torch.tensor(1.0)).diagonal()
         tensor([[0.5000, 0.7500]])
     """
@@ -265,6 +266,7 @@ def covariance_from_kappa(kappa: DPLR, sigma: Tensor, alpha: Tensor) -> DPLR:
     Example:
         >>> import torch
         >>> from hos_ext import DPLR
+        >>> from hos_ext.tweedie import covariance_from_kappa
         >>> kappa = DPLR(torch.tensor([[0.5, 0.75]]))
         >>> covariance_from_kappa(kappa, torch.tensor(2.0), torch.tensor(1.0)).diagonal()
         tensor([[2., 3.]])
