@@ -1,9 +1,10 @@
 """Guidance for linear inverse problems y = A x0 + n, n ~ N(0, V), V = diag(noise_std^2).
 
 With x0 | x ~ N(m, C) at noise level sigma (`posterior`; C is a DPLR) the law of x0 | x, y is
-    N(m + shift, C_y),  shift = C A^T S^-1 (y - A m),  C_y = C - C A^T S^-1 A C,  S = A C A^T + V,
-and since dm/dx = (alpha / sigma^2) C, the score of p(x | y) is s1 + (alpha / sigma^2) shift: the
-learned covariance stands for backprop through the network. Exact if x0 is Gaussian.
+    N(m + shift, C_y),  shift = C A^T S^-1 (y - A m),  C_y = C - C A^T S^-1 A C,  S = A C A^T + V.
+Since dm/dx = (alpha / sigma^2) C, the score of p(x | y) is s1 + (alpha / sigma^2) shift. The
+learned covariance takes the place of backpropagation through the network. This is exact if x0 is
+Gaussian.
 """
 
 from __future__ import annotations
@@ -164,9 +165,9 @@ def guided(
         sigma s1' = sigma s1 + (alpha / sigma) shift,   diag(c') + F' diag(sign') F'^T = (alpha /
         sigma)^2 C_y,
 
-    with `shift` and C_y of `condition` at every call: the first two moments of the model are
-    matched, nothing is differentiated. Exact for Gaussian x0 with its exact scores; elsewhere the
-    law of x0 | x_t is taken for Gaussian, an error that vanishes with sigma.
+    with `shift` and C_y of `condition` at every call. The first two moments of the model are
+    matched and nothing is differentiated. This is exact for a Gaussian x0 with its exact scores.
+    Elsewhere the law of x0 | x_t is taken for Gaussian, an error that vanishes with sigma.
 
     Args:
         model: `model(x, sigma) -> Scores`.

@@ -3,8 +3,8 @@
 The ODE is dx = [-(beta / 2) x - (g^2 / 2) s1] dt. With w = x / scale, scale^2 = alpha^2 data_std^2
 + sigma^2, and q = sigma^2 / scale^2 it reads, for every schedule,
     dw / d log(sigma / alpha) = -sqrt(q) (sigma s1) - q w,   divergence D (1 - q) - tr kappa,
-kappa = I + sigma^2 s2: both are zero for N(0, data_std^2 I) data. tr kappa is the sum of c and of
-the squared factor of a second-order model: no division by sigma, no vector products.
+kappa = I + sigma^2 s2. Both are zero for N(0, data_std^2 I) data. tr kappa is the sum of c and of
+the squared factor of a second-order model, without a division by sigma or products with vectors.
 """
 
 from __future__ import annotations
@@ -60,19 +60,20 @@ def log_likelihood(
 
         log p_0(x_0) = log p_T(x_T) + integral of div v dt
                      = log p_T(x_T) + D log(scale_T / scale_0)
-                       + integral of [D (1 - q) - tr kappa] d log(sigma / alpha);
+                       + integral of [D (1 - q) - tr kappa] d log(sigma / alpha).
 
-    the second form (top of the file), smooth for all schedules, is integrated together with x. The
-    learned trace costs no more than the score; it gives the log density of the ODE's own law if
-    kappa is I + sigma times the Jacobian of the model's score, as it is for exact scores.
-    "hutchinson" is unbiased for that law, with a variance; "exact" is that law.
+    The second form (top of the file) is smooth for all schedules, and is integrated together with
+    x. The learned trace costs no more than the score. It gives the log density of the ODE's own law
+    if kappa is I + sigma times the Jacobian of the model's score, as it is for exact scores.
+    "exact" always gives that law. "hutchinson" is unbiased for it, with a variance.
 
     Args:
-        model: `model(x, sigma) -> Scores`; for "learned" of second order, else differentiable in x.
+        model: `model(x, sigma) -> Scores`. It must be of second order for "learned", and
+            differentiable in x for the other traces.
         x: points, with the noise sigma(t_min). Shape (B, *dims), float32 or float64.
         schedule: a `Schedule`.
         n_steps: steps of equal length in log(sigma / alpha) from t_min to t_max; or else `times`.
-        times: a descending grid as the samplers take it; here it is gone up.
+        times: a descending grid as the samplers take it; here the path goes up.
         method: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
         trace: "learned": sum of c and sign * factor^2; "hutchinson": z^T (d score / d x) z by
             n_probes vector-Jacobian products a call, z of +-1 and the same all along the path;

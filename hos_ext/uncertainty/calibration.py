@@ -1,9 +1,9 @@
-"""Does the covariance of a posterior tell the truth: are the errors of its mean as it says.
+"""Whether the covariance of a posterior is right: whether the errors of its mean are that large.
 
-With residuals e = x0 - m, the law N(m, C) is calibrated where E[e e^T] = C, in all and in every
-direction. `calibration` gives two figures, `calibration_report` these with error bars, variances
-along directions and coverage curves, and `recalibration_factor` the scalar that mends the size of
-C. Everything is O(D r^2) in float64 and asks for the true x0: use samples not trained on.
+With residuals e = x0 - m, the law N(m, C) is calibrated where E[e e^T] = C, as a whole and in every
+direction. `calibration` gives two figures. `calibration_report` adds error bars, variances along
+directions and coverage curves. `recalibration_factor` is the scalar that mends the size of C.
+Everything takes O(D r^2) in float64. The true x0 must be known: use samples not trained on.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def calibration(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[s
     tau > 0 is the predictive check: noise of standard deviation tau is added to both sides, and the
     figure is its exact expectation over that noise, E (e + tau n)^T A (e + tau n), so that nothing
     is drawn. E[e e^T] = C gives 1 for every tau. At tau = 0 `mahalanobis` hangs on the smallest
-    eigenvalues of C, where a learned covariance is weakest; tau lifts them to tau^2. `trace_ratio`
+    eigenvalues of C, where a learned covariance is weakest. tau lifts them to tau^2. `trace_ratio`
     sees the total variance alone. A `mahalanobis` below 0 means that C is not positive definite.
 
     Args:
@@ -142,8 +142,8 @@ def calibration_report(
 
         reports = {s: calibration_report(x0, denoise(x0 + s * noise, s)) for s in (0.2, 0.4, 0.8)}
 
-    Figures and variances along directions are right for every posterior whose first two moments
-    are; coverage asks for Gaussian posteriors as well, so that a true C of a skewed or bounded
+    Figures and variances along directions need only the first two moments of the posterior to be
+    right. Coverage also needs the posterior to be Gaussian: the true C of a skewed or bounded
     posterior covers other shares than the nominal ones.
 
     Args:
@@ -226,9 +226,9 @@ def recalibration_factor(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) 
 
     Defined by calibration(x0, N(m, a C), tau=tau)["mahalanobis"] = 1. At tau = 0 that is
     a = mean e^T C^-1 e / D, which also maximises the Gaussian likelihood of the residuals over a.
-    For tau > 0 the equation is solved as it stands rather than by likelihood: it is the figure
-    that is reported, and it falls strictly from above 1 (a -> 0) to 0 (a -> infinity), so that the
-    root exists and is unique whenever C is positive definite and the residuals are not all zero.
+    For tau > 0 the equation is solved as it stands and not by likelihood, since its left side is
+    the figure that is reported. That figure falls strictly from above 1 (a -> 0) to 0 (a ->
+    infinity). So there is one root wherever C is positive definite and some residual is not zero.
 
     Args:
         x0, posterior, tau: as in `calibration`. Use `posterior.recalibrated(a)` afterwards, with

@@ -1,8 +1,8 @@
 """How strange a noisy sample is to a second-order score model: out-of-distribution scores.
 
 Meng et al. 2021 (arXiv:2111.04726) name outlier detection as a use of second-order scores and leave
-it open; the statistics here are derived in `outlier_score`. They are read off s1 and s2 at one
-noise level, without a density. `auroc` says how well a score tells samples of two kinds apart.
+it open. `outlier_score` derives the statistics that are used here. They need s1 and s2 at one noise
+level and no density. `auroc` says how well a score tells samples of two kinds apart.
 """
 
 from __future__ import annotations
@@ -44,24 +44,25 @@ def outlier_score(
         "uncertainty"  tr kappa = alpha^2 tr Cov[x0 | x] / sigma^2
         "norm"         |sigma s1|^2, of the first order only, to compare with
 
-    "laplacian" compares p(x) with its mean close by; by the heat equation it is d log p / d log
-    sigma, what the log density gains when noise grows. Its mean over p is 0 for every p (the trace
-    of E[s1 s1^T + s2] = 0). It is "norm" less the local expectation -sigma^2 tr s2 of that: between
-    modes, where s1 vanishes and s2 is positive, it is large and "norm" small. For N(m, P^-1) its
-    variance is 2 sigma^4 tr P^2.
+    "laplacian" compares p(x) with the mean of p close by. By the heat equation it is d log p / d
+    log sigma: what the log density gains when the noise grows. Its mean over p is 0 for every p
+    (the trace of E[s1 s1^T + s2] = 0). It is "norm" minus what "norm" is expected to be there,
+    -sigma^2 tr s2. Between modes, where s1 vanishes and s2 is positive, it is large while "norm" is
+    small. For N(m, P^-1) its variance is 2 sigma^4 tr P^2.
 
-    "mahalanobis" is twice what log p lacks of the top of its local quadratic; on a Gaussian it is
-    its squared Mahalanobis distance, chi^2_D. Where -s2 is not positive definite there is no top,
-    and the inverse has a pole on the way there. Hence a floor, by congruence: with kappa = diag(c)
-    + F S F^T, E = max(1 - c, floor) and V = E^-1/2 F, it is (sigma s1)^T E^-1/2 A^-1 E^-1/2
-    (sigma s1), A being I - V S V^T with its eigenvalues raised to floor. Nothing changes where
-    1 - c and those eigenvalues exceed floor. On images nearly every sample needs it at small sigma;
-    moduli of the eigenvalues in its place did worse on most kinds of outliers tried.
+    "mahalanobis" takes log p near x for a quadratic: twice the height of its top above log p(x). On
+    a Gaussian that is the squared Mahalanobis distance, chi^2_D. Where -s2 is not positive definite
+    the quadratic has no top, and the inverse has a pole on the way there. Hence a floor, by
+    congruence: with kappa = diag(c) + F S F^T, E = max(1 - c, floor) and V = E^-1/2 F, the value is
+    (sigma s1)^T E^-1/2 A^-1 E^-1/2 (sigma s1), where A is I - V S V^T with its eigenvalues raised
+    to the floor. Nothing changes where 1 - c and those eigenvalues exceed the floor. On images
+    nearly every sample needs the floor at small sigma. Moduli of the eigenvalues in place of the
+    floor did worse on most kinds of outliers tried.
 
-    "uncertainty" asks how well x says what it was made from. It is blind to the tails of a
+    "uncertainty" asks how well x tells what it was made from. It is blind to the tails of a
     Gaussian, where kappa is the same everywhere.
 
-    None is best at everything: compare them with `auroc` on outliers of the kind that is feared.
+    None is best at everything. Compare them with `auroc` on the kind of outliers that you expect.
 
     Args:
         scores: a network's output at one noise level, or exact scaled scores. Shapes (B, *dims),
