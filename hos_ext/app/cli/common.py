@@ -58,6 +58,9 @@ def noise_level(
         raw_sigma: in raw units, instead.
         scale: raw units in one data unit.
 
+    Returns:
+        A level in the range trained; near an end it is that end.
+
     Raises:
         ValueError: both are given, or the level is outside of the range trained.
     """

@@ -71,7 +71,16 @@ def recalibrate(
 def calibration_figures(result: Denoised, recalibration: float) -> dict[str, float]:
     """`calibration` as it is and, with tau = sigma / 2, as a predictive check.
 
-    Each as it comes from the model, and with the covariance times `recalibration`.
+    Args:
+        result: of samples whose truth is known.
+        recalibration: scalar of the covariance, > 0: see `recalibrate`.
+
+    Returns:
+        {"sigma", "mahalanobis", "trace_ratio", "predictive", "n" (samples)}. Each of the three
+        comes again as "..._recalibrated", with the covariance times `recalibration`.
+
+    Raises:
+        ValueError: the clean samples are not known; as `calibration`.
     """
     x0 = known("calibration_figures", result)
     raw, tau = result.posterior, result.sigma / 2

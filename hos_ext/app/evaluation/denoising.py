@@ -128,7 +128,17 @@ def join(parts: list[Posterior]) -> Posterior:
 
 
 def denoising_errors(result: Denoised) -> dict[str, float]:
-    """Mean squared error of an entry, noisy and denoised, in squared data units."""
+    """How much nearer to the truth denoising came.
+
+    Args:
+        result: of samples whose truth is known.
+
+    Returns:
+        {"sigma", "mse_noisy", "mse_denoised"}: mean squared errors of an entry, squared data units.
+
+    Raises:
+        ValueError: the clean samples are not known.
+    """
     x0 = known("denoising_errors", result)
     noisy = (result.x - x0).square().mean()
     denoised = (result.posterior.mean - x0).square().mean()

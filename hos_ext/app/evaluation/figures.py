@@ -47,14 +47,16 @@ def evaluate(
 
     Returns:
         {"source", "part", "dims", "n" (rows), "seed", "recalibration", "levels", "accuracy"}.
-        "levels" has for each sigma "sigma", "n", "mse_noisy", "mse_denoised", "variance" (what the
-        posterior expects "mse_denoised" to be, raw), the figures of `calibration_figures`, and
-            "coverage": {"levels", "raw", "recalibrated"}: the share of the entries inside their
-                central interval of each nominal probability (never inside: a negative variance);
-            "components": {"n", "share", "expected"}: of the first n rows, the share of the squared
-                error that lies along the leading eigenvectors of each covariance, and the share
-                that the eigenvalues give them.
-        "accuracy" is that of `accuracy`, None where the source has no true density.
+        "accuracy" is that of `accuracy`, None where the source has no true density. "levels" has
+        for each sigma the figures of `denoising_errors` and of `calibration_figures`, and
+
+            variance      what the posterior expects "mse_denoised" to be, raw
+            coverage      {"levels", "raw", "recalibrated"}: the share of the entries inside their
+                          central interval of each nominal probability. A negative variance holds
+                          nothing.
+            components    {"n", "share", "expected"}: of the first n rows, the share of the squared
+                          error that lies along the leading eigenvectors of each covariance, and
+                          the share that the eigenvalues give them.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind; the part is empty.

@@ -20,6 +20,9 @@ def chains_figure(rows: Sequence[tuple[str, Tensor]], *, columns: int = 8) -> Fi
     Args:
         rows: (title, samples (n, *dims) in data units), all of the same dims.
         columns: samples shown in a row.
+
+    Returns:
+        Figure, all rows on one scale.
     """
     # One range for all rows: that of the last one, the clean ones where there are such.
     scale = samples.scale_of(rows[-1][1][:columns])
@@ -52,6 +55,9 @@ def spread_figure(rows: Sequence[tuple[str, float, Tensor]], exact: Tensor) -> F
     Args:
         rows: (method, step size, standard deviation, shape dims); one axes for each method.
         exact: the standard deviation of the density that the chains should sample. Shape dims.
+
+    Returns:
+        Figure: a point is an entry; on the diagonal the chains have the right spread.
     """
     methods = list(dict.fromkeys(method for method, *_ in rows))
     figure = new_figure(2.7)

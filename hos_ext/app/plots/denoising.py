@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def denoising_figure(result: Denoised, *, rows: int = 4) -> Figure:
-    """Noisy, denoised and true samples, standard deviation, first four eigenvectors of Cov[x | x~].
+    """Noisy, denoised and true samples, standard deviation, first eigenvectors of Cov[x0 | x].
 
     Args:
         result: samples at one noise level; the first `rows` are shown.
@@ -116,7 +116,14 @@ def _lines(result: Denoised, rows: int, share: Tensor, vectors: Tensor) -> Figur
 
 
 def uncertainty_grid(result: Denoised, *, rows: int = 4) -> np.ndarray[Any, Any]:
-    """`denoising_figure` as pixels, for trackers: uint8, shape (height, width, 3)."""
+    """`denoising_figure` as pixels, for trackers.
+
+    Args:
+        result, rows: as in `denoising_figure`.
+
+    Returns:
+        Shape (height, width, 3), uint8.
+    """
     figure = denoising_figure(result, rows=rows)
     canvas = require("plots", "matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     canvas.draw()

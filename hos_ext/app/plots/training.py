@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def training_figure(history: Sequence[History], *, size: int | None = None) -> Figure:
     """Denoising error over the steps, in units of sigma^2: training, and EMA weights on validation.
 
-    The first-order term: the mean of |x - m|^2 / sigma^2 over the noise levels, over the number of
-    entries if that is given; then 1 is the noisy sample itself. The first fifth of the rows may lie
-    outside. Below, where the history has them, the norm of the gradient and of its noise.
+    The error is the first-order term, the mean of |x0 - m|^2 / sigma^2 over the noise levels. With
+    `size` it is that of an entry, and the noisy sample itself has 1.
 
     Args:
         history: as `training.train` returns it.
         size: entries of a sample; None: the sum over them is shown.
+
+    Returns:
+        Figure: above, the errors; those of the first fifth of the rows may lie outside. Below,
+        where the history has them, the norm of the gradient and of its noise.
     """
     has_norms = all(hasattr(row, "gradient_norm") for row in history)
     panels = 2 if has_norms else 1

@@ -29,6 +29,9 @@ def uncertainty_figure(results: Sequence[Denoised], *, rows: int = 3) -> Figure:
         results: `denoise` of the same samples, one for each level, in the order shown; at most 4.
         rows: samples shown, the first ones.
 
+    Returns:
+        Figure.
+
     Raises:
         ValueError: no results, more than 4, or rows out of range.
     """

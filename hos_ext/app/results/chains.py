@@ -74,6 +74,9 @@ def run_chains(
         dynamics: what moves them.
         options: n_steps, burn_in, thin and seed, as in `sampling.sample`.
 
+    Returns:
+        The chains of all ranks, and the smallest effective sample size of any entry.
+
     Raises:
         RuntimeError: chains diverged.
     """
@@ -101,7 +104,22 @@ def sampled(
     scaling: data.Scaling,
     netcdf: bool,
 ) -> dict[str, bytes]:
-    """The files of chains, by name: draws, the last of them denoised, a picture, ArviZ data."""
+    """The files of chains, by name: draws, the last of them denoised, a picture, ArviZ data.
+
+    Args:
+        model: `model(x, sigma) -> Scores`, which drove the chains.
+        chains: what `run_chains` returned.
+        starts: where they started. Shape (chain, *dims).
+        dynamics: what moved them.
+        scaling: of the data.
+        netcdf: whether ArviZ data are wanted.
+
+    Returns:
+        The content of each of `sample_files`.
+
+    Raises:
+        RuntimeError: matplotlib or an extra of ArviZ is missing.
+    """
     sigma, method, step_size = dynamics
     draws = chains.draws
     ends = posterior(draws[:, -1], model(draws[:, -1], sigma), sigma).mean

@@ -53,6 +53,12 @@ def denoised(
         names: of the samples.
         scaling: of the data.
         recalibration: what their covariances were multiplied by, for the report.
+
+    Returns:
+        The content of each of `denoise_files`.
+
+    Raises:
+        RuntimeError: matplotlib or pillow is missing.
     """
     found, scale, shift = result.posterior, scaling.scale, scaling.shift
     values, vectors = found.principal_components(min(_COMPONENTS, found.mean[0].numel()))

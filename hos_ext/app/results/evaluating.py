@@ -19,7 +19,18 @@ def evaluated(
     *,
     seed: int,
 ) -> dict[str, bytes]:
-    """The pictures of `evaluate`: calibration, and the covariance at up to four of the levels."""
+    """The pictures of `evaluate`: calibration, and the covariance at up to four of the levels.
+
+    Args:
+        model, source, sigmas, seed: as `evaluation.evaluate` took them.
+        report: what it returned.
+
+    Returns:
+        The content of each of EVALUATE_FILES but the first, by name.
+
+    Raises:
+        RuntimeError: matplotlib is missing.
+    """
     count = min(4, len(source.test))
     results = [
         evaluation.denoise_held_out(

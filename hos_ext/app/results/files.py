@@ -39,7 +39,17 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def refuse_existing(where: str, folder: Path, names: Iterable[str], *, force: bool) -> None:
-    """Refuses, before the work, to overwrite files of an earlier call without --force."""
+    """Refuses, before the work, to overwrite files of an earlier call without --force.
+
+    Args:
+        where: the command.
+        folder: where it writes.
+        names: what it writes.
+        force: whether --force was given.
+
+    Raises:
+        ValueError: one of them is there, and force is False.
+    """
     there = [name for name in names if (folder / name).exists()]
     rule = "--out must hold none of its files (--force replaces them)"
     check(where, force or not there, rule, f"{folder} with {', '.join(there)}")
