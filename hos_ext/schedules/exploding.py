@@ -53,8 +53,8 @@ class VE(Exploding):
 class EDM(Exploding):
     """sigma(t) = t in [sigma_min, sigma_max]; grid and training law of Karras et al. 2022.
 
-    Grid: t^(1 / rho) falls in equal steps (Eq. 5). Training: log sigma ~ N(p_mean, p_std^2). Here it
-    is conditioned on [sigma_min, sigma_max], which leaves out a part of 2e-5 at the default values.
+    Grid: t^(1 / rho) falls in equal steps (Eq. 5). Training: log sigma ~ N(p_mean, p_std^2), here
+    conditioned on [sigma_min, sigma_max], which leaves out a part of 2e-5 at the default values.
     """
 
     sigma_min: float = 0.002

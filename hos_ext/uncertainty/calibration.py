@@ -160,9 +160,9 @@ def calibration_report(
         seed: key of the noise that coverage draws at tau > 0.
 
     Returns:
-        A CalibrationReport; its tensors are on the device of x0. The entries of one sample are no
-        independent trials: their band is Wilson's for as many trials as would have the variance
-        seen between the samples, at most B D. Samples are taken as independent.
+        A CalibrationReport; its tensors are on the device of x0. Samples are taken as independent.
+        The entries of one sample are not: their band is Wilson's for as many trials as would have
+        the variance seen between the samples, at most B D.
 
     Raises:
         ValueError: as `recalibration_factor`; B < 2; directions do not fit, or one is zero or not

@@ -43,6 +43,14 @@ def augment(
 
     Raises:
         ValueError: an unknown name, rows that are no images, or `distort` without whole levels.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app.data import augment
+        >>> raw = torch.tensor([[[0.0, 1.0]]]).expand(4, 1, 2)
+        >>> flipped = augment(raw, "flip", levels=0, seed=0, batch_size=4)
+        >>> flipped.sum(-1).unique()
+        tensor([1.])
     """
     one_of("augment", "name", name, ("none", "flip", "distort"))
     if name == "none":
@@ -83,6 +91,15 @@ def distort(
     Raises:
         TypeError: grey is not a tensor.
         ValueError: grey has another dtype or shape.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app.data import distort
+        >>> bar = torch.zeros(1, 8, 8)
+        >>> bar[:, :, 3:5] = 16.0
+        >>> bent = distort(bar, seed=0)
+        >>> torch.equal(bent, bent.round()), torch.equal(bent, bar)
+        (True, False)
     """
     check_tensor("distort", "grey", grey)
     shapes = ("B", "height", "width"), ("B", "C", "height", "width")

@@ -181,7 +181,17 @@ def open_rows(
     split: str = "train",
     limit: int = LIMIT,
 ) -> Rows:
-    """The rows of a data set by number, neither split nor scaled; arguments as `open_source`."""
+    """The rows of a data set by number, neither split nor scaled; arguments as `open_source`.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app import data
+        >>> rows = data.open_rows("digits")
+        >>> rows.size, rows.shape, rows.levels
+        (1797, (8, 8), 17)
+        >>> rows.read(torch.tensor([3, 5])).shape
+        torch.Size([2, 8, 8])
+    """
     kind, target = find_kind("spec", spec)
     return kind.open(Request(spec, target, seed, column, split, limit))
 
@@ -202,6 +212,11 @@ def read_samples(
 
     Raises:
         ValueError, RuntimeError: as `open_source`, and where the rows do not fit in the limit.
+
+    Example:
+        >>> from hos_ext.app import data
+        >>> data.read_samples("digits").shape
+        torch.Size([1797, 8, 8])
     """
     rows = open_rows(spec, column=column, split=split, limit=limit)
     return _held(rows, torch.arange(rows.size), limit)

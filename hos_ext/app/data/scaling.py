@@ -28,6 +28,14 @@ class Scaling(NamedTuple):
 
     Whole levels 0 ... levels - 1: x = 2 (raw + u) / levels - 1, u uniform on [0, 1). Other data
     (levels 0): x = (raw - mean) / std.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app.data import Scaling
+        >>> grey = torch.arange(4, dtype=torch.uint8).reshape(1, 4)
+        >>> scaling = Scaling(levels=256)
+        >>> scaling.inverse(scaling.forward(grey, seed=0))
+        tensor([[0., 1., 2., 3.]])
     """
 
     levels: int = 0
@@ -123,6 +131,13 @@ def dequantise(
     Raises:
         TypeError: grey is not a tensor.
         ValueError: grey has another dtype.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app.data import dequantise, to_grey
+        >>> grey = torch.tensor([[0.0, 16.0]])
+        >>> to_grey(dequantise(grey, seed=0))
+        tensor([[ 0., 16.]])
     """
     check_tensor("dequantise", "grey", grey)
     u = draw_uniform(Key(seed, offset, first), STREAM_DEQUANTISE, grey.shape, grey)

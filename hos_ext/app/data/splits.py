@@ -61,6 +61,13 @@ def batch_rows(
 
     Returns:
         Shape (stop - start,), int64.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.app.data import batch_rows
+        >>> epoch = torch.cat([batch_rows(6, 2, seed=0, step=step) for step in range(3)])
+        >>> epoch.sort().values
+        tensor([0, 1, 2, 3, 4, 5])
     """
     first = step * batch_size + start
     last = step * batch_size + (batch_size if stop is None else stop)

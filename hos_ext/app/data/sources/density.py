@@ -32,6 +32,11 @@ def known_density(name: str) -> Gaussian | GaussianMixture | ProductLogisticMixt
 
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        >>> from hos_ext.app.data import known_density
+        >>> known_density("gaussian2d").mean
+        tensor([0., 0.], dtype=torch.float64)
     """
     one_of("known_density", "name", name, ("gaussian2d", "normal100", "modes2d", "logistic50"))
     wide = torch.float64
