@@ -109,7 +109,8 @@ class Network(nn.Module):
         """
         self._check_input(x, score)
         level = noise_level(self.class_name, x, sigma, self.sigma_data)
-        inverse_std, skip, k = (v.reshape(-1, *[1] * len(self._shape)) for v in level[1:])
+        column = (-1, *[1] * len(self._shape))
+        inverse_std, skip, k = (each.view(column) for each in level[1:])
         rows = x.reshape(x.shape[0], *self._shape)
         inputs = rows * inverse_std
         if score is not None:
@@ -166,10 +167,12 @@ class Network(nn.Module):
     def _check_input(self, x: Tensor, score: Tensor | None) -> None:
         name, dtype = self.class_name, self.c.weight.dtype
         check(name, isinstance(x, Tensor), "x must be a tensor", lambda: repr(x), TypeError)
-        check_shape(name, "x", x, ("B", *self.dims))
+        if x.shape[1:] != self.dims:
+            check_shape(name, "x", x, ("B", *self.dims))
         # Autocast brings x and the parameters to one dtype itself.
-        fine = x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
-        check(name, fine, f"x must be {dtype} like the parameters", x.dtype)
+        if x.dtype != dtype:
+            fine = torch.is_autocast_enabled(x.device.type)
+            check(name, fine, f"x must be {dtype} like the parameters", x.dtype)
         rule = "given (the model has given_score=True)" if self.given_score else "None"
         check(name, self.given_score == (score is not None), f"score must be {rule}", score)
         if score is not None:

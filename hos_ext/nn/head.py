@@ -25,6 +25,7 @@ from .mlp import MLP
 from .unet import UNet
 from .weights import WEIGHTS, check_folder, read_weights, write_weights
 
+# A first-order model: x (B, *dims), sigma -> its score, as x, or `Scores`.
 ScoreModel = Callable[[Tensor, Tensor | float], Tensor | Scores]
 
 _HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
