@@ -15,11 +15,19 @@ _WHERE = "sample"
 
 
 class ChainState(TypedDict):
-    """What a run needs to go on; plain values, so `torch.save` and `weights_only=True` take it."""
+    """What a run needs to go on. Plain values, which `torch.load(weights_only=True)` reads.
 
-    x: Tensor  # (chain, *dims), the last state of every chain
-    step: int  # steps taken since the first init, burn-in included: the next noise offset
-    since_draw: int  # steps since the last kept draw, < thin
+    Keys:
+        x: the last state of every chain. Shape (chain, *dims).
+        step: steps taken since the first init, burn-in included: the next offset of the noise.
+        since_draw: steps since the last kept draw, < thin.
+        seed: key of the noise.
+        first_chain: global index of the first chain.
+    """
+
+    x: Tensor
+    step: int
+    since_draw: int
     seed: int
     first_chain: int
 

@@ -40,9 +40,15 @@ class ChainOptions(StepOptions, total=False):
 
 
 class Chains(NamedTuple):
-    """Draws with the chain axis first, statistics of the run, and the state to resume from."""
+    """What a run gives.
 
-    draws: Tensor  # (chain, draw, *dims)
+    Fields:
+        draws: the states that were kept. Shape (chain, draw, *dims).
+        stats: statistics of the run by name; `sample` lists them.
+        state: what the next run goes on from.
+    """
+
+    draws: Tensor
     stats: dict[str, Any]
     state: ChainState
 
@@ -58,6 +64,12 @@ class Chains(NamedTuple):
 
         Raises:
             RuntimeError: arviz-base is missing (pip install hos_ext[app]).
+
+        Example:
+            >>> import torch
+            >>> chains = sample(lambda x: -x, torch.zeros(2, 3), step_size=0.1, n_steps=5)
+            >>> sorted(chains.to_arviz("image").children)
+            ['posterior', 'sample_stats']
         """
         base, tree = require("to_arviz", "arviz_base"), require("to_arviz", "xarray").DataTree
         chains = len(self.draws)

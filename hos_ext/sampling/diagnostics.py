@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check_tensor, one_of, positive, require
+from ..checks import FLOATING, check, check_tensor, one_of, positive, require
 
 _ESS_METHODS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
@@ -46,8 +46,14 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
         TypeError: draws is not a floating-point tensor.
         RuntimeError: arviz-stats is missing ("cutoff" does without).
 
-    Reference:
+    References:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
+
+    Example:
+        >>> import torch
+        >>> draws = torch.tensor([[[0.0], [1.0]] * 20])  # one chain that goes to and fro
+        >>> ess(draws, method="cutoff")
+        tensor([40.], dtype=torch.float64)
     """
     one_of("ess", "method", method, _ESS_METHODS)
     _check_draws("ess", draws)
@@ -59,7 +65,22 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
 
 
 def min_ess(draws: Tensor, *, method: str = "bulk") -> float:
-    """The smallest `ess` over the dimensions; NaN if it is undefined in any of them."""
+    """The smallest `ess` over the dimensions; NaN if it is undefined in any of them.
+
+    Args:
+        draws, method: as for `ess`.
+
+    Returns:
+        In draws.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `ess`.
+
+    Example:
+        >>> import torch
+        >>> min_ess(torch.tensor([[[0.0], [1.0]] * 20]), method="cutoff")
+        40.0
+    """
     return float(ess(draws, method=method).min())
 
 
@@ -78,6 +99,11 @@ def ess_rate(draws: Tensor, cost: float | Tensor, *, method: str = "bulk") -> fl
 
     Raises:
         ValueError, TypeError, RuntimeError: as `ess`; cost is not positive or not a number.
+
+    Example:
+        >>> import torch
+        >>> ess_rate(torch.tensor([[[0.0], [1.0]] * 20]), 80, method="cutoff")
+        0.5
     """
     value = positive("ess_rate", "cost", cost, torch.empty((), dtype=torch.float64))
     return min_ess(draws, method=method) / float(value)
@@ -100,8 +126,15 @@ def r_hat(draws: Tensor) -> Tensor:
         TypeError: draws is not a floating-point tensor.
         RuntimeError: arviz-stats is missing.
 
-    Reference:
+    References:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, arXiv:1903.08008.
+
+    Example:
+        >>> import torch
+        >>> agree = torch.randn(4, 1000, 1, generator=torch.Generator().manual_seed(0))
+        >>> apart = agree + torch.arange(4.0).reshape(4, 1, 1)
+        >>> bool(r_hat(agree) < 1.01), bool(r_hat(apart) > 1.2)
+        (True, True)
     """
     _check_draws("r_hat", draws, min_chains=2)
     engine = require("r_hat", "arviz_stats.base").array_stats
@@ -130,15 +163,20 @@ def mode_jumps(draws: Tensor, modes: Tensor | Callable[[Tensor], Tensor]) -> Ten
             another device or not finite.
         TypeError: draws is not a floating-point tensor; modes is neither a Tensor nor a function,
             or returns no Tensor.
+
+    Example:
+        >>> import torch
+        >>> draws = torch.tensor([[[-1.1], [-0.9], [1.2], [-1.0]]])
+        >>> mode_jumps(draws, torch.tensor([[-1.0], [1.0]]))
+        tensor([2])
     """
     caller = "mode_jumps"
     _check_draws(caller, draws, min_draws=1)
     if isinstance(modes, Tensor):
         _check_modes(caller, modes, draws)
-    elif not callable(modes):
-        raise TypeError(
-            f"{caller}: modes must be a Tensor or a function, got {type(modes).__name__}"
-        )
+    else:
+        rule, kind = "modes must be a Tensor or a function", type(modes).__name__
+        check(caller, callable(modes), rule, kind, TypeError)
     finite = draws.isfinite().reshape(*draws.shape[:2], -1).all(2)
     jumps = []
     for chain, usable in zip(draws, finite, strict=True):
@@ -159,14 +197,11 @@ def mode_jumps(draws: Tensor, modes: Tensor | Callable[[Tensor], Tensor]) -> Ten
 def _check_modes(caller: str, modes: Tensor, draws: Tensor) -> None:
     check_tensor(caller, "modes", modes, like=draws, dtypes=FLOATING)
     dims = draws.shape[2:]
-    if modes.dim() == 0 or modes.shape[0] == 0 or modes.shape[1:] != dims:
-        want = ", ".join(str(n) for n in ("K", *dims))
-        raise ValueError(
-            f"{caller}: modes must have shape ({want}), K >= 1, got {tuple(modes.shape)}"
-        )
+    fits = modes.dim() > 0 and modes.shape[0] > 0 and modes.shape[1:] == dims
+    rule = f"modes must have shape ({', '.join(map(str, ('K', *dims)))}), K >= 1"
+    check(caller, fits, rule, tuple(modes.shape))
     bad = ~modes.isfinite()
-    if bool(bad.any()):
-        raise ValueError(f"{caller}: modes must be finite, got {modes[bad][0].item()}")
+    check(caller, not bad.any(), "modes must be finite", lambda: modes[bad][0].item())
 
 
 def _nearest(x: Tensor, modes: Tensor) -> Tensor:
@@ -179,14 +214,12 @@ def _nearest(x: Tensor, modes: Tensor) -> Tensor:
 
 
 def _check_draws(caller: str, draws: Tensor, *, min_chains: int = 1, min_draws: int = 4) -> None:
-    if not isinstance(draws, Tensor) or not draws.is_floating_point():
-        kind = draws.dtype if isinstance(draws, Tensor) else type(draws).__name__
-        raise TypeError(f"{caller}: draws must be a floating-point tensor, got {kind}")
-    if draws.dim() < 2 or draws.shape[0] < min_chains or draws.shape[1] < min_draws:
-        raise ValueError(
-            f"{caller}: draws must have shape (chain, draw, *dims), chain >= {min_chains}, "
-            f"draw >= {min_draws}, got {tuple(draws.shape)}"
-        )
+    kind = draws.dtype if isinstance(draws, Tensor) else type(draws).__name__
+    good = isinstance(draws, Tensor) and draws.is_floating_point()
+    check(caller, good, "draws must be a floating-point tensor", str(kind), TypeError)
+    enough = draws.dim() >= 2 and draws.shape[0] >= min_chains and draws.shape[1] >= min_draws
+    rule = f"shape (chain, draw, *dims), chain >= {min_chains}, draw >= {min_draws}"
+    check(caller, enough, f"draws must have {rule}", tuple(draws.shape))
 
 
 def _per_dimension(draws: Tensor, figure: Callable[[Any], Any]) -> Tensor:

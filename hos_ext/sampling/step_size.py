@@ -25,22 +25,37 @@ if TYPE_CHECKING:
 
 
 class StepSizeSearch(NamedTuple):
-    """What `search_step_size` found, and what it saw on the way."""
+    """What `search_step_size` found, and what it saw on the way.
 
-    step_size: float  # the best
-    step_sizes: list[float]  # all that were tried
-    rates: list[float]  # smallest ESS per score evaluation; 0 where a chain diverged
+    Fields:
+        step_size: the best one.
+        step_sizes: all that were tried.
+        rates: smallest ESS a score evaluation for each; 0 where a chain diverged.
+    """
+
+    step_size: float
+    step_sizes: list[float]
+    rates: list[float]
 
 
 class StepSizeAdaptation(NamedTuple):
-    """What `adapt_step_size` found, and the chains it warmed up."""
+    """What `adapt_step_size` found, and the chains it warmed up.
+
+    Fields:
+        step_size: the one to go on with.
+        acceptance: mean acceptance probability over the living chains, step by step.
+        step_sizes: the step size of each step.
+        divergences: steps rejected because something was not finite. Shape (chain,).
+        diverged: not finite from the start, and not counted in acceptance. bool, shape (chain,).
+        state: to go on with `sample`.
+    """
 
     step_size: float
-    acceptance: list[float]  # mean acceptance probability over the living chains, step by step
-    step_sizes: list[float]  # the step size of each step
-    divergences: Tensor  # (chain,), steps rejected because something was not finite
-    diverged: Tensor  # (chain,), bool: not finite from the start, and not counted in acceptance
-    state: ChainState  # to go on with `sample`
+    acceptance: list[float]
+    step_sizes: list[float]
+    divergences: Tensor
+    diverged: Tensor
+    state: ChainState
 
 
 def search_step_size(

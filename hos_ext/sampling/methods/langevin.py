@@ -19,7 +19,7 @@ class Langevin(NormalStep):
     On a Gaussian of precision P it is stable if h p_max < 2, and its covariance is
     P^-1 (I - h P / 2)^-1. It ignores `curvature`.
 
-    Reference:
+    References:
         Meng et al. 2021, Eq. 19 with h = eps / 2.
     """
 

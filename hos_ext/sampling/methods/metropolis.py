@@ -35,7 +35,7 @@ class Metropolis(Step):
     Raises:
         TypeError: proposal is not a `NormalStep`: its density has no closed form.
 
-    Reference:
+    References:
         Roberts & Tweedie 1996.
 
     Example:

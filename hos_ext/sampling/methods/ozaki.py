@@ -21,7 +21,7 @@ class Ozaki(NormalStep):
     S = 2 h phi1(-2 h diag P): it loses its correlations as h grows. It is stable for every h if
     P < 2 diag(P).
 
-    Reference:
+    References:
         Meng et al. 2021, Eq. 20 with h = eps / 2.
     """
 
