@@ -26,9 +26,9 @@ def denoising_figure(result: Denoised, *, rows: int = 4) -> Figure:
 
     Returns:
         Figure. Of images: a line on the standard deviation marks the outline of denoised ink; in
-        colour images it is the root mean square over the channels. Under each eigenvector is its
-        share of the posterior variance. Its sign means nothing: the largest entry is shown
-        positive, red, or in colour images above grey.
+        colour images it is the root mean square over the channels. Under each of the first four
+        eigenvectors is its share of the posterior variance. Its sign means nothing: the largest
+        entry is shown positive, red, or in colour images above grey.
         Of signals: left the noisy values as dots, the mean with a band of two standard deviations,
         and the true values; right the eigenvectors.
     """
