@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_int, check_kind, check_shape, check_tensor, fits, per_sample
+from ..checks import check, check_int, check_kind, check_shape, check_tensor, per_sample
 from ..ops.noise import draw_normal
 from ..random import STREAM_POSTERIOR, Key, fresh_seed
 from . import woodbury
@@ -60,8 +60,8 @@ class DPLR:
         if factor is None:
             factor = diag.new_empty((*diag.shape, 0))
         check_tensor("DPLR", "factor", factor, like=diag)
-        rule = f"factor must have shape ({diag.shape[0]}, {diag.shape[1]}, r) like diag"
-        check("DPLR", fits(factor, (*diag.shape, "r")), rule, tuple(factor.shape))
+        shape = (*diag.shape, "r")
+        check_tensor("DPLR", "factor", factor, shape=shape, because=" like diag")
         if sign is not None:
             sign = _checked_sign(sign, factor)
         self.diag = diag
@@ -164,8 +164,9 @@ class DPLR:
         if not isinstance(other, DPLR):
             shift = per_sample("DPLR.__add__", "a", other, self.diag)
             return DPLR.of(self.diag + shift, self.factor, self.sign)
-        rule = f"other must have shape {tuple(self.shape)}"
-        check("DPLR.__add__", other.shape == self.shape, rule, tuple(other.shape))
+        if other.shape != self.shape:
+            shapes = f"{tuple(self.shape)}, got {tuple(other.shape)}"
+            raise ValueError(f"DPLR.__add__: other must have shape {shapes}")
         check_tensor("DPLR.__add__", "other", other.diag, like=self.diag)
         sign = None
         if self.sign is not None or other.sign is not None:
@@ -304,7 +305,8 @@ class DPLR:
         where, (batch, size) = "DPLR.eigh", self.diag.shape
         whole = isinstance(k, int) and not isinstance(k, bool)
         check(where, whole, "k must be an int", type(k).__name__, TypeError)
-        check(where, 1 <= k <= size, f"k must be an integer in 1..{size}", k)
+        if not 1 <= k <= size:
+            raise ValueError(f"{where}: k must be an integer in 1..{size}, got {k}")
         finite = bool(woodbury.is_finite(self.parts).all())
         check(where, finite, "diag and factor must be finite", "NaN or inf")
         wide = self.to(torch.float64)

@@ -397,7 +397,8 @@ def _flat_index(where: str, index: int | tuple[int, ...], dims: tuple[int, ...])
     whole = not any(isinstance(i, bool) or not isinstance(i, Integral) for i in parts)
     check(where, whole, "index must be an int or a tuple of ints", repr(index), TypeError)
     inside = len(parts) == len(sizes) and all(0 <= i < n for i, n in zip(parts, sizes, strict=True))
-    check(where, inside, f"index must be inside {sizes}", repr(index))
+    if not inside:
+        raise ValueError(f"{where}: index must be inside {sizes}, got {index!r}")
     flat = 0
     for i, n in zip(parts, sizes, strict=True):
         flat = flat * n + int(i)
