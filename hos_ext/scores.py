@@ -117,7 +117,14 @@ class DenseScores(NamedTuple):
 class SymmetricOperator(Protocol):
     """A batch of symmetric matrices (B, D, D), known by what they answer.
 
-    `DPLR`, `ScoreHessian` and `DenseOperator` of `hos_ext.linalg` are such operators.
+    `DPLR`, `ScoreHessian` and `DenseOperator` of `hos_ext.linalg` are such operators, and any class
+    with these members is one.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR
+        >>> isinstance(DPLR(torch.ones(1, 2)), SymmetricOperator)
+        True
     """
 
     @property
@@ -176,7 +183,17 @@ Level: TypeAlias = float | Tensor
 
 
 class Model(Protocol):
-    """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,)."""
+    """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,).
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import Scores, posterior
+        >>> def model(x, sigma):  # the exact scores of data from N(0, I)
+        ...     c = torch.full_like(x, 1 / (1 + sigma**2))
+        ...     return Scores(-sigma * x / (1 + sigma**2), c)
+        >>> posterior(torch.ones(1, 2), model(torch.ones(1, 2), 1.0), 1.0).mean
+        tensor([[0.5000, 0.5000]])
+    """
 
     def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
 
@@ -216,6 +233,7 @@ def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> 
     Example:
         >>> import torch
         >>> from hos_ext import Scores
+        >>> from hos_ext.scores import model_scores
         >>> x = torch.ones(1, 2)
         >>> model_scores("f", lambda x, sigma: Scores(-x, x), x, torch.tensor(1.0)).scaled_score
         tensor([[-1., -1.]])

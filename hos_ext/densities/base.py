@@ -23,6 +23,13 @@ class Density(ABC):
 
     Fields:
         dim: D.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.densities import Density, Gaussian
+        >>> law: Density = Gaussian(torch.zeros(2), torch.eye(2))
+        >>> law.noisy(sigma=1.0).score(torch.ones(1, 2))
+        tensor([[-0.5000, -0.5000]])
     """
 
     dim: int

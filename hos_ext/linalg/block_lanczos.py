@@ -27,6 +27,13 @@ class Eigenpairs(NamedTuple):
         residuals: |A v - value v|; an eigenvalue lies within it. Shape (B, k).
         products: vectors multiplied with each matrix.
         converged: whether all k residuals meet the tolerance. bool, shape (B,).
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import DPLR, eigenpairs
+        >>> pairs = eigenpairs(DPLR(torch.tensor([[3.0, 1.0, 2.0]])), 1, largest=False)
+        >>> pairs.vectors.squeeze(-1), pairs.converged
+        (tensor([[0., 1., 0.]]), tensor([True]))
     """
 
     values: Tensor

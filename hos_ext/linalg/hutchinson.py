@@ -18,6 +18,13 @@ class Estimate(NamedTuple):
     Fields:
         value: the mean.
         standard_error: of the mean; zero where the value is exact. Shape of value.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import ScoreHessian
+        >>> hessian = ScoreHessian(lambda x: -2 * x, torch.ones(1, 3))
+        >>> hessian.estimate_trace(2, seed=0)
+        Estimate(value=tensor([-6.]), standard_error=tensor([0.]))
     """
 
     value: Tensor

@@ -26,6 +26,14 @@ class LanczosResult(NamedTuple):
             that is not finite.
         iterations: products with A that went into the result. int64, shape (B,).
         converged: error <= tolerance. bool, shape (B,). False for a row that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import DPLR, lanczos, matrix_rows
+        >>> diag = torch.linspace(-1, 1, 100).unsqueeze(0)
+        >>> result = lanczos(matrix_rows(DPLR(diag)), torch.ones(1, 100), [torch.exp])
+        >>> result.converged, bool((result.values[0] - diag.exp()).abs().max() < 0.01)
+        (tensor([True]), True)
     """
 
     values: tuple[Tensor, ...]

@@ -35,6 +35,14 @@ class Spectrum(NamedTuple):
         basis: Q, orthonormal columns. Shape (B, D, m).
         values: the eigenvalues of these columns. Shape (B, m).
         rest: the other D - m eigenvalues, all equal. Shape (B,); None where m = D.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.linalg import Spectrum, spectrum_apply
+        >>> axis = torch.tensor([[[1.0], [0.0]]])
+        >>> spectrum = Spectrum(axis, torch.tensor([[4.0]]), torch.ones(1))
+        >>> spectrum_apply(spectrum, torch.sqrt, torch.ones(1, 2))
+        tensor([[2., 1.]])
     """
 
     basis: Tensor
