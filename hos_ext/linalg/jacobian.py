@@ -34,27 +34,29 @@ from .truncation import Remainder, truncated
 
 
 class ScoreHessian:
-    """a J + b I with J = d score / d x, the second-order score of a first-order model, per sample.
+    """The second-order score of a first-order model: its Jacobian, known by products.
 
-    New ones have a = 1 and b = 0; `scale` and `+` change them. With x = alpha x0 + sigma z:
+    The matrix of a sample is a J + b I with J = d score / d x. A new one has a = 1 and b = 0, and
+    `scale` and `+` change them. With x = alpha x0 + sigma z, for each kind of network:
 
         eps(x, t)  ScoreHessian(lambda x: score_from_eps(eps(x, t), sigma), x)
         x0(x, t)   ScoreHessian(lambda x: score_from_x0(x, x0(x, t), sigma, alpha), x)
         v(x, t)    ScoreHessian(lambda x: score_from_v(x, v(x, t), sigma, alpha), x)
         `Scores`   ScoreHessian(lambda x: model(x, sigma).unscaled(sigma).score, x)
         diffusers  ScoreHessian(lambda x: score_from_eps(net(x, t).sample, sigma), x)
-        covariance of x0 given x: hessian.scale(sigma**4 / alpha**2) + sigma**2 / alpha**2
+
+    `hos_ext.uncertainty.posterior_from_score` makes a posterior of it.
 
     Args:
-        score_fn: maps points (B, *dims) to scores of the same shape, each row to its own; B and the
-            order of rows never change, so that a (B,) noise level may be closed over. A module must
-            be in eval mode. It is called here, and again for each chunk of products.
+        score_fn: maps points (B, *dims) to scores of the same shape, each row to its own. B and the
+            order of the rows never change, so it may hold one noise level for each row. A module
+            must be in eval mode. It is called here, and again for each chunk of products.
         x: the points. Shape (B, *dims), D = prod(dims) in row-major order. float32 or float64.
-        symmetrize: use (J + J^T) / 2, at one vjp more for each product. A density's J is symmetric,
-            a network's only about (`asymmetry`).
-        chunk_size: vectors multiplied at once, > 0: memory is that of about as many evaluations;
-            1 multiplies them one by one, without `torch.func.vmap`. None is all at once.
-        check: compare a jvp with a vjp, which finds scores that are random, that couple rows, or
+        symmetrize: use (J + J^T) / 2, at one vjp more for each product. J is symmetric for a
+            density, and only nearly so for a network (`asymmetry`).
+        chunk_size: how many vectors are multiplied at once, > 0. Memory is that of about as many
+            evaluations. 1 multiplies them one by one, without `torch.func.vmap`; None takes all.
+        check: compare a jvp with a vjp. This finds scores that are random, that couple rows or
             that torch cannot differentiate, and forward derivatives more than 4 % off. It costs
             about as much as four evaluations, and the memory of a training step.
 
@@ -68,8 +70,8 @@ class ScoreHessian:
         ValueError: x or a score has another shape, dtype or device; batch normalisation or dropout
             in training mode; or a check failed.
 
-    Results carry no gradient, and parameters get none; the caller's no_grad does not matter.
-    Attention runs by its plain formula, since the fused ones have no forward derivative.
+    Results carry no gradient, and parameters get none, whether or not the caller uses no_grad.
+    Attention runs by its plain formula, because the fused ones have no forward derivative.
 
     Example:
         >>> import torch
@@ -166,9 +168,10 @@ class ScoreHessian:
         return out.squeeze(-1) if v.dim() == 2 else out
 
     def asymmetry(self, n_probes: int = 16, *, seed: int | None = None, first: int = 0) -> Tensor:
-        """|J - J^T| / |J| in the Frobenius norm, whatever symmetrize, scale and + did; 0 ... 2.
+        """|J - J^T| / |J| in the Frobenius norm, from 0 to 2.
 
-        By |M|^2 = E |M z|^2 with random signs z; exact, by unit vectors, where n_probes >= D.
+        J is that of score_fn, whatever symmetrize, `scale` and `+` did. Norms are estimated by
+        |M|^2 = E |M z|^2 with random signs z. They are exact where n_probes >= D.
 
         Args:
             n_probes: >= 1.
@@ -317,12 +320,13 @@ class ScoreHessian:
         With the k largest eigenpairs V diag(l) V^T and R = A - V diag(l) V^T:
             "isotropic"  V diag(l - rest) V^T + rest I, rest = tr R / (D - k): keeps the eigenpairs;
             "diagonal"   V diag(l) V^T + diag(R): keeps the variance of each entry instead.
-        tr R and diag(R) are Hutchinson's means over the products R z (exact for n_probes >= D), so
-        that the trace is that of A as estimated. A network's A often has negative eigenvalues, and
-        Hutchinson has noise: rest and the entries of diag(R) are kept above a floor (what it adds
-        to entries the others lose, as far as they can). Pairs with l < rest count to the rest.
+        tr R and diag(R) are Hutchinson's means over the products R z, exact for n_probes >= D. The
+        trace of the result is therefore that of A as estimated. A network's A often has negative
+        eigenvalues, and Hutchinson's means have noise, so rest and the entries of diag(R) are kept
+        above a floor. What the floor adds to some entries the others lose, as far as they can.
+        Pairs with l < rest count to the rest.
 
-        On digits (`examples/any_denoiser.py`) "isotropic" at a rank well below D is calibrated, and
+        On digits (`examples/any_denoiser.py`) "isotropic" at a rank well below D is calibrated.
         "diagonal" is overconfident along the entries that the floor holds.
 
         Args:

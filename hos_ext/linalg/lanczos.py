@@ -51,35 +51,41 @@ def lanczos(
     tolerance: float = 1e-3,
     max_iterations: int | None = None,
 ) -> LanczosResult:
-    """f(A) v ~ |v| Q_m f(T_m) e_1 for a batch of symmetric A that is known by its products.
+    """f(A) v for a batch of symmetric A that is known by its products.
 
-    Q_m is an orthonormal basis of the Krylov space of A and v (orthogonalised twice against all of
-    it), T_m = Q_m^T A Q_m tridiagonal; one basis serves all functions. At a check (every iteration
-    to 32, then every 2, 3, ...) the estimate of the relative error is the largest, over the
-    functions, of (1) the change of f_m since the check before and (2) a tenth of its change when
-    T_{m+1} is formed with its unknown last entry beyond either end of the Ritz values, by beta_m. A
-    row stops when two estimates in a row are at most tolerance. One small (1) may be chance, and a
-    function that is flat on the first Ritz values, as min(l, 0) is on positive ones, makes it zero:
-    (2) sees that f is not flat nearby. The number of iterations for a row depends on that row
-    alone; rows that have stopped leave the products when they are a quarter of the rows in them.
+    After m iterations f(A) v ~ |v| Q_m f(T_m) e_1. Q_m is an orthonormal basis of the Krylov space
+    of A and v, orthogonalised twice against all of itself, and T_m = Q_m^T A Q_m is tridiagonal.
+    One basis serves all functions.
+
+    The error is estimated at every iteration to 32, then at every second, third, and so on. The
+    estimate is the largest, over the functions, of two changes relative to f_m:
+        (1) that of f_m since the check before;
+        (2) a tenth of that which a further iteration would bring, if the unknown last entry of
+            T_{m+1} lay beyond either end of the Ritz values by beta_m.
+    A row stops when two estimates in a row are at most tolerance. A single small (1) may be chance.
+    It is even zero for a function that is flat on the first Ritz values, as min(l, 0) is on
+    positive ones; (2) sees that f is not flat nearby.
+
+    The number of iterations of a row depends on that row alone. Rows that have stopped leave the
+    products when they are a quarter of the rows in them.
 
     Args:
         rows: maps an index of the batch axis, slice(None) at first and an int64 tensor after each
             removal, to the product with these rows, (n, D) -> (n, D). `matrix_rows` makes one. It
             is called without gradient: one that differentiates has to enable it.
         v: start vectors. Shape (B, D), D >= 1. float32 or float64.
-        functions: at least one; elementwise, for tensors (n, m) of Ritz values in float64 on v's
-            device, n not B: let A hold what differs by sample (the step size).
+        functions: at least one. Each is elementwise and sees Ritz values (n, m), float64, on v's
+            device, where n is not B. What differs by sample, as a step size, belongs into A.
         tolerance: relative error at which a row stops, in (0, 1). Rounding, some 4 machine
             epsilons times the condition of f at A, is on top.
         max_iterations: at least 1; None is 200. D iterations are exact, so it never exceeds D.
 
     Returns:
         LanczosResult. error is the larger of the last two estimates, or 0 where the Krylov space is
-        exhausted (v = 0, a multiple of the identity, D iterations). The true error is below 10
-        times that for f smooth on the spectrum (mostly below it); with a kink inside, min(l, 0) on
-        both signs, 3 of 1000 rows of the tests exceed that, by 10 times at most. NaN for a row
-        where A, v or f is not finite. Not differentiable.
+        exhausted (v = 0, a multiple of the identity, D iterations). For f smooth on the spectrum
+        the true error is mostly below the estimate, and below 10 times it. For f with a kink
+        inside the spectrum, as min(l, 0) on both signs, 3 of 1000 rows of the tests exceed that, by
+        10 times at most. NaN for a row where A, v or f is not finite. Not differentiable.
 
     Raises:
         TypeError: an argument has a wrong type.

@@ -1,11 +1,13 @@
 """Moments and cumulants of every order, from the scores s1, ..., sk of the noisy density.
 
-Setting: x = alpha * x0 + sigma * z with z standard normal; s_j is the j-th derivative of log p(x),
-p the density of the noisy sample. Given x, the law of x0 is an exponential family (Lemma 1 of Meng
-et al. 2021, arXiv:2111.04726): its cumulants are the scores but for a scale and two known terms.
-Tensors of orders 1, 2, ... come in lists of one form: dense, `(B, D)`, `(B, D, D)`, ..., for small
-D; diagonal, the entries i, ii, iii, ..., each of the shape of x; directional, each `(B, m)`, one of
-m directions put into every index.
+Setting: x = alpha x0 + sigma z with z standard normal; s_j is the j-th derivative of log p(x), the
+density of the noisy sample. Given x, the law of x0 is an exponential family (Lemma 1 of Meng et al.
+2021, arXiv:2111.04726): its cumulants are the scores, but for a scale and two known terms.
+
+Tensors of orders 1, 2, ... come in lists of one form:
+    dense        (B, D), (B, D, D), ..., for small D;
+    diagonal     the entries i, ii, iii, ..., each of the shape of x;
+    directional  each (B, m): one of m directions put into every index.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ def posterior_cumulants(
 ) -> list[Tensor]:
     """Cumulants of the clean sample given the noisy one, of every order up to k.
 
-    kappa_j = (sigma^2 / alpha)^j D^j (log p(x) + |x|^2 / (2 sigma^2)): the mean is
-    (x + sigma^2 s1) / alpha, the covariance (sigma^4 / alpha^2) (s2 + I / sigma^2), and from the
-    third order on kappa_j = (sigma^2 / alpha)^j s_j.
+    The cumulant of order j is (sigma^2 / alpha)^j times the j-th derivative of
+    log p(x) + |x|^2 / (2 sigma^2). The first two are the mean and the covariance of
+    `hos_ext.tweedie.posterior`; from the third order on it is (sigma^2 / alpha)^j s_j.
 
     Args:
         x: the noisy sample. Shape (B, *dims). float32 or float64.
@@ -55,7 +57,7 @@ def posterior_cumulants(
         directions: the directions v, of any length, for the directional form. Shape (B, m, D).
 
     Returns:
-        [kappa_1, ..., kappa_k] in the form of the scores (directional: cumulants of <v, x0>).
+        The cumulants of orders 1 to k in the form of the scores (directional: those of <v, x0>).
         Units data^j.
 
     Raises:
