@@ -7,10 +7,11 @@ the extra `app`. Only `hf:` writes to disk: to Hugging Face's own cache.
 
 from .augment import augment, distort
 from .images import decode_image, image_rows, image_values
-from .opening import Source, open_rows, open_source, read_samples
+from .opening import open_rows, open_source, read_samples
 from .registry import register_source
 from .rows import LIMIT, Request, Rows, array_rows
 from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
+from .source import Source
 from .sources.density import known_density
 from .sources.digits import SHAPE, Digits, load_digits
 from .splits import Parts, batch_rows

@@ -1,4 +1,4 @@
-"""Opening a data set: its rows are split, measured, and served as batches.
+"""Opening a data set by its spec: the checks of what is asked for, and who opens it.
 
 Everything random here is a function of (seed, step or offset, row), so that a resumed run sees the
 same batches.
@@ -6,78 +6,15 @@ same batches.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_int
 from . import sources as sources  # registers those of the package
 from .registry import Kind, find_kind, streamed_names
-from .rows import CHUNK_VALUES, LIMIT, Request, Rows, check_set
-from .scaling import Scaling, root_mean_square, standardise, statistics_rows
-from .splits import Parts, batch_rows, random_order, split_rows, too_few
-from .streams import Examples, Stream, guarded
-
-
-class Source(NamedTuple):
-    """An open data set; `open_source` makes it.
-
-    Attributes:
-        spec: what was opened.
-        shape: of one sample: (C, height, width) for images.
-        scaling: raw values to data units and back.
-        std: root mean square of training data in data units, for `sigma_data` of a network.
-        parts: row numbers of the parts.
-        validation: raw rows to tune on, shape (n, *shape), uint8, float32 or float64.
-        test: raw rows to report on.
-        truth: the density (float64 parameters) that `density:` was drawn from, else None.
-        reader: what `batch` calls.
-    """
-
-    spec: str
-    shape: tuple[int, ...]
-    scaling: Scaling
-    std: float
-    parts: Parts
-    validation: Tensor
-    test: Tensor
-    truth: Any
-    reader: Callable[[int, int, int, int, int], tuple[Tensor, Tensor]]
-
-    def batch(
-        self, step: int, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [start, stop) of the global batch of `step`: a share for a rank or a micro-batch.
-
-        Every epoch goes through the training part in a fresh order. The batch is a function of
-        (seed, step), and shares concatenate to it.
-
-        Args:
-            step: from 0.
-            batch_size: rows of the global batch.
-            seed: of the order.
-            start: first row of the share.
-            stop: one past its last row; the end of the batch by default.
-
-        Returns:
-            Row numbers in the data set, (stop - start,) int64, and raw rows (stop - start, *shape).
-
-        Raises:
-            ValueError: an argument out of range; an image that cannot be read, or a sample that
-                is not as the others or not finite (sets in memory are checked when opened).
-        """
-        check_int("Source.batch", "step", step, 2**40)
-        check_count("Source.batch", "batch_size", batch_size)
-        stop = batch_size if stop is None else stop
-        rule = f"start and stop must satisfy 0 <= start <= stop <= {batch_size}"
-        share = 0 <= start <= stop <= batch_size
-        check("Source.batch", share, rule, f"{start} and {stop}")
-        return self.reader(step, batch_size, seed, start, stop)
+from .rows import LIMIT, Request, Rows
+from .source import Source, held_rows, source_of_rows, source_of_stream
+from .streams import Examples
 
 
 def open_source(
@@ -166,11 +103,11 @@ def open_source(
     if streaming:
         examples = _stream(kind, request)
         own_examples = None if own is None else _stream(*own)
-        return _from_stream(examples, own_examples, validation or 1000, test, buffer)
+        return source_of_stream(examples, own_examples, validation or 1000, test, buffer)
     rows = kind.open(request)
     own_rows = None if own is None else own[0].open(own[1])
     default = kind.held_out or (max(1, min(1000, rows.size // 20)),) * 2
-    return _from_rows(rows, own_rows, validation or default[0], test, default[1], request)
+    return source_of_rows(rows, own_rows, validation or default[0], test, default[1], request)
 
 
 def open_rows(
@@ -219,113 +156,7 @@ def read_samples(
         torch.Size([1797, 8, 8])
     """
     rows = open_rows(spec, column=column, split=split, limit=limit)
-    return _held(rows, torch.arange(rows.size), limit)
-
-
-# ------------------------------------------------------------------------------------- from rows
-
-
-def _from_rows(
-    rows: Rows,
-    own: Rows | None,
-    validation: int,
-    test: int | None,
-    default_test: int,
-    request: Request,
-) -> Source:
-    """Parts of the rows; `own` is a test set of its own."""
-    spec, seed, limit = request.spec, request.seed, request.limit
-    n_test = (test or default_test) if own is None else 0
-    parts = split_rows("open_source", rows.size, seed, validation, n_test)
-    if own is not None:
-        parts = parts._replace(test=_own_test(rows, own, seed, test))
-    train = parts.train
-    assert train is not None
-
-    def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        place = batch_rows(len(train), batch_size, seed=seed, step=step, start=start, stop=stop)
-        return train[place], rows.read(train[place])
-
-    some = train[: statistics_rows(rows.shape)]
-    scaling = Scaling(levels=rows.levels)
-    if not rows.levels and rows.truth is None:
-        scaling = standardise(spec, rows.chunks(train if rows.resident else some))
-    return Source(
-        spec=spec,
-        shape=rows.shape,
-        scaling=scaling,
-        std=root_mean_square(scaling, rows.chunks(some)),
-        parts=parts,
-        validation=_held(rows, parts.validation, limit),
-        test=_held(rows if own is None else own, parts.test, limit),
-        truth=rows.truth,
-        reader=read,
-    )
-
-
-def _own_test(rows: Rows, own: Rows, seed: int, test: int | None) -> Tensor:
-    """Rows of a test set of its own: all of them in order, or some at random."""
-    same = (own.shape, own.levels) == (rows.shape, rows.levels)
-    rule = f"test_spec must hold samples {rows.shape} of {rows.levels} levels like {rows.spec}"
-    check("open_source", same, rule, f"{own.shape} of {own.levels} levels")
-    rule = f"test must be at most the {own.size} rows of {own.spec}"
-    check("open_source", (test or 0) <= own.size, rule, test)
-    return torch.arange(own.size) if test is None else random_order(own.size, seed)[:test]
-
-
-def _held(rows: Rows, numbers: Tensor, limit: int) -> Tensor:
-    """Rows that stay in memory."""
-    needed = len(numbers) * math.prod(rows.shape) * (1 if rows.levels else 8)
-    rule = f"fit in the limit of {limit} bytes where it is held in memory"
-    got = f"{len(numbers)} rows of {needed} bytes"
-    check_set(rows.spec, rows.resident or needed <= limit, rule, got)
-    return rows.read(numbers)
-
-
-# ----------------------------------------------------------------------------------- from a stream
-
-
-def _from_stream(
-    examples: Examples, other: Examples | None, validation: int, test: int | None, buffer: int
-) -> Source:
-    """The first rows are held out and never trained on; `skip` also keeps the files in order."""
-    spec = examples.spec
-    held = validation + (test or 1000 if other is None else 0)
-    head = guarded(spec, examples.dataset)
-    found = list(itertools.islice(head, held + 1))
-    if len(found) <= held:
-        raise too_few("open_source", len(found), validation, held - validation)
-    example = examples.decode(found[0])
-    filled = example.ndim > 0 and example.size > 0
-    check_set(spec, filled, "not be empty", f"shape {example.shape} in {examples.name(0)}")
-    found += itertools.islice(head, statistics_rows(example.shape) - 1)
-    head.close()
-    numbers, raw = examples.read(found, example)
-    test_numbers, tests = numbers[validation:held], raw[validation:held]
-    if other is not None:
-        own = list(itertools.islice(guarded(other.spec, other.dataset), test or 1000))
-        rule = f"test must be at most the {len(own)} rows of {other.spec}"
-        check("open_source", len(own) >= (test or 1), rule, test or 1)
-        test_numbers, tests = other.read(own, example)
-    some = raw[held:].split(max(1, CHUNK_VALUES // example.size))
-    scaling = Scaling(levels=256) if example.dtype == np.uint8 else standardise(spec, some)
-    stream = Stream(spec, examples.dataset.skip(held), buffer)
-
-    def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        batch = stream.take(step * batch_size, (step + 1) * batch_size, seed)
-        return examples.read(batch[start:stop], example)
-
-    return Source(
-        spec=spec,
-        shape=example.shape,
-        scaling=scaling,
-        std=root_mean_square(scaling, some),
-        parts=Parts(None, numbers[:validation], test_numbers),
-        validation=raw[:validation].clone(),
-        test=tests.clone(),
-        truth=None,
-        reader=read,
-    )
+    return held_rows(rows, torch.arange(rows.size), limit)
 
 
 # ----------------------------------------------------------------------------------- what fits
