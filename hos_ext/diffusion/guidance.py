@@ -17,7 +17,7 @@ from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
 from .conditioning import check_stop, closed_form, iterated, refuse_small_noise
-from .measurement import Operator, checked_moments, checked_problem, checked_residual
+from .measurement import Operator, moments_of, problem_of, residual_of
 
 
 def condition(
@@ -76,9 +76,9 @@ def condition(
             f"{where}: operator must be a boolean mask or a matrix, got {type(operator).__name__} "
             "(for functions, whose C_y is no DPLR, condition_mean gives the mean)"
         )
-    problem = checked_problem(where, y, operator, noise_std)
-    mean, covariance = checked_moments(where, posterior)
-    shift, law = closed_form(where, problem, covariance, checked_residual(where, problem, mean))
+    problem = problem_of(where, y, operator, noise_std)
+    mean, covariance = moments_of(where, posterior)
+    shift, law = closed_form(where, problem, covariance, residual_of(where, problem, mean))
     exact = law()
     rounded = exact.to(mean.dtype)
     if operator.dtype != torch.bool:
@@ -137,10 +137,10 @@ def condition_mean(
         tensor([[0.9910, 0.9009]])
     """
     where = "condition_mean"
-    problem = checked_problem(where, y, operator, noise_std)
+    problem = problem_of(where, y, operator, noise_std)
     tolerance = check_stop(where, tolerance, max_iterations, problem.y)
-    mean, covariance = checked_moments(where, posterior)
-    residual = checked_residual(where, problem, mean)
+    mean, covariance = moments_of(where, posterior)
+    residual = residual_of(where, problem, mean)
     if isinstance(operator, Tensor):
         shift = closed_form(where, problem, covariance, residual)[0]
     else:
@@ -211,7 +211,7 @@ def guided(
     check_kind(where, "with_covariance", with_covariance, bool)
     rule = "with_covariance must be False for an operator of functions (C_y is no DPLR)"
     check(where, not (with_covariance and isinstance(operator, tuple)), rule, True)
-    problem = checked_problem(where, y, operator, noise_std)
+    problem = problem_of(where, y, operator, noise_std)
     tolerance = check_stop(where, tolerance, max_iterations, problem.y)
 
     def conditioned(x: Tensor, sigma: Tensor | float, /) -> Scores:
@@ -220,8 +220,8 @@ def guided(
         level = positive(where, "sigma", sigma, x)
         alpha = schedule.alpha(schedule.t_of_sigma(sigma))
         ratio = positive(where, "alpha", alpha, x) / level
-        mean, spread = checked_moments(where, posterior(x, scores, sigma, alpha))
-        residual = checked_residual(where, problem, mean)
+        mean, spread = moments_of(where, posterior(x, scores, sigma, alpha))
+        residual = residual_of(where, problem, mean)
         c, factor, sign = torch.full_like(x, torch.nan), None, None
         if isinstance(operator, Tensor):
             shift, law = closed_form(where, problem, spread, residual)

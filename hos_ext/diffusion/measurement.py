@@ -46,9 +46,7 @@ class Problem(NamedTuple):
         return out
 
 
-def checked_problem(
-    where: str, y: Tensor, operator: Operator, noise_std: float | Tensor
-) -> Problem:
+def problem_of(where: str, y: Tensor, operator: Operator, noise_std: float | Tensor) -> Problem:
     """All checks that need no x."""
     check_samples(where, "y", y)
     if isinstance(operator, Tensor):
@@ -113,7 +111,7 @@ def _check_adjoint(where: str, problem: Problem) -> None:
     check(where, adjoint, "rmatvec must be the adjoint of matvec", got)
 
 
-def checked_moments(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
+def moments_of(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
     """Mean and covariance, the latter finite and not negative."""
     mean, covariance = check_kind(where, "posterior", posterior, Posterior)
     diag, factor, of = covariance.diag, covariance.factor, "of the posterior covariance"
@@ -147,7 +145,7 @@ def first_of(bad: Tensor) -> int:
     return int(bad.nonzero()[0])
 
 
-def checked_residual(where: str, problem: Problem, mean: Tensor) -> Tensor:
+def residual_of(where: str, problem: Problem, mean: Tensor) -> Tensor:
     """y - A m, shape (B, m), after the checks that need an x; float64 unless A is functions."""
     y, operator = problem.y, problem.operator
     check_tensor(where, "y", y, like=mean, because=" like x")
