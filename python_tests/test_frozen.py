@@ -684,12 +684,13 @@ def read_own_score(folder, fingerprint, *, device):
 def test_a_score_of_another_package_is_saved_and_read_by_its_registered_reader(
     tmp_path, monkeypatch
 ):
+    readers = {"diffusers": "hos_ext.integrations.diffusers:read_saved"}
+    monkeypatch.setattr("hos_ext.nn.head._READERS", readers)
     model = SecondOrderHead(OwnScore(0.5), head())
     rule = "load_model: folder must hold a first-order model of a known kind (diffusers; "
     with pytest.raises(ValueError, match=starts(rule)):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("hos_ext.nn.head._READERS", {})
     register_score_reader("own", f"{__name__}:read_own_score")
     save_model(model, tmp_path)
     again, config = load_model(tmp_path)
