@@ -19,7 +19,7 @@ from ...random import STREAM_STEP, Key
 from ...scores import AnyScores, LogDensity, ScoreFn
 from ..arguments import whole
 from .laws import NormalLaw, column
-from .points import Point, check_log_prob, check_scores, non_finite
+from .points import Point, check_like_x, check_log_prob, check_parts, non_finite, refuse_kind
 
 CURVATURES = ("clamp", "abs", "raw")
 
@@ -80,7 +80,7 @@ class Step(ABC):
         return Tensor not in self.accepts
 
     def check(self, scores: AnyScores, x: Tensor) -> None:
-        """Refuses scores of an accepted kind that the step cannot use, at every evaluation."""
+        """Refuses a container of scores that the step cannot use, at every evaluation."""
         return
 
     @abstractmethod
@@ -218,17 +218,22 @@ class Target:
 
     def __init__(self, step: Step, score_fn: ScoreFn, log_prob: LogDensity | None = None):
         self._step, self._score_fn, self._log_prob = step, score_fn, log_prob
+        self._accepts, self._score_will_do = step.accepts, Tensor in step.accepts
         self._first_call = True  # later ones do not read the values of signs, which would wait
 
     def __call__(self, x: Tensor) -> Point:
         """The point at x (B, *dims)."""
-        step, scores = self._step, self._score_fn(x)
-        check_scores(scores, x, accepts=step.accepts, method=step.name, read_signs=self._first_call)
+        scores = self._score_fn(x)
+        if self._score_will_do and isinstance(scores, Tensor):
+            check_like_x("score", scores, x)
+        elif isinstance(scores, self._accepts):
+            check_parts(scores, x, self._first_call)
+            self._step.check(scores, x)
+        else:
+            refuse_kind(scores, x, self._accepts, self._step.name)
         self._first_call = False
-        step.check(scores, x)
-        if self._log_prob is None:
-            return Point(x, scores)
-        return Point(x, scores, check_log_prob(self._log_prob(x), x))
+        log_prob = None if self._log_prob is None else check_log_prob(self._log_prob(x), x)
+        return Point(x, scores, log_prob)
 
 
 class Walk(Protocol):

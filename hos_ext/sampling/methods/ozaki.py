@@ -56,6 +56,12 @@ class Ozaki(NormalStep):
 def _diagonal(here: Point) -> Tensor:
     """The curvature along each coordinate: the diagonal of s2, not the d of d + U U^T."""
     scores = here.scores
-    if isinstance(scores, UnscaledScores) and scores.factor is None:
-        return scores.diag  # as it is: an operator around it costs as much as a small step
-    return here.hessian.diagonal().reshape(here.x.shape)
+    if not isinstance(scores, UnscaledScores):
+        return here.hessian.diagonal().reshape(here.x.shape)
+    # Entry by entry, and not by a DPLR: that costs a tenth of a small step.
+    if scores.factor is None:
+        return scores.diag
+    squares = scores.factor.square()
+    if scores.sign is not None:
+        squares = squares * scores.sign.to(squares.dtype)
+    return scores.diag + squares.sum(-1).view(here.x.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +15,6 @@ from ...scores import (
     MatrixFreeScores,
     SymmetricOperator,
     UnscaledScores,
-    score_of,
 )
 
 
@@ -36,7 +34,8 @@ class Point(NamedTuple):
     @property
     def score(self) -> Tensor:
         """s1. Shape (B, *dims)."""
-        return score_of(self.scores)
+        scores = self.scores
+        return scores if isinstance(scores, Tensor) else scores.score
 
     @property
     def hessian(self) -> SymmetricOperator:
@@ -55,28 +54,33 @@ class Point(NamedTuple):
 # sizes and types alone: nothing here waits for a device, but for the signs of the first call.
 
 
-def check_scores(
-    scores: object, x: Tensor, *, accepts: tuple[type, ...], method: str, read_signs: bool
-) -> None:
-    """Refuses scores that a step cannot use, or that do not fit x.
+def check_parts(scores: Any, x: Tensor, read_signs: bool) -> None:
+    """Refuses a container of scores that does not fit x.
 
     Args:
-        scores: what the score function returned.
+        scores: what the score function returned. Of a container from outside the package s1 alone
+            is looked at here; the step's own `check` sees the rest.
         x: where. Shape (B, *dims).
-        accepts: the kinds that the step takes. Tensor among them means that s1 is enough.
-        method: the name of the step, for messages.
         read_signs: whether the values of signs are read, which waits for the device.
     """
-    if not isinstance(scores, Tensor) and isinstance(scores, accepts):
-        _check_parts(scores, x, read_signs)
-    elif Tensor in accepts:
-        _check_like_x("score", scores, x)
+    if isinstance(scores, UnscaledScores):
+        _check_low_rank(scores, x, read_signs)
+    elif isinstance(scores, DenseScores):
+        _check_dense(scores, x)
+    elif isinstance(scores, MatrixFreeScores):
+        _check_products(scores, x)
     else:
-        kinds = " or ".join(_SIGNATURES[kind] for kind in accepts if kind in _SIGNATURES)
-        raise TypeError(
-            f"sample: score_fn must return {kinds} for method {method!r}, "
-            f"got {type(scores).__name__}"
-        )
+        check_like_x("score", scores.score, x)
+
+
+def refuse_kind(scores: object, x: Tensor, accepts: tuple[type, ...], method: str) -> NoReturn:
+    """Raises for scores of a kind that the step of this name does not take."""
+    if Tensor in accepts:
+        check_like_x("score", scores, x)
+    kinds = " or ".join(_SIGNATURES[kind] for kind in accepts if kind in _SIGNATURES)
+    raise TypeError(
+        f"sample: score_fn must return {kinds} for method {method!r}, got {type(scores).__name__}"
+    )
 
 
 _SIGNATURES = {
@@ -94,16 +98,9 @@ def check_log_prob(value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-@singledispatch
-def _check_parts(scores: Any, x: Tensor, read_signs: bool) -> None:
-    """Of a container from outside the package, s1; its own `Step.check` looks at the rest."""
-    _check_like_x("score", scores.score, x)
-
-
-@_check_parts.register
-def _(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None:
-    _check_like_x("score", scores.score, x)
-    _check_like_x("diag", scores.diag, x)
+def _check_low_rank(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None:
+    check_like_x("score", scores.score, x)
+    check_like_x("diag", scores.diag, x)
     factor, sign, size = scores.factor, scores.sign, x.shape[1:].numel()
     if factor is None:
         return
@@ -123,18 +120,16 @@ def _(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None:
         _refuse("sign", "hold +1 or -1", sign.tolist())
 
 
-@_check_parts.register
-def _(scores: DenseScores, x: Tensor, read_signs: bool) -> None:
-    _check_like_x("score", scores.score, x)
+def _check_dense(scores: DenseScores, x: Tensor) -> None:
+    check_like_x("score", scores.score, x)
     hessian, size = scores.hessian, x.shape[1:].numel()
     if not isinstance(hessian, Tensor) or hessian.shape != (len(x), size, size):
         _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", show(hessian))
     _check_kind("hessian", hessian, x)
 
 
-@_check_parts.register
-def _(scores: MatrixFreeScores, x: Tensor, read_signs: bool) -> None:
-    _check_like_x("score", scores.score, x)
+def _check_products(scores: MatrixFreeScores, x: Tensor) -> None:
+    check_like_x("score", scores.score, x)
     hessian, size = scores.hessian, x.shape[1:].numel()
     if not isinstance(hessian, SymmetricOperator) or isinstance(hessian, Tensor):
         _refuse("hessian", "be a SymmetricOperator", type(hessian).__name__, TypeError)
@@ -144,7 +139,8 @@ def _(scores: MatrixFreeScores, x: Tensor, read_signs: bool) -> None:
     _check_kind("hessian", hessian, x)
 
 
-def _check_like_x(name: str, value: object, x: Tensor) -> None:
+def check_like_x(name: str, value: object, x: Tensor) -> None:
+    """A score or diagonal of the shape, dtype and device of x."""
     if not isinstance(value, Tensor):
         _refuse(name, "be a tensor", type(value).__name__, TypeError)
     if value.shape != x.shape:
