@@ -63,14 +63,13 @@ def check_parts(scores: Any, x: Tensor, read_signs: bool) -> None:
         x: where. Shape (B, *dims).
         read_signs: whether the values of signs are read, which waits for the device.
     """
+    check_like_x("score", scores.score, x)
     if isinstance(scores, UnscaledScores):
         _check_low_rank(scores, x, read_signs)
     elif isinstance(scores, DenseScores):
-        _check_dense(scores, x)
+        _check_columns("hessian", scores.hessian, x, x.shape[1:].numel())
     elif isinstance(scores, MatrixFreeScores):
-        _check_products(scores, x)
-    else:
-        check_like_x("score", scores.score, x)
+        _check_operator(scores.hessian, x)
 
 
 def refuse_kind(scores: object, x: Tensor, accepts: tuple[type, ...], method: str) -> NoReturn:
@@ -99,14 +98,11 @@ def check_log_prob(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_low_rank(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None:
-    check_like_x("score", scores.score, x)
     check_like_x("diag", scores.diag, x)
-    factor, sign, size = scores.factor, scores.sign, x.shape[1:].numel()
+    factor, sign = scores.factor, scores.sign
     if factor is None:
         return
-    if not isinstance(factor, Tensor) or factor.shape[:-1] != (len(x), size):
-        _refuse("factor", f"have shape ({len(x)}, {size}, r)", show(factor))
-    _check_kind("factor", factor, x)
+    _check_columns("factor", factor, x, "r")
     if sign is None:
         return
     if not isinstance(sign, Tensor):
@@ -120,22 +116,21 @@ def _check_low_rank(scores: UnscaledScores, x: Tensor, read_signs: bool) -> None
         _refuse("sign", "hold +1 or -1", sign.tolist())
 
 
-def _check_dense(scores: DenseScores, x: Tensor) -> None:
-    check_like_x("score", scores.score, x)
-    hessian, size = scores.hessian, x.shape[1:].numel()
-    if not isinstance(hessian, Tensor) or hessian.shape != (len(x), size, size):
-        _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", show(hessian))
-    _check_kind("hessian", hessian, x)
+def _check_columns(name: str, value: Tensor, x: Tensor, columns: int | str) -> None:
+    """(B, D, columns), where a letter is any number."""
+    rows = (len(x), x.shape[1:].numel())
+    good = isinstance(value, Tensor) and value.shape[:-1] == rows
+    if not good or columns not in (value.shape[-1], "r"):
+        _refuse(name, f"have shape ({rows[0]}, {rows[1]}, {columns})", show(value))
+    _check_kind(name, value, x)
 
 
-def _check_products(scores: MatrixFreeScores, x: Tensor) -> None:
-    check_like_x("score", scores.score, x)
-    hessian, size = scores.hessian, x.shape[1:].numel()
-    if not isinstance(hessian, SymmetricOperator) or isinstance(hessian, Tensor):
+def _check_operator(hessian: SymmetricOperator, x: Tensor) -> None:
+    if not isinstance(hessian, SymmetricOperator):
         _refuse("hessian", "be a SymmetricOperator", type(hessian).__name__, TypeError)
-    shape = tuple(hessian.shape)
-    if shape != (len(x), size, size):
-        _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", shape)
+    size = x.shape[1:].numel()
+    if tuple(hessian.shape) != (len(x), size, size):
+        _refuse("hessian", f"have shape ({len(x)}, {size}, {size})", tuple(hessian.shape))
     _check_kind("hessian", hessian, x)
 
 
