@@ -205,18 +205,6 @@ LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 """Maps points x (B, *dims) to log p(x), shape (B,); a constant may be missing."""
 
 
-def score_of(scores: AnyScores) -> Tensor:
-    """s1 of what a score function returned.
-
-    Example:
-        >>> import torch
-        >>> from hos_ext.scores import DenseScores, score_of
-        >>> score_of(DenseScores(torch.ones(1, 1), torch.ones(1, 1, 1)))
-        tensor([[1.]])
-    """
-    return scores if isinstance(scores, Tensor) else scores.score
-
-
 def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> Scores:
     """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x.
 
