@@ -107,11 +107,14 @@ def kernels(inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     weights = torch.full((batch,), 1 / batch)
     grads = [torch.empty_like(t) for t in inputs[:3]]
     loss, saved = _loss_forward(kind, score, diag, factor, noise, sigma, None)
-    call = (*queue_of(noise), kind, score, diag, factor, noise, sigma, None, saved)
+    call = {"queue": queue_of(noise), "kind": kind, "score": score, "diag": diag}
+    call |= {"factor": factor, "noise": noise, "sigma": sigma, "sign": None, "saved": saved}
+    names = ("grad_score", "grad_diag", "grad_factor")
+    into = {"grad": weights} | dict(zip(names, grads, strict=True))
 
     def step() -> list[Tensor]:
-        native._C.loss(*call, loss, None)
-        native._C.loss_backward(*call, weights, *grads)
+        native._C.loss(**call, loss=loss, scratch=None)
+        native._C.loss_backward(**call, **into)
         return [loss.mean(), *grads]
 
     return step

@@ -2,7 +2,7 @@
 
 Registers of a thread, static shared memory and stack of each kernel and architecture, to
 results/ptxas.csv. Fails where a kernel spills or the compiler warns. Dynamic shared memory is the
-host's to choose: the plans in csrc/*_cuda.cu.
+host's to choose: the plans in csrc/*/*_cuda.cu.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 
 from .rows import RESULTS, ROOT
 
+CSRC = ROOT / "csrc"
 ARCHS = ("80", "90", "100", "120")
 COLUMNS = ("file", "kernel", "arch", "registers", "shared", "stack", "spill_stores", "spill_loads")
 # As CMakeLists.txt sets them.
-OPTIONS = {"ozaki_cuda": ["-prec-div=false", "-prec-sqrt=false"]}
+_FAST = ["-prec-div=false", "-prec-sqrt=false"]
+OPTIONS = {"noise_cuda": _FAST, "step_cuda": _FAST}
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_\d+'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -52,7 +54,7 @@ def readable(names: Sequence[str]) -> list[str]:
 def compile_file(source: Path, arch: str, nvcc: str) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of one file, and the lines in which the compiler complains."""
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DHOS_ISA=cuda", "-Xptxas", "-v"]
-    command += ["-Xcompiler=-Wall,-Wextra", *OPTIONS.get(source.stem, [])]
+    command += [f"-I{CSRC}", "-Xcompiler=-Wall,-Wextra", *OPTIONS.get(source.stem, [])]
     command += ["-cubin", "-o", "/dev/null", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
@@ -60,7 +62,7 @@ def compile_file(source: Path, arch: str, nvcc: str) -> tuple[list[dict[str, str
         raise SystemExit(text)
     rows = list(parse(text))
     names = readable([row["kernel"] for row in rows])
-    known = {"file": source.name, "arch": arch}
+    known = {"file": str(source.relative_to(CSRC)), "arch": arch}
     rows = [row | known | {"kernel": name} for row, name in zip(rows, names, strict=True)]
     return rows, [line for line in text.splitlines() if "warning" in line.lower()]
 
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc is None:
         parser.error("needs nvcc, and none is on PATH")
     rows, complaints = [], []
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
+    for source in sorted(CSRC.rglob("*.cu")):
         for arch in options.archs:
             found, warnings = compile_file(source, arch, nvcc)
             rows += found

@@ -1,7 +1,7 @@
 """The CUDA kernels on a machine without a GPU: every thread of theirs runs on the host.
 
-`build` compiles csrc/*.cu with the host compiler against emulator/, and `emulated` puts the module
-in the place of the CPU kernels: `pytest -p emulation python_tests/test_steps.py` runs the tests of
+`build` compiles csrc/*/*.cu with the host compiler against emulator/, and `emulated` puts the
+module in the place of the CPU kernels: `pytest -p emulation python_tests/test_steps.py` runs the tests of
 the steps on the CUDA kernels. It checks arithmetic, indices, barriers and (HOS_EMULATOR_FLAGS=
 -fsanitize=address) memory; speed, and races between warps or blocks, need a GPU.
 """
@@ -37,22 +37,27 @@ def build(folder: Path) -> Path:
 
     sources = folder / "csrc"
     sources.mkdir()
-    for path in (ROOT / "csrc").iterdir():
+    for path in filter(Path.is_file, (ROOT / "csrc").rglob("*")):
+        copy = sources / path.relative_to(ROOT / "csrc")
+        copy.parent.mkdir(exist_ok=True)
         text = path.read_text().replace(SHARED, "unsigned char* memory = emulator_shared;")
-        (sources / path.name).write_text(text)
+        copy.write_text(text)
     flags = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
     flags += " -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
     extra = shlex.split(os.environ.get("HOS_EMULATOR_FLAGS", ""))
-    includes = [EMULATOR, sysconfig.get_paths()["include"], pybind11.get_include()]
+    includes = [EMULATOR, sources, sysconfig.get_paths()["include"], pybind11.get_include()]
     common = ["g++", *flags.split(), *extra, *(f"-I{path}" for path in includes)]
     info = ("HOS_CUDA", 'HOS_CUDA_ARCHS="none"', 'HOS_VERSION="0"', 'HOS_COMPILER="emulator"')
+    common_sources = [sources / "losses/loss.cpp", sources / "python/table.cpp"]
+    python = [path for path in sources.glob("python/*.cpp") if path not in common_sources]
+    cpu, cuda = ["-DHOS_ISA=baseline"], ["-DHOS_ISA=cuda", "-x", "c++"]
     jobs = [(EMULATOR / "emulator.cpp", [])]
-    jobs += [(sources / name, [f"-D{d}" for d in info]) for name in ("bindings.cpp", "call.cpp")]
-    jobs += [(path, ["-DHOS_ISA=cuda", "-x", "c++"]) for path in sources.glob("*.cu")]
-    jobs += [(path, ["-DHOS_ISA=baseline"]) for path in sources.glob("*_cpu.cpp")]
+    jobs += [(path, [f"-D{d}" for d in info]) for path in python]
+    jobs += [(path, cpu) for path in (*sources.rglob("*_cpu.cpp"), *common_sources)]
+    jobs += [(path, cuda) for path in (*sources.rglob("*.cu"), *common_sources)]
     objects = []
-    for path, options in jobs:
-        objects.append(folder / f"{path.name}.o")
+    for number, (path, options) in enumerate(jobs):
+        objects.append(folder / f"{number}.o")
         subprocess.run([*common, *options, "-c", str(path), "-o", str(objects[-1])], check=True)
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([*common, "-shared", *map(str, objects), "-o", str(module)], check=True)
@@ -74,7 +79,8 @@ def emulated(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_C", module)
         patch.setattr(native, "queue_of", lambda _: (0, 0))
-        patch.setattr(module, "direct_step", lambda *_: None)  # it knows the CPU kernels alone
+        for name in ("direct_step", "direct_loss"):  # they know the CPU kernels alone
+            patch.setattr(module, name, lambda **_: None)
         connect(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
         yield
 

@@ -64,7 +64,8 @@ def direct(**changes):
 def checked(monkeypatch, function, *args, **options):
     """The same call by the general way alone."""
     with monkeypatch.context() as patch:
-        patch.setattr(native._C, "direct_step", lambda *arguments: None)
+        patch.setattr(native._C, "direct_step", lambda **arguments: None)
+        patch.setattr(native._C, "direct_loss", lambda **arguments: None)
         return function(*args, **options)
 
 
@@ -321,7 +322,7 @@ def test_transforms_tracing_modes_and_tangents_are_refused():
 
 
 def test_compiled_steps_do_not_take_it(monkeypatch):
-    def refuse(*arguments):
+    def refuse(**arguments):
         raise AssertionError("a compiled step took the short way")
 
     x = draw()
@@ -392,11 +393,17 @@ def test_an_error_on_the_way_is_raised():
         direct()
 
 
-def test_native_calls_count_their_arguments():
-    with pytest.raises(TypeError, match=r"^expected 10 arguments, got 1$"):
+def test_native_calls_take_their_arguments_by_name():
+    with pytest.raises(TypeError, match=r"^arguments must be given by name$"):
         native._C.direct_step(1)
-    with pytest.raises(TypeError, match=r"^expected 12 arguments, got 0$"):
+    with pytest.raises(TypeError, match=r"^missing argument queue$"):
         native._C.loss()
+    with pytest.raises(TypeError, match=r"^missing argument score$"):
+        native._C.direct_step(**{k: v for k, v in PLAIN.items() if k != "score"})
+    with pytest.raises(TypeError, match=r"^expected 10 arguments, got 11$"):
+        native._C.direct_step(**PLAIN, colour=1)
+    backwards = dict(reversed(PLAIN.items()))
+    assert torch.equal(native._C.direct_step(**backwards), direct())
 
 
 def test_python_threads_step_side_by_side():

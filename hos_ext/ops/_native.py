@@ -1,4 +1,4 @@
-"""The only importer of `_C`: devices, layouts, addresses.
+"""The only importer of `_C`: what it knows, devices, layouts.
 
 Tensors come as `(B, D)`, points stacked in a leading axis, factors as `(B, D, r)` in either memory
 order.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,25 @@ from .. import _C as _C
 from ..checks import WIDE
 from ..random import fresh_seed
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+class Loss(NamedTuple):
+    """What the native module knows of a loss, whose kind is its place in `LOSSES`."""
+
+    name: str
+    points: int  # the leading axis of score, diag and factor; without it where this is 1
+    has_diag: bool
+    has_factor: bool
+    saved_matrices: int  # what backward needs of a sample: so many times (r + 1)^2 entries
+    saved_columns: int  # and so many times r + 1
+
+    def saved_size(self, rank: int) -> int:
+        columns = 1 + rank
+        return self.saved_matrices * columns * columns + self.saved_columns * columns
+
+
+LOSSES = tuple(Loss(*record) for record in _C.losses())
+CURVATURES = {name: index for index, name in enumerate(_C.curvatures())}
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtypes())
 
 _warned: set[str] = set()
 
@@ -74,19 +92,19 @@ def connect(exchange: Any) -> None:
     `exchange` is DLPack's C interface to tensors, new in torch 2.10; None: by attributes.
     """
     _C.connect(
-        exchange,
-        Tensor,
-        tuple(DTYPES),
-        (
+        exchange=exchange,
+        tensor=Tensor,
+        dtypes=DTYPES,
+        watchers=(
             torch._C._are_functorch_transforms_active,
             torch._C._len_torch_dispatch_stack,
             torch._C._get_tracing_state,
         ),
-        torch.is_grad_enabled,
-        torch.empty_like,
-        torch.autograd.graph.increment_version,
-        fresh_seed,
-        _threads,
+        grad_enabled=torch.is_grad_enabled,
+        empty_like=torch.empty_like,
+        increment_version=torch.autograd.graph.increment_version,
+        fresh_seed=fresh_seed,
+        threads=_threads,
     )
 
 
@@ -99,22 +117,6 @@ def queue_of(t: Tensor) -> tuple[int, int]:
         return -1, _threads()
     stream = torch.cuda.current_stream(t.device)
     return stream.device.index, stream.cuda_stream
-
-
-def address_of(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def view_of(t: Tensor | None, stacked: bool) -> tuple[int, int, int, int, int]:
-    """Address and strides (point, batch, row, column) of `([points], B, D[, r])`."""
-    if t is None:
-        return (0, 0, 0, 0, 0)
-    strides = t.stride()
-    point = strides[0] if stacked else 0
-    batch, *inner = strides[1:] if stacked else strides
-    if len(inner) == 2:
-        return (t.data_ptr(), point, batch, inner[0], inner[1])
-    return (t.data_ptr(), point, batch, 1, 1)
 
 
 def flat_rows(t: Tensor, start: int) -> Tensor:

@@ -18,12 +18,8 @@ from ._operator import Operator, dense_like, functorch_active, needs_library
 
 def assemble_into(out: Tensor, diag: Tensor, factor: Tensor, sign: Tensor | None) -> Tensor:
     """The matrices written to `out`, whose rows are contiguous."""
-    batch, size, rank = factor.shape
-    _native._C.assemble(
-        *_native.queue_of(diag), _native.DTYPES[diag.dtype], batch, size, rank,
-        _native.view_of(diag, False), _native.view_of(factor, False), _native.address_of(sign),
-        out.data_ptr(), out.stride(0), out.stride(1),
-    )  # fmt: skip
+    queue = _native.queue_of(diag)
+    _native._C.assemble(queue=queue, diag=diag, factor=factor, sign=sign, out=out)
     return out
 
 
@@ -81,15 +77,14 @@ assemble_operator = Operator(
 
 
 def _matvec_forward(diag: Tensor, factor: Tensor, v: Tensor, sign: Tensor | None) -> tuple[Tensor]:
-    batch, size, rank = factor.shape
+    (batch, size, rank), columns, queue = factor.shape, v.shape[2], _native.queue_of(v)
     out = v.new_empty(v.shape)
-    queue, scratch = _native.queue_of(v), None
-    if queue[0] >= 0:
-        scratch = v.new_empty(_native._C.matvec_scratch(batch, size, rank, v.shape[2]))
+    needed = _native._C.matvec_scratch(
+        queue=queue, batch=batch, size=size, rank=rank, columns=columns
+    )
     _native._C.matvec(
-        *queue, _native.DTYPES[v.dtype], batch, size, rank, v.shape[2],
-        _native.view_of(diag, False), _native.view_of(factor, False), _native.view_of(v, False),
-        _native.address_of(sign), out.data_ptr(), _native.address_of(scratch),
+        queue=queue, diag=diag, factor=factor, sign=sign, out=out, v=v,
+        scratch=v.new_empty(needed) if needed else None,
     )  # fmt: skip
     return (out,)
 

@@ -8,25 +8,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import check_positive, check_tensor, refuse_row
 from . import _native, reference
 from ._checks import check_sign
 from ._operator import Operator, dense_like
 
-DSM, DSM_VR, D2SM, D2SM_VR, D2SM_DIAG, D2SM_DIAG_VR = range(6)
-POINTS = {DSM: 1, DSM_VR: 2, D2SM: 1, D2SM_VR: 3, D2SM_DIAG: 1, D2SM_DIAG_VR: 3}
-LOSS_NAMES = (
-    "dsm_loss",
-    "dsm_vr_loss",
-    "d2sm_loss",
-    "d2sm_vr_loss",
-    "d2sm_diag_loss",
-    "d2sm_diag_vr_loss",
-)
+DSM, DSM_VR, D2SM, D2SM_VR, D2SM_DIAG, D2SM_DIAG_VR = range(len(_native.LOSSES))
 
 
 # ------------------------------------------------------------------------------------------ losses
+
+
+def direct_loss(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+) -> Tensor | bool | None:
+    """The losses (B,) of plain CPU tensors that agree: checked and taken in one native call.
+
+    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
+    arguments included: that is for the caller to check and explain.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    return _native._C.direct_loss(
+        kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma, sign=sign
+    )
 
 
 def _loss_forward(
@@ -38,40 +51,37 @@ def _loss_forward(
     sigma: Tensor | float,
     sign: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    where, batch = LOSS_NAMES[kind], noise.shape[0]
+    what, (batch, size), queue = _native.LOSSES[kind], noise.shape, _native.queue_of(noise)
     rank = 0 if factor is None else factor.shape[-1]
-    sigma = _native.row_values(where, "sigma", sigma, batch)
-    loss_operator, saved = (
-        noise.new_empty(batch),
-        noise.new_empty(batch, _native._C.saved_size(kind, rank)),
-    )
-    queue, scratch = _native.queue_of(noise), None
-    if queue[0] >= 0:  # on CUDA several blocks may share a sample
-        size = noise.shape[1]
-        scratch = noise.new_empty(_native._C.loss_scratch(kind, batch, size, rank))
-    args = (*queue, kind, score, diag, factor, noise, sigma, sign, saved, loss_operator, scratch)
-    refuse_row(where, "sigma", _native._C.loss(*args), sigma)
-    return loss_operator, saved
+    sigma = _native.row_values(what.name, "sigma", sigma, batch)
+    loss, saved = noise.new_empty(batch), noise.new_empty(batch, what.saved_size(rank))
+    needed = _native._C.loss_scratch(queue=queue, kind=kind, batch=batch, size=size, rank=rank)
+    row = _native._C.loss(
+        queue=queue, kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma,
+        sign=sign, saved=saved, loss=loss, scratch=noise.new_empty(needed) if needed else None,
+    )  # fmt: skip
+    refuse_row(what.name, "sigma", row, sigma)
+    return loss, saved
 
 
 def _loss_fake(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
     noise, factor = args[3], args[2]
-    columns = 1 + (0 if factor is None else factor.shape[-1])
-    grams = {D2SM: 1, D2SM_VR: 2}.get(kind, 0)
-    size = grams * columns * columns + (POINTS[kind] * columns if grams else 0)
+    size = _native.LOSSES[kind].saved_size(0 if factor is None else factor.shape[-1])
     return noise.new_empty(noise.shape[0]), noise.new_empty((noise.shape[0], size))
 
 
 def _loss_backward(
     needs: Sequence[bool], grad: Tensor, kind: int, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    *tensors, noise, sigma, sign, saved = rest
-    sigma = _native.row_values(LOSS_NAMES[kind], "sigma", sigma, noise.shape[0])
-    grads = [None if t is None else dense_like(t) for t in tensors]
+    score, diag, factor, noise, sigma, sign, saved = rest
+    sigma = _native.row_values(_native.LOSSES[kind].name, "sigma", sigma, noise.shape[0])
+    grads = tuple(None if t is None else dense_like(t) for t in (score, diag, factor))
     _native._C.loss_backward(
-        *_native.queue_of(noise), kind, *tensors, noise, sigma, sign, saved, grad, *grads
-    )
-    return tuple(grads)
+        queue=_native.queue_of(noise), kind=kind, score=score, diag=diag, factor=factor,
+        noise=noise, sigma=sigma, sign=sign, saved=saved, grad=grad, grad_score=grads[0],
+        grad_diag=grads[1], grad_factor=grads[2],
+    )  # fmt: skip
+    return grads
 
 
 def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tensor:
@@ -80,7 +90,7 @@ def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tenso
         torch.ones_like(rest[3][:, 0]) if rest[3].shape[1] else rest[3].new_zeros(rest[3].shape[0])
     )
     grads = loss_operator.call_backward([t is not None for t in tangents], ones, kind, *rest)
-    axis = 1 if POINTS[kind] > 1 else 0
+    axis = 1 if _native.LOSSES[kind].points > 1 else 0
     total = torch.zeros_like(ones)
     for grad, tangent in zip(grads, tangents, strict=True):
         if tangent is not None:
@@ -91,7 +101,7 @@ def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tenso
 
 def _loss_axis(position: int, args: Sequence[Any]) -> int | None:
     if position in (1, 2, 3):
-        return 1 if POINTS[args[0]] > 1 else 0
+        return 1 if _native.LOSSES[args[0]].points > 1 else 0
     return 0 if position in (4, 5, 7) else None
 
 
@@ -107,7 +117,7 @@ loss_operator = Operator(
     differentiable=(1, 2, 3),
     batch_axis=_loss_axis,
     scalars={5: torch.float64},
-    label=lambda args: LOSS_NAMES[args[0]],
+    label=lambda args: _native.LOSSES[args[0]].name,
 )
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -134,9 +144,32 @@ def _evaluate_loss(
     sign: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    where, points = LOSS_NAMES[kind], POINTS[kind]
+    where = _native.LOSSES[kind].name
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
+    loss = direct_loss(kind, score, diag, factor, noise, sigma, sign)
+    if not isinstance(loss, Tensor):
+        if loss:
+            loss = loss_operator.apply(kind, score, diag, factor, noise, sigma, sign)[0]
+        else:
+            loss = _checked_loss(kind, score, diag, factor, noise, sigma, sign)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _checked_loss(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+) -> Tensor:
+    """The losses (B,), by the checked way."""
+    what = _native.LOSSES[kind]
+    where, points = what.name, what.points
     score, diag, factor, noise, sign = _under_autocast(
         where, points, score, diag, factor, noise, sign
     )
@@ -155,7 +188,7 @@ def _evaluate_loss(
             f"{where}: score must have shape {' or '.join(map(str, allowed))}, got"
             f" {tuple(score.shape)}"
         )
-    if kind > DSM_VR:
+    if what.has_diag:
         check_tensor(where, "diag", diag, like=noise, shape=(*stack, *shape), because=" like noise")
     if factor is not None:
         check_tensor(where, "factor", factor, like=noise, because=" like noise")
@@ -175,14 +208,9 @@ def _evaluate_loss(
         _native.flat_rows(noise, 1),
     )
     if _native.has_kernels(noise.device):
-        loss = loss_operator(kind, *flat, sigma, sign)[0]
-    else:
-        low_rank = kind in (D2SM, D2SM_VR)
-        given = [t for t in flat if low_rank or t is not None]
-        loss = _REFERENCE[kind](*given, sigma, *((sign,) if low_rank else ()))
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+        return loss_operator(kind, *flat, sigma, sign)[0]
+    given = [t for t in flat if what.has_factor or t is not None]
+    return _REFERENCE[kind](*given, sigma, *((sign,) if what.has_factor else ()))
 
 
 def _under_autocast(where: str, points: int, *tensors: Tensor | None) -> tuple[Any, ...]:

@@ -17,27 +17,6 @@ from ._operator import LIBRARY, functorch_active, needs_library, vmap_active
 # ------------------------------------------------------------------------------------------- noise
 
 
-def _tag(offset: int, stream: int) -> int:
-    return offset | stream << 56
-
-
-def split_counter(value: Tensor | int) -> tuple[int, int]:
-    """(value, 0), or (0, address) for a tensor that the device reads."""
-    if not isinstance(value, Tensor):
-        return value, 0
-    if value.device.type == "cpu":
-        return int(value), 0
-    return 0, value.data_ptr()
-
-
-def split_offset(value: Tensor | int) -> tuple[int, int]:
-    """The same for an offset, which must leave the byte of the stream alone."""
-    number, address = split_counter(value)
-    if not 0 <= number < 2**56:  # a tensor that could not be read before, in a graph
-        raise ValueError(f"offset must be in [0, 2**56), got {number}")
-    return number, address
-
-
 def signed(value: Any) -> Any:
     """A 64-bit pattern as the int64 that holds it."""
     return value if isinstance(value, torch.SymInt) or value < 2**63 else value - 2**64
@@ -56,12 +35,10 @@ def draw_noise(
     out = torch.empty(shape, dtype=dtype, device=device)
     if out.numel() == 0 or out.is_meta:
         return out
-    seed_value, seed_address = split_counter(seed)
-    offset_value, offset_address = split_offset(offset)
     start = first * (out.numel() // out.shape[0]) if out.dim() else first
     _native._C.noise(
-        *_native.queue_of(out), _native.DTYPES[dtype], uniform, out.numel(), seed_value % 2**64,
-        _tag(offset_value, stream), start, seed_address, offset_address, out.data_ptr(),
+        queue=_native.queue_of(out), out=out, seed=seed, offset=offset, stream=stream, start=start,
+        uniform=uniform,
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from ..random import STREAM_STEP
 from . import _native, reference
 from ._checks import check_counter, check_out
 from ._operator import Operator
-from .noise import seed_or_refuse, signed, split_counter, split_offset
+from .noise import seed_or_refuse, signed
 
 # ------------------------------------------------------------------------------------------- steps
 
@@ -39,25 +39,8 @@ def direct_step(
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
     return _native._C.direct_step(
-        x, score, diag, noise, out, step_size, seed, offset, first, curvature
-    )
-
-
-def _step_call(
-    where: str,
-    x: Tensor,
-    step_size: Tensor | float,
-    seed: Tensor | int,
-    offset: Tensor | int,
-    first: int,
-    curvature: int,
-) -> tuple[Any, ...]:
-    """The native arguments that forward and backward share; the third is the step size."""
-    seed_value, seed_address = split_counter(seed)
-    offset_value, offset_address = split_offset(offset)
-    return (
-        *_native.queue_of(x), _native.row_values(where, "step_size", step_size, x.shape[0]),
-        seed_value, offset_value, seed_address, offset_address, first, curvature,
+        x=x, score=score, diag=diag, noise=noise, out=out, step_size=step_size, seed=seed,
+        offset=offset, first=first, curvature=curvature,
     )  # fmt: skip
 
 
@@ -72,15 +55,20 @@ def _step_forward(
     first: int,
     curvature: int,
 ) -> tuple[Tensor]:
-    rest = (offset, first, curvature)
     key = None if noise is not None else seed if isinstance(seed, Tensor) else seed % 2**64
-    out = _native._C.direct_step(x, score, diag, noise, None, step_size, key, *rest)
+    out = _native._C.direct_step(
+        x=x, score=score, diag=diag, noise=noise, out=None, step_size=step_size, seed=key,
+        offset=offset, first=first, curvature=curvature,
+    )  # fmt: skip
     if not isinstance(out, Tensor):
         where = "langevin_step" if diag is None else "ozaki_step"
         out = x.new_empty(*x.shape)
-        call = _step_call(where, x, step_size, seed, *rest)
-        row = _native._C.step(*call, x, score, diag, noise, out)
-        refuse_row(where, "step_size", row, call[2])
+        step_size = _native.row_values(where, "step_size", step_size, x.shape[0])
+        row = _native._C.step(
+            queue=_native.queue_of(x), step_size=step_size, seed=seed, offset=offset, first=first,
+            curvature=curvature, score=score, diag=diag, noise=noise, x=x, out=out,
+        )  # fmt: skip
+        refuse_row(where, "step_size", row, step_size)
     return (out,)
 
 
@@ -101,8 +89,12 @@ def _step_backward(
     grad = grad if grad.stride(-1) == 1 or size <= 1 else grad.contiguous()
     grads = [x.new_empty(rows, size) if n else None for n in needs[1:]]
     if any(needs[1:]):
-        call = _step_call("step", x, step_size, seed, offset, first, curvature)
-        _native._C.step_backward(*call, grad, score, diag, noise, *grads)
+        step_size = _native.row_values("step", "step_size", step_size, rows)
+        _native._C.step_backward(
+            queue=_native.queue_of(x), step_size=step_size, seed=seed, offset=offset, first=first,
+            curvature=curvature, score=score, diag=diag, noise=noise, grad=grad,
+            grad_score=grads[0], grad_diag=grads[1], grad_noise=grads[2],
+        )  # fmt: skip
     return (grad.clone() if needs[0] else None, *grads)
 
 
@@ -145,8 +137,6 @@ step_operator = Operator(
     label=_step_label,
 )
 
-_CURVATURES = {"clamp": 0, "abs": 1, "raw": 2}
-
 
 # ------------------------------------------------------------------------------------------- steps
 
@@ -164,7 +154,7 @@ def _take_step(
     curvature: str,
     out: Tensor | None,
 ) -> Tensor:
-    kind = _CURVATURES.get(curvature) if isinstance(curvature, str) else None
+    kind = _native.CURVATURES.get(curvature) if isinstance(curvature, str) else None
     result = direct_step(x, score, diag, noise, out, step_size, seed, offset, first, kind)
     if isinstance(result, Tensor):
         return result
