@@ -60,7 +60,7 @@ BACKENDS = [
     pytest.param("inductor", marks=pytest.mark.slow),
 ]
 SECOND = "double backward is not supported, got a request for the derivative of its gradient"
-REFUSED = "use hos_ext.reference for second derivatives"
+REFUSED = "use hos_ext.ops.reference for second derivatives"
 FORWARD = "forward-mode differentiation does not reach compiled, fake or dispatched tensors"
 
 
@@ -638,7 +638,7 @@ SECONDS = [_hessian, _forward_over_reverse, _double_backward, _in_the_cotangent,
 @pytest.mark.parametrize("name", NAMES)
 def test_second_derivatives_are_refused(name, derivative):
     public = name.split(",")[0]
-    with pytest.raises(RuntimeError, match=f"{public}: {SECOND}; use hos_ext.reference for second"):
+    with pytest.raises(RuntimeError, match=f"{public}: {SECOND}; use hos_ext.ops.reference for second"):
         derivative(name, draw(name), draw(name, seed=30))
 
 

@@ -1,6 +1,12 @@
-"""The fused operators: one file for each family."""
+"""The fused operators: one file for each family.
 
+`reference` holds their plain versions. `Operator` makes one from a forward, its derivatives and a
+table of its arguments; docs/adding-an-operator.md walks through one.
+"""
+
+from . import reference
 from ._native import build_info
+from ._operator import Argument, Operator
 from .hessian import assemble_hessian, hessian_matvec
 from .losses import (
     d2sm_diag_loss,
@@ -14,6 +20,8 @@ from .noise import normal, uniform
 from .steps import langevin_step, ozaki_step
 
 __all__ = [
+    "Argument",
+    "Operator",
     "assemble_hessian",
     "build_info",
     "d2sm_diag_loss",
@@ -26,5 +34,6 @@ __all__ = [
     "langevin_step",
     "normal",
     "ozaki_step",
+    "reference",
     "uniform",
 ]

@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check_int, check_tensor, show
-from ._operator import functorch_active, needs_library
+from ..checks import FLOATING, Shape, check, check_int, check_tensor, show
+from ._operator import is_readable
+
+
+def refuse_grad(where: str, name: str, value: Tensor) -> None:
+    """No gradient reaches the argument: asking for one would read as zero."""
+    check(where, not value.requires_grad, f"{name} must not require grad", "requires_grad=True")
 
 
 def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
@@ -16,11 +21,9 @@ def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
     if sign is None:
         return None
     check_tensor(where, "sign", sign, like=like, shape=(rank,), because=" (one for each column)")
-    if sign.requires_grad:
-        raise ValueError(f"{where}: sign must not require grad, got requires_grad=True")
-    plain = not needs_library([sign]) and not functorch_active()
-    if plain and sign.device.type == "cpu" and not bool((sign.abs() == 1).all()):
-        raise ValueError(f"{where}: sign must hold +1 or -1, got {sign.tolist()}")
+    refuse_grad(where, "sign", sign)
+    if sign.device.type == "cpu" and is_readable(sign):
+        check(where, bool((sign.abs() == 1).all()), "sign must hold +1 or -1", sign.tolist)
     contiguous: Tensor = sign.resolve_neg().contiguous()
     return contiguous
 
@@ -34,9 +37,8 @@ def check_counter(where: str, name: str, value: Any, limit: int, device: torch.d
     elif value.dtype != torch.int64 or value.dim() != 0:
         raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
     elif value.device.type != "cpu":
-        if value.device != device:
-            raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
-    elif limit < 2**63 and not needs_library([value]) and not functorch_active():
+        check(where, value.device == device, f"{name} must be on {device}", value.device)
+    elif limit < 2**63 and is_readable(value):
         check_int(where, name, int(value), limit)  # a seed may be any 64 bits
 
 
@@ -46,33 +48,30 @@ def check_out(
     x: Tensor,
     inputs: dict[str, Tensor | None],
     *,
-    shape: tuple[int, ...] | None = None,
+    shape: Shape,
     apart: bool = False,
 ) -> None:
-    """`out` is as x (or of a shape), needs no gradient, and overlaps an input wholly or not at all.
+    """`out` is as x, of a shape, needs no gradient, and overlaps an input wholly or not at all.
 
     `apart`: not at all.
     """
-    shape = tuple(x.shape) if shape is None else shape
     check_tensor(where, "out", out, like=x, shape=shape, dtypes=FLOATING)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (out, *inputs.values())
-    ):
-        raise ValueError(
-            f"{where}: out must not be combined with inputs that require grad, got one"
-        )
-    if _overlaps_itself(out):
-        raise ValueError(f"{where}: out must not overlap itself, got strides {out.stride()}")
-    if needs_library([out]) or functorch_active():
+    tracked = any(t is not None and t.requires_grad for t in (out, *inputs.values()))
+    allowed = not (tracked and torch.is_grad_enabled())
+    check(where, allowed, "out must not be combined with inputs that require grad", "one")
+    own = not _overlaps_itself(out)
+    check(where, own, "out must not overlap itself", lambda: f"strides {out.stride()}")
+    if not is_readable(out):
         return  # no addresses to compare: the result is copied into out
     for name, value in inputs.items():
-        if apart and value is not None and _spans_meet(out, value):
-            raise ValueError(f"{where}: out must not overlap {name}, got shared memory")
-        if value is not None and not apart and _overlaps_partly(out, value):
-            raise ValueError(
-                f"{where}: out must not overlap {name} partly, got memory shared with an offset or"
-                " other strides"
-            )
+        if value is None:
+            continue
+        rule = f"out must not overlap {name}"
+        if apart:
+            check(where, not _spans_meet(out, value), rule, "shared memory")
+        else:
+            got = "memory shared with an offset or other strides"
+            check(where, not _overlaps_partly(out, value), f"{rule} partly", got)
 
 
 def _overlaps_itself(t: Tensor) -> bool:

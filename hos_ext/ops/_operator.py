@@ -8,8 +8,9 @@ forward mode (it raises): hence both, made by one helper from one description.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,25 @@ _LEGACY_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 LIBRARY = torch.library.Library("hos_ext", "DEF")
 
 
+# -------------------------------------------------------------------------- what is at work here
+
+
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp) is at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return forward_ad._current_level >= 0
+
+
+def native_may_judge() -> bool:
+    """Whether the native module may see for itself what is at work.
+
+    It knows of torch.func, dispatch modes and tracing, but not of these two.
+    """
+    return not (torch.compiler.is_compiling() or forward_ad._current_level >= 0)
 
 
 def _levels(kind: Any) -> int:
@@ -37,6 +54,11 @@ def _levels(kind: Any) -> int:
 def vmap_active() -> bool:
     """Whether a torch.func.vmap is at work."""
     return _levels(torch._C._functorch.TransformType.Vmap) > 0
+
+
+def outside_transforms() -> Any:
+    """A context in which torch.func transforms see nothing."""
+    return torch._C._DisableFuncTorch()
 
 
 def is_plain(t: Tensor) -> bool:
@@ -53,6 +75,11 @@ def needs_library(tensors: Sequence[Tensor]) -> bool:
     return not all(map(is_plain, tensors))
 
 
+def is_readable(*tensors: Tensor | None) -> bool:
+    """Whether values and addresses of the tensors may be looked at here and now."""
+    return not needs_library([t for t in tensors if t is not None]) and not functorch_active()
+
+
 def dense_like(t: Tensor) -> Tensor:
     """Dense memory for a gradient: a factor `(..., D, r)` keeps its memory order."""
     if t.is_contiguous():
@@ -62,58 +89,95 @@ def dense_like(t: Tensor) -> Tensor:
     return t.new_empty(*t.shape)
 
 
-def _gradient_like(name: str, t: Tensor) -> Tensor:
-    """The memory that a backward gives its gradient: dense, in the order of a factor."""
-    return dense_like(t) if name == "factor" else t.new_empty(t.shape)
+# ----------------------------------------------------------------------------------- the operator
+
+Named = Mapping[str, Any]  # the arguments of a call, by name
+
+
+class Argument(NamedTuple):
+    """An argument of an operator.
+
+    Fields:
+        name: its name in the operator's functions and in messages.
+        type: its type in the schema of torch.library: "Tensor", "Tensor?", "int", "SymInt".
+        batch: the axis of samples, which vmap folds its lanes into; a function of all arguments
+            where it depends on them; None where all samples share the argument.
+        differentiable: whether backward gives its gradient.
+        either_order: whether its last two axes may lie in either memory order; its gradient
+            then keeps that order.
+        scalar: the dtype of the 0-d tensor that torch.library is given for a Python number, which
+            as a constant of a graph would recompile.
+    """
+
+    name: str
+    type: str = "Tensor"
+    batch: int | Callable[[Named], int | None] | None = None
+    differentiable: bool = False
+    either_order: bool = False
+    scalar: torch.dtype | None = None
 
 
 class Operator:
     """One operator, two doors: `function` (autograd.Function) and `library` (torch.library).
 
-    forward(*args) -> outputs; the first is differentiable, the others are what backward needs.
-    backward(needs, grad, *args, *saved) -> a gradient for each argument in `differentiable`.
-    jvp(tangents, *args, *saved) -> the tangent of the first output.
-    batch_axis(position, args) -> the batch axis of an argument, or None where it has none.
-    label(args) -> the name of the public function, for messages.
+    Called with its arguments in their order, it returns its outputs: the first is differentiable,
+    the others are what backward needs.
+
+    Args:
+        name: in torch.ops.hos_ext; "space::name" is torch.ops.space.name.
+        arguments: what each argument is. All else here takes them in this order.
+        forward: forward(*arguments) -> outputs. Its parameters have the names of the arguments.
+        backward: backward(needs, grad, *arguments, *saved) -> for each differentiable argument its
+            gradient, or None. `needs` says which of them are wanted, `grad` is that of the first
+            output, `saved` are the other outputs.
+        jvp: jvp(tangents, *arguments, *saved) -> the tangent of the first output. `tangents` holds
+            one for each differentiable argument, or None.
+        fake: fake(*arguments) -> empty outputs, of the shapes and strides of forward's.
+        saved: how many outputs follow the first.
+        label: label(arguments by name) -> the public function, for messages; the name if None.
+
+    Raises:
+        TypeError: forward has other parameters than `arguments` says.
     """
 
     def __init__(
         self,
         name: str,
-        schema: str,
-        returns: int,
+        arguments: Sequence[Argument],
         *,
         forward: Callable[..., tuple[Tensor, ...]],
         backward: Callable[..., tuple[Tensor | None, ...]],
         jvp: Callable[..., Tensor],
         fake: Callable[..., tuple[Tensor, ...]],
-        differentiable: Sequence[int],
-        batch_axis: Callable[[int, Sequence[Any]], int | None],
-        scalars: dict[int, torch.dtype],
-        label: Callable[[Sequence[Any]], str] | None = None,
+        saved: int = 0,
+        label: Callable[[Named], str] | None = None,
     ) -> None:
-        self.name, self.forward = name, forward
+        space, _, self.name = name.rpartition("::")
+        self.space = space or "hos_ext"
+        self.names = tuple(a.name for a in arguments)
+        if self.names != tuple(inspect.signature(forward).parameters):
+            raise TypeError(f"Operator: forward of {name} must take {', '.join(self.names)}")
+        self.arguments, self.forward, self.saved = tuple(arguments), forward, saved
         self.jvp = _without_autocast(jvp)
         self.backward = _without_autocast(  # a lazy minus sign is not in memory
             lambda needs, grad, *args: backward(needs, grad.resolve_neg(), *args)
         )
-        self.differentiable, self.batch_axis, self.scalars = differentiable, batch_axis, scalars
-        self.label = label or (lambda args: name)
-        self.arguments = [declared.split()[-1] for declared in schema.split(", ")]
+        self.differentiable = [i for i, a in enumerate(arguments) if a.differentiable]
+        self._label = label
         self.function = _make_function(self)
         # Without transforms: Function.apply would bind the signature first, in 20 us.
         self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         self.backward_function = _make_backward_function(self)
-        _register(self, schema, returns, fake)
-        self.library = getattr(torch.ops.hos_ext, name)
-        self.library_backward = getattr(torch.ops.hos_ext, name + "_backward")
+        self.registry = torch.library.Library(space, "FRAGMENT") if space else LIBRARY
+        self.schema = ", ".join(f"{a.type} {a.name}" for a in arguments)
+        self.library = _register_forward(self, fake)
+        self.library_backward = _register_backward(self)
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if needs_library(tensors):
-            outputs = self.library(*self.as_tensors(args))
-            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        if functorch_active() or forward_ad._current_level >= 0:
+            return self.library(*self.as_tensors(args))  # type: ignore[no-any-return]
+        if functorch_active() or forward_mode_active():
             return self.function.apply(*args)  # type: ignore[no-any-return]
         return self.apply(*args) if _tracked(tensors) else self.forward(*args)
 
@@ -122,11 +186,29 @@ class Operator:
         tensors = [grad, *(a for a in args if isinstance(a, Tensor))]
         if needs_library(tensors) or torch._C._dispatch_keys(grad).has(_LEGACY_VMAP):
             grads = self.library_backward(list(needs), grad, *self.as_tensors(args))
-        elif functorch_active() or forward_ad._current_level >= 0 or _tracked(tensors):
+        elif functorch_active() or forward_mode_active() or _tracked(tensors):
             grads = self.backward_function.apply(tuple(needs), grad, *args)
         else:
             grads = self.backward(needs, grad, *args)
         return tuple([g if n else None for g, n in zip(grads, needs, strict=True)])
+
+    def named(self, args: Sequence[Any]) -> Named:
+        """The arguments by name; saved outputs after them are left out."""
+        return dict(zip(self.names, args, strict=False))
+
+    def label(self, args: Sequence[Any]) -> str:
+        """The public function that a message names."""
+        return self._label(self.named(args)) if self._label else self.name
+
+    def batch_axes(self, args: Sequence[Any]) -> list[int | None]:
+        """The axis of samples of each argument, and of each saved output after them."""
+        named = self.named(args)
+        axes = [a.batch(named) if callable(a.batch) else a.batch for a in self.arguments]
+        return axes + [0] * (len(args) - len(axes))
+
+    def gradient_like(self, position: int, t: Tensor) -> Tensor:
+        """The memory that backward gives a gradient: dense, in the argument's order of axes."""
+        return dense_like(t) if self.arguments[position].either_order else t.new_empty(t.shape)
 
     def as_tensors(self, args: Sequence[Any]) -> list[Any]:
         """Python scalars as 0-d tensors: as constants in a schema they would recompile.
@@ -135,11 +217,13 @@ class Operator:
         the value of a float and recompile for each.
         """
         out = list(args)
-        for position, dtype in self.scalars.items():
-            value = out[position]
+        for position, argument in enumerate(self.arguments):
+            value, dtype = out[position], argument.scalar
+            if dtype is None or isinstance(value, Tensor):
+                continue
             if isinstance(value, (float, torch.SymFloat)):
                 out[position] = torch.ones((), dtype=dtype, device="cpu") * value  # type: ignore[operator]
-            elif not isinstance(value, Tensor):
+            else:
                 out[position] = torch.full((), value, dtype=dtype, device="cpu")
         return out
 
@@ -150,27 +234,25 @@ class Operator:
             out[position] = grad
         return out
 
-    def fold(self, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], int]:
-        """vmap's axis folded into the batch axis of every argument; also the inner batch size."""
-        lead = next(
-            p
-            for p, a in enumerate(args)
-            if isinstance(a, Tensor) and self.batch_axis(p, args) is not None
-        )
+    def fold(
+        self, size: int, in_dims: Sequence[Any], args: Sequence[Any]
+    ) -> tuple[list[Any], list[int | None], int]:
+        """vmap's axis folded into the batch axis of every argument; the axes; inner batch size."""
+        axes = self.batch_axes(args)
+        lead = next(p for p, a in enumerate(args) if isinstance(a, Tensor) and axes[p] is not None)
         shape = list(args[lead].shape)
         if in_dims[lead] is not None:
             shape.pop(in_dims[lead])
-        inner = shape[self.batch_axis(lead, args) or 0]
+        inner = shape[axes[lead] or 0]
         out = []
-        for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-            axis = self.batch_axis(position, args)
+        for position, (arg, dim, axis) in enumerate(zip(args, in_dims, axes, strict=True)):
             if not isinstance(arg, Tensor):
                 out.append(arg)
                 continue
             if axis is None:
                 if dim is not None:
                     raise RuntimeError(
-                        f"{self.label(args)}: {self.arguments[position]} must be the same in all"
+                        f"{self.label(args)}: {self.names[position]} must be the same in all"
                         " lanes of vmap, got a batch of it"
                     )
                 out.append(arg)
@@ -183,14 +265,12 @@ class Operator:
             else:
                 arg = arg.movedim(dim, axis)
             out.append(arg.flatten(axis, axis + 1))
-        return out, inner
+        return out, axes, inner
 
     def vmap(self, call: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
         """One call of the operator for all lanes: outputs, and the axes of the lanes in them."""
-        folded, inner = self.fold(info.batch_size, in_dims, args)
-        outputs = call(*folded)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        lanes = tuple(o.unflatten(0, (info.batch_size, inner)) for o in outputs)
+        folded, _, inner = self.fold(info.batch_size, in_dims, args)
+        lanes = tuple(o.unflatten(0, (info.batch_size, inner)) for o in call(*folded))
         return lanes, (0,) * len(lanes)
 
     def vmap_backward(
@@ -212,9 +292,9 @@ class Operator:
             axes = [0 if n else None for n in needs]
             grads = [torch.stack(g) if n else None for g, n in zip(each, needs, strict=True)]
         else:
-            folded, inner = self.fold(info.batch_size, in_dims[1:], args)
+            folded, folds, inner = self.fold(info.batch_size, in_dims[1:], args)
             axes = [
-                self.batch_axis(p, args) or 0 if n else None
+                folds[p] or 0 if n else None
                 for p, n in zip(self.differentiable, needs, strict=True)
             ]
             grads = [
@@ -250,7 +330,7 @@ def _make_function(op: Operator) -> Any:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[1:])
-        if functorch_active() or forward_ad._current_level >= 0:
+        if functorch_active() or forward_mode_active():
             ctx.save_for_forward(*tensors, *output[1:])
 
     def saved(ctx: Any) -> list[Any]:
@@ -270,12 +350,12 @@ def _make_function(op: Operator) -> Any:
             # The outer tangents of what follows would be lost without a word.
             raise RuntimeError(
                 f"{op.label(args)}: forward mode twice is not supported, got jvp inside jvp; use"
-                " hos_ext.reference for second derivatives"
+                " hos_ext.ops.reference for second derivatives"
             )
         for position, tangent in enumerate(tangents):
             if tangent is not None and position not in op.differentiable:
                 raise ValueError(
-                    f"{op.label(args)}: {op.arguments[position]} must not carry a tangent, got one"
+                    f"{op.label(args)}: {op.names[position]} must not carry a tangent, got one"
                 )
         chosen = [tangents[p] for p in op.differentiable]
         return (op.jvp(chosen, *args), *(None for _ in args[ctx.count :]))
@@ -338,7 +418,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         f"{ctx.label}: double backward is not supported, got a request for the derivative of its"
-        " gradient; use hos_ext.reference for second derivatives"
+        " gradient; use hos_ext.ops.reference for second derivatives"
     )
 
 
@@ -349,49 +429,36 @@ def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
     )
 
 
-def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any]) -> None:
-    """Registers the operator and its backward with torch.library."""
-    name, count = op.name, len(op.differentiable)
-    outputs = ", ".join(["Tensor"] * returns)
-    grads = ", ".join(["Tensor"] * count)
-    saved = "".join(f", Tensor saved{i}" for i in range(returns - 1))
-    # The kernels rely on rows that are dense in memory, as `ops` made them.
-    tags = (torch.Tag.needs_fixed_stride_order,)
-    LIBRARY.define(
-        f"{name}({schema}) -> ({outputs})" if returns > 1 else f"{name}({schema}) -> Tensor",
-        tags=tags,
-    )
-    LIBRARY.define(
-        f"{name}_backward(bool[] needs, Tensor grad, {schema}{saved}) -> ({grads})", tags=tags
-    )
+# ------------------------------------------------------------------------------ the second door
 
-    def pack(outputs: tuple[Tensor, ...]) -> Any:
-        return outputs if returns > 1 else outputs[0]
+# The kernels rely on rows that are dense in memory, as the public functions made them.
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+Methods = dict[str, Callable[..., Any]]
+
+
+def _pack(values: tuple[Tensor, ...]) -> Any:
+    """As torch.library wants them: one value alone is no tuple."""
+    return values if len(values) > 1 else values[0]
+
+
+def _unpack(values: Any) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else tuple(values)
+
+
+def _register_forward(op: Operator, fake: Callable[..., Any]) -> Any:
+    """The operator, registered with torch.library."""
 
     def forward(*args: Any) -> Any:
-        return pack(op.forward(*args))
+        return _pack(op.forward(*args))
 
     def forward_fake(*args: Any) -> Any:
-        return pack(fake(*args))
-
-    def backward(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        grads = op.backward(needs, grad, *args)
-        return tuple(
-            g if n and g is not None else grad.new_empty(0)
-            for g, n in zip(grads, needs, strict=True)
-        )
-
-    def backward_fake(needs: list[bool], grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            _gradient_like(op.arguments[p], args[p]) if n else grad.new_empty(0)
-            for p, n in zip(op.differentiable, needs, strict=True)
-        )
+        return _pack(fake(*args))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         args = inputs[1:]
         tensors, ctx.others = _split(args)
         ctx.count, ctx.label = len(args), op.label(args)
-        extra = output[1:] if returns > 1 else ()
+        extra = _unpack(output)[1:]
         ctx.mark_non_differentiable(*extra)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *extra)
@@ -406,29 +473,73 @@ def _register(op: Operator, schema: str, returns: int, fake: Callable[..., Any])
         kept = [g if n else None for g, n in zip(grads, needs, strict=True)]
         return (None, *op.scatter(kept, ctx.count))
 
-    def setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.label = op.label(inputs[3:])
-
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         outputs, axes = op.vmap(op.library, info, in_dims, args)
-        return pack(outputs), pack(axes)
+        return _pack(outputs), _pack(axes)
 
-    def vmap_backward(
-        info: Any, in_dims: tuple[Any, ...], needs: Any, grad: Tensor, *args: Any
-    ) -> Any:
-        return op.vmap_backward(op.library_backward, info, in_dims[1:], needs, grad, args)
-
-    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    LIBRARY.impl(name + "_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hos_ext::{name}", forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"hos_ext::{name}_backward", backward_fake, lib=LIBRARY)
-    _register_autograd(name, setup_context, formula, _refuse_forward_mode)
-    _register_autograd(name + "_backward", setup_backward_context, _refuse, _refuse)
-    torch.library.register_vmap(f"hos_ext::{name}", vmap, lib=LIBRARY)
-    torch.library.register_vmap(f"hos_ext::{name}_backward", vmap_backward, lib=LIBRARY)
+    signature = f"{op.schema} -> {_returns(1 + op.saved)}"
+    methods: Methods = {
+        "setup_context": setup_context,
+        "backward": formula,
+        "jvp": _refuse_forward_mode,
+    }
+    return _define(op, op.name, signature, forward, forward_fake, vmap, methods)
 
 
-def _register_autograd(name: str, setup_context: Any, backward: Any, jvp: Any) -> None:
+def _register_backward(op: Operator) -> Any:
+    """Its backward, whose derivatives raise; gradients that are not needed are empty."""
+
+    def backward(needs: list[bool], grad: Tensor, *args: Any) -> Any:
+        grads = zip(op.backward(needs, grad, *args), needs, strict=True)
+        return _pack(tuple(g if n and g is not None else grad.new_empty(0) for g, n in grads))
+
+    def backward_fake(needs: list[bool], grad: Tensor, *args: Any) -> Any:
+        wanted = zip(op.differentiable, needs, strict=True)
+        return _pack(
+            tuple(op.gradient_like(p, args[p]) if n else grad.new_empty(0) for p, n in wanted)
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.label = op.label(inputs[3:])
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], needs: Any, grad: Tensor, *args: Any) -> Any:
+        grads, axes = op.vmap_backward(op.library_backward, info, in_dims[1:], needs, grad, args)
+        return _pack(grads), _pack(axes)
+
+    saved = "".join(f", Tensor saved{i}" for i in range(op.saved))
+    returns = _returns(len(op.differentiable))
+    signature = f"bool[] needs, Tensor grad, {op.schema}{saved} -> {returns}"
+    methods: Methods = {"setup_context": setup_context, "backward": _refuse, "jvp": _refuse}
+    return _define(op, op.name + "_backward", signature, backward, backward_fake, vmap, methods)
+
+
+def _returns(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _define(
+    op: Operator,
+    name: str,
+    signature: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    methods: Methods,
+) -> Any:
+    """Registers one function with torch.library; what calls it, its outputs in a tuple."""
+    arguments, returns = signature.split(" -> ")
+    registry, full = op.registry, f"{op.space}::{name}"
+    registry.define(f"{name}({arguments}) -> {returns}", tags=_TAGS)
+    registry.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(full, fake, lib=registry)
+    packet = getattr(getattr(torch.ops, op.space), name)
+    kernel = _autograd_kernel(name, packet.default, methods)
+    registry.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(full, vmap, lib=registry)
+    return packet if returns != "Tensor" else lambda *args: (packet(*args),)
+
+
+def _autograd_kernel(name: str, operator: Any, methods: Methods) -> Callable[..., Any]:
     """The autograd kernel of a library operator; its function has one leading argument more.
 
     torch.library.register_autograd cannot be used: under torch.func.grad (in torch.compile) it
@@ -445,18 +556,11 @@ def _register_autograd(name: str, setup_context: Any, backward: Any, jvp: Any) -
         ):
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
+    function = _function_class(name + "_library", _SingleLevelFunction, forward=forward, **methods)
+
     def autograd(keys: Any, *args: Any) -> Any:
         # torch.func's transforms are at work already when they reach this kernel: one level each.
         with enable_single_level_autograd_function():
             return function.apply((keys, torch.is_grad_enabled()), *args)
 
-    function = _function_class(
-        name + "_library",
-        _SingleLevelFunction,
-        forward=forward,
-        setup_context=setup_context,
-        backward=backward,
-        jvp=jvp,
-    )
-    operator = getattr(torch.ops.hos_ext, name).default
-    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return autograd

@@ -1,234 +1,24 @@
-"""Denoising score matching of first and second order, without a D x D matrix."""
+"""Denoising score matching of first and second order, without a D x D matrix.
+
+Each public function names its kind; `_native.LOSSES` says what the kind takes. All share one
+operator.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..checks import check_positive, check_tensor, refuse_row
+from ..checks import HALF, check_positive, check_shape, check_tensor, refuse_row
 from . import _native, reference
-from ._checks import check_sign
-from ._operator import Operator, dense_like
+from ._checks import check_sign, refuse_grad
+from ._operator import Argument, Named, Operator, dense_like, native_may_judge
 
 DSM, DSM_VR, D2SM, D2SM_VR, D2SM_DIAG, D2SM_DIAG_VR = range(len(_native.LOSSES))
-
-
-# ------------------------------------------------------------------------------------------ losses
-
-
-def direct_loss(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-) -> Tensor | bool | None:
-    """The losses (B,) of plain CPU tensors that agree: checked and taken in one native call.
-
-    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
-    arguments included: that is for the caller to check and explain.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return None
-    return _native._C.direct_loss(
-        kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma, sign=sign
-    )
-
-
-def _loss_forward(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    what, (batch, size), queue = _native.LOSSES[kind], noise.shape, _native.queue_of(noise)
-    rank = 0 if factor is None else factor.shape[-1]
-    sigma = _native.row_values(what.name, "sigma", sigma, batch)
-    loss, saved = noise.new_empty(batch), noise.new_empty(batch, what.saved_size(rank))
-    needed = _native._C.loss_scratch(queue=queue, kind=kind, batch=batch, size=size, rank=rank)
-    row = _native._C.loss(
-        queue=queue, kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma,
-        sign=sign, saved=saved, loss=loss, scratch=noise.new_empty(needed) if needed else None,
-    )  # fmt: skip
-    refuse_row(what.name, "sigma", row, sigma)
-    return loss, saved
-
-
-def _loss_fake(kind: int, *args: Any) -> tuple[Tensor, Tensor]:
-    noise, factor = args[3], args[2]
-    size = _native.LOSSES[kind].saved_size(0 if factor is None else factor.shape[-1])
-    return noise.new_empty(noise.shape[0]), noise.new_empty((noise.shape[0], size))
-
-
-def _loss_backward(
-    needs: Sequence[bool], grad: Tensor, kind: int, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    score, diag, factor, noise, sigma, sign, saved = rest
-    sigma = _native.row_values(_native.LOSSES[kind].name, "sigma", sigma, noise.shape[0])
-    grads = tuple(None if t is None else dense_like(t) for t in (score, diag, factor))
-    _native._C.loss_backward(
-        queue=_native.queue_of(noise), kind=kind, score=score, diag=diag, factor=factor,
-        noise=noise, sigma=sigma, sign=sign, saved=saved, grad=grad, grad_score=grads[0],
-        grad_diag=grads[1], grad_factor=grads[2],
-    )  # fmt: skip
-    return grads
-
-
-def _loss_jvp(tangents: Sequence[Tensor | None], kind: int, *rest: Any) -> Tensor:
-    """The gradients of the per-sample losses, dotted with the tangents."""
-    ones = (
-        torch.ones_like(rest[3][:, 0]) if rest[3].shape[1] else rest[3].new_zeros(rest[3].shape[0])
-    )
-    grads = loss_operator.call_backward([t is not None for t in tangents], ones, kind, *rest)
-    axis = 1 if _native.LOSSES[kind].points > 1 else 0
-    total = torch.zeros_like(ones)
-    for grad, tangent in zip(grads, tangents, strict=True):
-        if tangent is not None:
-            others = [i for i in range(grad.dim()) if i != axis]
-            total = total + (grad * tangent).sum(others)
-    return total
-
-
-def _loss_axis(position: int, args: Sequence[Any]) -> int | None:
-    if position in (1, 2, 3):
-        return 1 if _native.LOSSES[args[0]].points > 1 else 0
-    return 0 if position in (4, 5, 7) else None
-
-
-loss_operator = Operator(
-    "loss",
-    "int kind, Tensor score, Tensor? diag, Tensor? factor, Tensor noise, Tensor sigma,"
-    " Tensor? sign",
-    2,
-    forward=_loss_forward,
-    backward=_loss_backward,
-    jvp=_loss_jvp,
-    fake=_loss_fake,
-    differentiable=(1, 2, 3),
-    batch_axis=_loss_axis,
-    scalars={5: torch.float64},
-    label=lambda args: _native.LOSSES[args[0]].name,
-)
-_REDUCTIONS = ("mean", "sum", "none")
-
-
-# ------------------------------------------------------------------------------------------ losses
-
-_REFERENCE: tuple[Callable[..., Tensor], ...] = (
-    reference.dsm_loss,
-    reference.dsm_vr_loss,
-    reference.d2sm_loss,
-    reference.d2sm_vr_loss,
-    reference.d2sm_diag_loss,
-    reference.d2sm_diag_vr_loss,
-)
-
-
-def _evaluate_loss(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-    reduction: str,
-) -> Tensor:
-    where = _native.LOSSES[kind].name
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
-    loss = direct_loss(kind, score, diag, factor, noise, sigma, sign)
-    if not isinstance(loss, Tensor):
-        if loss:
-            loss = loss_operator.apply(kind, score, diag, factor, noise, sigma, sign)[0]
-        else:
-            loss = _checked_loss(kind, score, diag, factor, noise, sigma, sign)
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _checked_loss(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-) -> Tensor:
-    """The losses (B,), by the checked way."""
-    what = _native.LOSSES[kind]
-    where, points = what.name, what.points
-    score, diag, factor, noise, sign = _under_autocast(
-        where, points, score, diag, factor, noise, sign
-    )
-    check_tensor(where, "noise", noise)
-    if noise.dim() < 2:
-        raise ValueError(f"{where}: noise must have shape (B, *dims), got {tuple(noise.shape)}")
-    if noise.requires_grad:
-        raise ValueError(f"{where}: noise must not require grad, got requires_grad=True")
-    shape = tuple(noise.shape)
-    batch, size = shape[0], math.prod(shape[1:])
-    stack = (points,) if points > 1 else ()
-    check_tensor(where, "score", score, like=noise, because=" like noise")
-    allowed = [(p, *shape) for p in ((2, 3) if points == 3 else (2,))] if stack else [shape]
-    if tuple(score.shape) not in allowed:
-        raise ValueError(
-            f"{where}: score must have shape {' or '.join(map(str, allowed))}, got"
-            f" {tuple(score.shape)}"
-        )
-    if what.has_diag:
-        check_tensor(where, "diag", diag, like=noise, shape=(*stack, *shape), because=" like noise")
-    if factor is not None:
-        check_tensor(where, "factor", factor, like=noise, because=" like noise")
-        expected = (*stack, batch, size)
-        if factor.dim() != len(expected) + 1 or tuple(factor.shape[:-1]) != expected:
-            raise ValueError(
-                f"{where}: factor must have shape ({', '.join(map(str, expected))}, r), got"
-                f" {tuple(factor.shape)}"
-            )
-    sign = check_sign(where, sign, 0 if factor is None else factor.shape[-1], noise)
-    sigma = check_positive(where, "sigma", sigma, batch, noise)
-    lead = len(stack) + 1
-    flat = (
-        _native.flat_rows(score, lead),
-        None if diag is None else _native.flat_rows(diag, lead),
-        None if factor is None else _native.flat_factor(factor),
-        _native.flat_rows(noise, 1),
-    )
-    if _native.has_kernels(noise.device):
-        return loss_operator(kind, *flat, sigma, sign)[0]
-    given = [t for t in flat if what.has_factor or t is not None]
-    return _REFERENCE[kind](*given, sigma, *((sign,) if what.has_factor else ()))
-
-
-def _under_autocast(where: str, points: int, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Half precision: float32 for the plain losses under autocast, refused everywhere else."""
-    halves = [
-        t for t in tensors if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
-    ]
-    if not halves:
-        return tensors
-    if points > 1:
-        raise ValueError(
-            f"{where}: inputs must have dtype float32, float64 (a second difference divided by"
-            f" sigma^2 does not survive half precision), got {halves[0].dtype}"
-        )
-    if not torch.is_autocast_enabled(halves[0].device.type):
-        return tensors
-    half = (torch.float16, torch.bfloat16)
-    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in tensors)
 
 
 def dsm_loss(
@@ -248,13 +38,21 @@ def dsm_loss(
         autocast, half-precision inputs are computed in float32. NaN and inf pass through.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above; the message names it.
+        ValueError: an argument breaks a rule above; the message names it.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 3.  Plain version: reference.dsm_loss.
+    References:
+        Meng et al. 2021, Eq. 3. The plain version is `hos_ext.ops.reference.dsm_loss`.
+
+    Example:
+        >>> x0, z, sigma = torch.zeros(8, 3), torch.ones(8, 3), 0.5
+        >>> x = x0 + sigma * z
+        >>> score = -(x - x0) / sigma**2  # of the noise alone: the loss is 0 there
+        >>> hos_ext.dsm_loss(score, z, sigma)
+        tensor(0.)
     """
-    return _evaluate_loss(DSM, score, None, None, noise, sigma, None, reduction)
+    return _evaluate(DSM, score, None, None, noise, sigma, None, reduction)
 
 
 def dsm_vr_loss(
@@ -270,13 +68,20 @@ def dsm_vr_loss(
         The loss, units 1/data^2, without the constant D / sigma^2. Differentiable in score.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule; half precision is always refused.
+        ValueError: an argument breaks a rule, or is of half precision.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 32.  Plain version: reference.dsm_vr_loss.
+    References:
+        Meng et al. 2021, Eq. 32. The plain version is `hos_ext.ops.reference.dsm_vr_loss`.
+
+    Example:
+        >>> z, sigma = torch.ones(8, 3), 0.5
+        >>> score = torch.stack([-z / sigma, torch.zeros(8, 3)])  # at the noisy and clean points
+        >>> hos_ext.dsm_vr_loss(score, z, sigma)  # -|z|^2 / sigma^2
+        tensor(-12.)
     """
-    return _evaluate_loss(DSM_VR, score, None, None, noise, sigma, None, reduction)
+    return _evaluate(DSM_VR, score, None, None, noise, sigma, None, reduction)
 
 
 def d2sm_loss(
@@ -308,13 +113,20 @@ def d2sm_loss(
         the theta-free |C|^2. Differentiable in score, diag and factor.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above; the message names it.
+        ValueError: an argument breaks a rule above; the message names it.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 13.  Plain version: reference.d2sm_loss.
+    References:
+        Meng et al. 2021, Eq. 13. The plain version is `hos_ext.ops.reference.d2sm_loss`.
+
+    Example:
+        >>> z, sigma = torch.zeros(8, 3), 1.0
+        >>> score, diag, factor = torch.zeros(8, 3), -torch.ones(8, 3), torch.zeros(8, 3, 2)
+        >>> hos_ext.d2sm_loss(score, diag, factor, z, sigma)  # |psi|^2 + 2 <C, psi>, C = I
+        tensor(-3.)
     """
-    return _evaluate_loss(D2SM, score, diag, factor, noise, sigma, sign, reduction)
+    return _evaluate(D2SM, score, diag, factor, noise, sigma, sign, reduction)
 
 
 def d2sm_vr_loss(
@@ -346,13 +158,20 @@ def d2sm_vr_loss(
         The loss, units 1/data^4: half of Eq. 33. Differentiable in score, diag and factor.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above; half precision is always refused.
+        ValueError: an argument breaks a rule above, or is of half precision.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 33.  Plain version: reference.d2sm_vr_loss.
+    References:
+        Meng et al. 2021, Eq. 33. The plain version is `hos_ext.ops.reference.d2sm_vr_loss`.
+
+    Example:
+        >>> z, points = torch.ones(8, 3), torch.zeros(3, 8, 3)  # at +, at -, clean
+        >>> factor = torch.ones(3, 8, 3, 2)
+        >>> hos_ext.d2sm_vr_loss(points, points, factor, z, 1.0)  # |psi|^2: psi is the same at all
+        tensor(36.)
     """
-    return _evaluate_loss(D2SM_VR, score, diag, factor, noise, sigma, sign, reduction)
+    return _evaluate(D2SM_VR, score, diag, factor, noise, sigma, sign, reduction)
 
 
 def d2sm_diag_loss(
@@ -374,13 +193,19 @@ def d2sm_diag_loss(
         The loss, units 1/data^4, without the theta-free |c|^2. Differentiable in score and diag.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule; the message names it.
+        ValueError: an argument breaks a rule; the message names it.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 17.  Plain version: reference.d2sm_diag_loss.
+    References:
+        Meng et al. 2021, Eq. 17. The plain version is `hos_ext.ops.reference.d2sm_diag_loss`.
+
+    Example:
+        >>> z, sigma = torch.zeros(8, 3), 1.0
+        >>> hos_ext.d2sm_diag_loss(torch.zeros(8, 3), -torch.ones(8, 3), z, sigma)
+        tensor(-3.)
     """
-    return _evaluate_loss(D2SM_DIAG, score, diag, None, noise, sigma, None, reduction)
+    return _evaluate(D2SM_DIAG, score, diag, None, noise, sigma, None, reduction)
 
 
 def d2sm_diag_vr_loss(
@@ -402,10 +227,225 @@ def d2sm_diag_vr_loss(
         The loss, units 1/data^4. Differentiable in score and diag.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule; half precision is always refused.
+        ValueError: an argument breaks a rule, or is of half precision.
+        TypeError: an argument is of the wrong kind.
         RuntimeError: on a second derivative.
 
-    Reference:
-        Meng et al. 2021, Eq. 17 and 33.  Plain version: reference.d2sm_diag_vr_loss.
+    References:
+        Meng et al. 2021, Eq. 17 and 33. The plain version is
+        `hos_ext.ops.reference.d2sm_diag_vr_loss`.
+
+    Example:
+        >>> z, score, diag = torch.ones(8, 3), torch.zeros(3, 8, 3), torch.ones(3, 8, 3)
+        >>> hos_ext.d2sm_diag_vr_loss(score, diag, z, 1.0)
+        tensor(3.)
     """
-    return _evaluate_loss(D2SM_DIAG_VR, score, diag, None, noise, sigma, None, reduction)
+    return _evaluate(D2SM_DIAG_VR, score, diag, None, noise, sigma, None, reduction)
+
+
+# -------------------------------------------------------------------- from the doors to the kernels
+
+
+def _evaluate(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """One native call where all is plain; else the checked way; then the reduction."""
+    if reduction not in ("mean", "sum", "none"):
+        where = _native.LOSSES[kind].name
+        raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
+    loss = _direct(kind, score, diag, factor, noise, sigma, sign)
+    if not isinstance(loss, Tensor):
+        if loss:
+            loss = loss_operator.apply(kind, score, diag, factor, noise, sigma, sign)[0]
+        else:
+            loss = _checked(kind, score, diag, factor, noise, sigma, sign)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _direct(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+) -> Tensor | bool | None:
+    """The losses (B,) of plain CPU tensors that agree: checked and taken in one native call.
+
+    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
+    arguments included: that is for the caller to check and explain.
+    """
+    if not native_may_judge():
+        return None
+    return _native._C.direct_loss(
+        kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma, sign=sign
+    )
+
+
+def _checked(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+) -> Tensor:
+    """The losses (B,): checks, and the operator or the plain version."""
+    what = _native.LOSSES[kind]
+    where, points = what.name, what.points
+    score, diag, factor, noise, sign = _widened(where, points, score, diag, factor, noise, sign)
+    check_tensor(where, "noise", noise, shape=("B", "*dims"))
+    refuse_grad(where, "noise", noise)
+    shape = tuple(noise.shape)
+    batch, size = shape[0], math.prod(shape[1:])
+    stack = (points,) if points > 1 else ()
+    like: dict[str, Any] = {"like": noise, "because": " like noise"}
+    check_tensor(where, "score", score, **like)
+    fewer = ((2, *shape),) if points == 3 else ()  # without the clean point
+    check_shape(where, "score", score, *fewer, (*stack, *shape))
+    if what.has_diag:
+        check_tensor(where, "diag", diag, shape=(*stack, *shape), **like)
+    if factor is not None:
+        check_tensor(where, "factor", factor, **like)
+        check_shape(where, "factor", factor, (*stack, batch, size, "r"))
+    sign = check_sign(where, sign, 0 if factor is None else factor.shape[-1], noise)
+    sigma = check_positive(where, "sigma", sigma, batch, noise)
+    lead = len(stack) + 1
+    score, noise = _native.flat_rows(score, lead), _native.flat_rows(noise, 1)
+    diag = None if diag is None else _native.flat_rows(diag, lead)
+    factor = None if factor is None else _native.flat_factor(factor)
+    if _native.has_kernels(noise.device):
+        return loss_operator(kind, score, diag, factor, noise, sigma, sign)[0]
+    plain = getattr(reference, where)
+    if what.has_factor:
+        return plain(score, diag, factor, noise, sigma, sign)  # type: ignore[no-any-return]
+    return plain(*(score, diag)[: 1 + what.has_diag], noise, sigma)  # type: ignore[no-any-return]
+
+
+def _widened(where: str, points: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Half precision: float32 for the plain losses under autocast, refused everywhere else."""
+    halves = [t for t in tensors if isinstance(t, Tensor) and t.dtype in HALF]
+    if not halves:
+        return tensors
+    if points > 1:
+        raise ValueError(
+            f"{where}: inputs must have dtype float32, float64 (a second difference divided by"
+            f" sigma^2 does not survive half precision), got {halves[0].dtype}"
+        )
+    if not torch.is_autocast_enabled(halves[0].device.type):
+        return tensors
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in tensors)
+
+
+# ------------------------------------------------------------------ the operator and its derivative
+
+
+def _forward(
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    what, (batch, size), queue = _native.LOSSES[kind], noise.shape, _native.queue_of(noise)
+    rank = 0 if factor is None else factor.shape[-1]
+    sigma = _native.row_values(what.name, "sigma", sigma, batch)
+    loss, saved = noise.new_empty(batch), noise.new_empty(batch, what.saved_size(rank))
+    needed = _native._C.loss_scratch(queue=queue, kind=kind, batch=batch, size=size, rank=rank)
+    row = _native._C.loss(
+        queue=queue, kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma,
+        sign=sign, saved=saved, loss=loss, scratch=noise.new_empty(needed) if needed else None,
+    )  # fmt: skip
+    refuse_row(what.name, "sigma", row, sigma)
+    return loss, saved
+
+
+def _fake(
+    kind: int, score: Tensor, diag: Any, factor: Tensor | None, noise: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    batch, rank = noise.shape[0], 0 if factor is None else factor.shape[-1]
+    return noise.new_empty(batch), noise.new_empty((batch, _native.LOSSES[kind].saved_size(rank)))
+
+
+def _backward(
+    needs: Sequence[bool],
+    grad: Tensor,
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    sigma: Tensor | float,
+    sign: Tensor | None,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
+    sigma = _native.row_values(_native.LOSSES[kind].name, "sigma", sigma, noise.shape[0])
+    grad_score = dense_like(score)
+    grad_diag = None if diag is None else dense_like(diag)
+    grad_factor = None if factor is None else dense_like(factor)
+    _native._C.loss_backward(
+        queue=_native.queue_of(noise), kind=kind, score=score, diag=diag, factor=factor,
+        noise=noise, sigma=sigma, sign=sign, saved=saved, grad=grad, grad_score=grad_score,
+        grad_diag=grad_diag, grad_factor=grad_factor,
+    )  # fmt: skip
+    return grad_score, grad_diag, grad_factor
+
+
+def _jvp(
+    tangents: Sequence[Tensor | None],
+    kind: int,
+    score: Tensor,
+    diag: Tensor | None,
+    factor: Tensor | None,
+    noise: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """The gradients of the per-sample losses, dotted with the tangents."""
+    ones = torch.ones_like(noise[:, 0]) if noise.shape[1] else noise.new_zeros(noise.shape[0])
+    needs = [t is not None for t in tangents]
+    grads = loss_operator.call_backward(needs, ones, kind, score, diag, factor, noise, *rest)
+    axis = _sample_axis({"kind": kind})
+    total = torch.zeros_like(ones)
+    for grad, tangent in zip(grads, tangents, strict=True):
+        if tangent is not None:
+            others = [i for i in range(grad.dim()) if i != axis]
+            total = total + (grad * tangent).sum(others)
+    return total
+
+
+def _sample_axis(args: Named) -> int:
+    """Where points are stacked, samples are the second axis."""
+    return 1 if _native.LOSSES[args["kind"]].points > 1 else 0
+
+
+loss_operator = Operator(
+    "loss",
+    [
+        Argument("kind", "int"),
+        Argument("score", batch=_sample_axis, differentiable=True),
+        Argument("diag", "Tensor?", batch=_sample_axis, differentiable=True),
+        Argument("factor", "Tensor?", _sample_axis, differentiable=True, either_order=True),
+        Argument("noise", batch=0),
+        Argument("sigma", batch=0, scalar=torch.float64),
+        Argument("sign", "Tensor?"),
+    ],
+    forward=_forward,
+    backward=_backward,
+    jvp=_jvp,
+    fake=_fake,
+    saved=1,
+    label=lambda args: _native.LOSSES[args["kind"]].name,
+)
