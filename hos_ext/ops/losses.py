@@ -260,7 +260,13 @@ def _evaluate(
     if reduction not in ("mean", "sum", "none"):
         where = _native.LOSSES[kind].name
         raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
-    loss = _direct(kind, score, diag, factor, noise, sigma, sign)
+    # The losses, where all is right for it; True where a gradient is wanted as well, of (B, D);
+    # None for everything else, wrong arguments included.
+    loss = None
+    if native_may_judge():
+        loss = _native._C.direct_loss(
+            kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma, sign=sign
+        )
     if not isinstance(loss, Tensor):
         if loss:
             loss = loss_operator.apply(kind, score, diag, factor, noise, sigma, sign)[0]
@@ -269,27 +275,6 @@ def _evaluate(
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _direct(
-    kind: int,
-    score: Tensor,
-    diag: Tensor | None,
-    factor: Tensor | None,
-    noise: Tensor,
-    sigma: Tensor | float,
-    sign: Tensor | None,
-) -> Tensor | bool | None:
-    """The losses (B,) of plain CPU tensors that agree: checked and taken in one native call.
-
-    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
-    arguments included: that is for the caller to check and explain.
-    """
-    if not native_may_judge():
-        return None
-    return _native._C.direct_loss(
-        kind=kind, score=score, diag=diag, factor=factor, noise=noise, sigma=sigma, sign=sign
-    )
 
 
 def _checked(

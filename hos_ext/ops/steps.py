@@ -145,9 +145,16 @@ def _take_step(
 ) -> Tensor:
     """One native call where all is plain; else checks, and the operator or the plain version."""
     kind = _native.CURVATURES.get(curvature) if isinstance(curvature, str) else None
-    result = direct_step(x, score, diag, noise, out, step_size, seed, offset, first, kind)
-    if isinstance(result, Tensor):
-        return result
+    # The step, where all is right for it; True where a gradient is wanted as well, of (B, D); None
+    # for everything else, wrong arguments included.
+    result = None
+    if native_may_judge():
+        result = _native._C.direct_step(
+            x=x, score=score, diag=diag, noise=noise, out=out, step_size=step_size, seed=seed,
+            offset=offset, first=first, curvature=kind,
+        )  # fmt: skip
+        if isinstance(result, Tensor):
+            return result
     if not result:
         _check_step_tensors(where, x, score, diag, noise)
     shape = x.shape
@@ -171,31 +178,6 @@ def _take_step(
         result = step_operator(*flat, *rest)[0]
         result = result if result.shape == shape else result.view(shape)
     return result if out is None else out.copy_(result)
-
-
-def direct_step(
-    x: Tensor,
-    score: Tensor,
-    diag: Tensor | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-    step_size: Tensor | float,
-    seed: Tensor | int | None,
-    offset: Tensor | int,
-    first: int,
-    curvature: int | None,
-) -> Tensor | bool | None:
-    """A step of plain, contiguous CPU tensors that agree: checked and taken in one native call.
-
-    True where all is so but a gradient is wanted, of (B, D); None for everything else, wrong
-    arguments included: that is for the caller to check and explain.
-    """
-    if not native_may_judge():
-        return None
-    return _native._C.direct_step(
-        x=x, score=score, diag=diag, noise=noise, out=out, step_size=step_size, seed=seed,
-        offset=offset, first=first, curvature=curvature,
-    )  # fmt: skip
 
 
 def _check_step_tensors(
