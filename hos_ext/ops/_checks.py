@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATING, Shape, check, check_int, check_tensor, show
+from . import _native
 from ._operator import is_readable
 
 
@@ -59,7 +60,7 @@ def check_out(
     tracked = any(t is not None and t.requires_grad for t in (out, *inputs.values()))
     allowed = not (tracked and torch.is_grad_enabled())
     check(where, allowed, "out must not be combined with inputs that require grad", "one")
-    own = not _overlaps_itself(out)
+    own = not _native.overlaps_itself(out)
     check(where, own, "out must not overlap itself", lambda: f"strides {out.stride()}")
     if not is_readable(out):
         return  # no addresses to compare: the result is copied into out
@@ -68,40 +69,7 @@ def check_out(
             continue
         rule = f"out must not overlap {name}"
         if apart:
-            check(where, not _spans_meet(out, value), rule, "shared memory")
+            check(where, not _native.spans_meet(out, value), rule, "shared memory")
         else:
             got = "memory shared with an offset or other strides"
-            check(where, not _overlaps_partly(out, value), f"{rule} partly", got)
-
-
-def _overlaps_itself(t: Tensor) -> bool:
-    reach = 0
-    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
-        if n > 1 and stride <= reach:
-            return t.numel() > 0
-        reach += stride * (n - 1)
-    return False
-
-
-def _spans_meet(a: Tensor, b: Tensor) -> bool:
-    """Whether some byte lies between the first and the last one of both."""
-    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
-        return False
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    spans = [
-        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
-        for t in (a, b)
-    ]
-    return start_a + spans[0] > start_b and start_b + spans[1] > start_a
-
-
-def _overlaps_partly(a: Tensor, b: Tensor) -> bool:
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    if not _spans_meet(a, b) or (start_a == start_b and a.stride() == b.stride()):
-        return False
-    # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
-    row, size = a.stride(0), a.numel() // a.shape[0]
-    if a.stride()[0] == b.stride()[0] and a[0].is_contiguous() and b[0].is_contiguous():
-        gap = (start_b - start_a) // a.element_size() % max(row, 1)
-        return not (gap >= size and row - gap >= size)
-    return True
+            check(where, not _native.overlaps_partly(out, value), f"{rule} partly", got)

@@ -149,6 +149,41 @@ def row_values(where: str, name: str, value: Tensor | float, rows: int) -> Tenso
     return number
 
 
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether two entries share an address."""
+    reach = 0
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return t.numel() > 0
+        reach += stride * (n - 1)
+    return False
+
+
+def spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte lies between the first and the last one of both."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    spans = [
+        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+        for t in (a, b)
+    ]
+    return start_a + spans[0] > start_b and start_b + spans[1] > start_a
+
+
+def overlaps_partly(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors share memory other than entry by entry."""
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if not spans_meet(a, b) or (start_a == start_b and a.stride() == b.stride()):
+        return False
+    # Columns of one buffer: equal row strides, rows dense, and apart within the stride.
+    row, size = a.stride(0), a.numel() // a.shape[0]
+    if a.stride()[0] == b.stride()[0] and a[0].is_contiguous() and b[0].is_contiguous():
+        gap = (start_b - start_a) // a.element_size() % max(row, 1)
+        return not (gap >= size and row - gap >= size)
+    return True
+
+
 def build_info() -> dict[str, Any]:
     """What the native module was built with and runs on.
 

@@ -256,7 +256,7 @@ def _evaluate(
     sign: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """One native call where all is plain; else the checked way; then the reduction."""
+    """One native call where all is plain, else the general way; then the reduction."""
     if reduction not in ("mean", "sum", "none"):
         where = _native.LOSSES[kind].name
         raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
@@ -271,13 +271,13 @@ def _evaluate(
         if loss:
             loss = loss_operator.apply(kind, score, diag, factor, noise, sigma, sign)[0]
         else:
-            loss = _checked(kind, score, diag, factor, noise, sigma, sign)
+            loss = _general(kind, score, diag, factor, noise, sigma, sign)
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _checked(
+def _general(
     kind: int,
     score: Tensor,
     diag: Tensor | None,
@@ -288,25 +288,12 @@ def _checked(
 ) -> Tensor:
     """The losses (B,): checks, and the operator or the plain version."""
     what = _native.LOSSES[kind]
-    where, points = what.name, what.points
-    score, diag, factor, noise, sign = _widened(where, points, score, diag, factor, noise, sign)
-    check_tensor(where, "noise", noise, shape=("B", "*dims"))
-    refuse_grad(where, "noise", noise)
-    shape = tuple(noise.shape)
-    batch, size = shape[0], math.prod(shape[1:])
-    stack = (points,) if points > 1 else ()
-    like: dict[str, Any] = {"like": noise, "because": " like noise"}
-    check_tensor(where, "score", score, **like)
-    fewer = ((2, *shape),) if points == 3 else ()  # without the clean point
-    check_shape(where, "score", score, *fewer, (*stack, *shape))
-    if what.has_diag:
-        check_tensor(where, "diag", diag, shape=(*stack, *shape), **like)
-    if factor is not None:
-        check_tensor(where, "factor", factor, **like)
-        check_shape(where, "factor", factor, (*stack, batch, size, "r"))
+    where = what.name
+    score, diag, factor, noise, sign = _widened(what, score, diag, factor, noise, sign)
+    _check_tensors(what, score, diag, factor, noise)
     sign = check_sign(where, sign, 0 if factor is None else factor.shape[-1], noise)
-    sigma = check_positive(where, "sigma", sigma, batch, noise)
-    lead = len(stack) + 1
+    sigma = check_positive(where, "sigma", sigma, noise.shape[0], noise)
+    lead = 2 if what.points > 1 else 1
     score, noise = _native.flat_rows(score, lead), _native.flat_rows(noise, 1)
     diag = None if diag is None else _native.flat_rows(diag, lead)
     factor = None if factor is None else _native.flat_factor(factor)
@@ -318,14 +305,32 @@ def _checked(
     return plain(*(score, diag)[: 1 + what.has_diag], noise, sigma)  # type: ignore[no-any-return]
 
 
-def _widened(where: str, points: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+def _check_tensors(
+    what: _native.Loss, score: Tensor, diag: Tensor | None, factor: Tensor | None, noise: Tensor
+) -> None:
+    where, points = what.name, what.points
+    check_tensor(where, "noise", noise, shape=("B", "*dims"))
+    refuse_grad(where, "noise", noise)
+    shape, stack = tuple(noise.shape), (points,) if points > 1 else ()
+    like: dict[str, Any] = {"like": noise, "because": " like noise"}
+    check_tensor(where, "score", score, **like)
+    fewer = ((2, *shape),) if points == 3 else ()  # without the clean point
+    check_shape(where, "score", score, *fewer, (*stack, *shape))
+    if what.has_diag:
+        check_tensor(where, "diag", diag, shape=(*stack, *shape), **like)
+    if factor is not None:
+        check_tensor(where, "factor", factor, **like)
+        check_shape(where, "factor", factor, (*stack, shape[0], math.prod(shape[1:]), "r"))
+
+
+def _widened(what: _native.Loss, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Half precision: float32 for the plain losses under autocast, refused everywhere else."""
     halves = [t for t in tensors if isinstance(t, Tensor) and t.dtype in HALF]
     if not halves:
         return tensors
-    if points > 1:
+    if what.points > 1:
         raise ValueError(
-            f"{where}: inputs must have dtype float32, float64 (a second difference divided by"
+            f"{what.name}: inputs must have dtype float32, float64 (a second difference divided by"
             f" sigma^2 does not survive half precision), got {halves[0].dtype}"
         )
     if not torch.is_autocast_enabled(halves[0].device.type):
