@@ -41,11 +41,6 @@ DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.dtyp
 _warned: set[str] = set()
 
 
-def module_info() -> dict[str, Any]:
-    """What the native module says of itself."""
-    return dict(_C.build_info())
-
-
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels serve a device; where not, one warning names the cure."""
     if device.type == "cpu" or device.type == "meta":
@@ -188,10 +183,14 @@ def build_info() -> dict[str, Any]:
     """What the native module was built with and runs on.
 
     Returns:
-        version, compiler, cpu_level (instruction set in use), openmp, threads, cuda_built (bool),
-        cuda_archs and the version of torch.
+        A dict: version, compiler, cpu_level (the instruction set in use), openmp, threads,
+        cuda_built (bool), cuda_archs, and torch (its version).
+
+    Example:
+        >>> hos_ext.build_info()["version"] == hos_ext.__version__
+        True
     """
-    info = module_info()
+    info = dict(_C.build_info())
     info["threads"] = torch.get_num_threads()
     info["torch"] = torch.__version__
     return info
