@@ -1,4 +1,4 @@
-"""The short way into a step: what it takes equals the checked way, what it refuses is checked.
+"""Direct steps and losses: what they take equals the checked way, what they refuse is checked.
 
 Both ways of reading a tensor are tested: DLPack's C exchange interface, new in torch 2.10, and the
 attributes that older versions have.
@@ -7,6 +7,7 @@ attributes that older versions have.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -254,6 +255,12 @@ STEP_SIZES = [
     torch.full((3,), 0.1, device="meta"),
     torch.full((3,), 0.1).as_subclass(Sub),
 ]
+LEVELS = [
+    torch.tensor(0.7),
+    torch.tensor([0.5, 0.7, 0.9]),
+    torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64),
+    torch.tensor([0.5, 0.0, 0.7, 0.0, 0.9, 0.0])[::2],
+]
 WRONG = {
     "step_size": STEP_SIZES,
     "seed": [-1, 2**64, True, 1.0, "1", torch.tensor(1)],
@@ -347,6 +354,147 @@ def test_tensors_without_memory_reach_no_kernel():
             hos_ext.dsm_loss(bad, x, 0.1)
 
 
+# -------------------------------------------------------------------------------- direct losses
+
+LOSSES = [what.name for what in native.LOSSES]
+
+
+def problem(name, *, batch=3, dims=(4,), rank=2, dtype=torch.float32, scores=None):
+    """Arguments of a loss by name, as `direct_loss` and the checked way take them."""
+    what = native.LOSSES[LOSSES.index(name)]
+    stack = (what.points,) if what.points > 1 else ()
+    size = math.prod(dims)
+    shapes = {"score": (*((scores,) if scores else stack), batch, *dims), "noise": (batch, *dims)}
+    shapes |= {"diag": (*stack, batch, *dims)} if what.has_diag else {}
+    shapes |= {"factor": (*stack, batch, size, rank)} if what.has_factor and rank else {}
+    given = {key: draw(s, dtype=dtype, seed=k) for k, (key, s) in enumerate(shapes.items())}
+    return {"diag": None, "factor": None, "sigma": 0.7, "sign": None} | given
+
+
+def direct_losses(name, arguments):
+    call = arguments | {"kind": LOSSES.index(name)}
+    return native._C.direct_loss(**call) if native_may_judge() else None
+
+
+def public_losses(name, arguments):
+    what = native.LOSSES[LOSSES.index(name)]
+    left_out = set() if what.has_factor else {"factor", "sign"}
+    left_out |= set() if what.has_diag else {"diag"}
+    kept = {key: value for key, value in arguments.items() if key not in left_out}
+    return getattr(hos_ext, name)(**kept, reduction="none")
+
+
+def rows_apart(t):
+    """The same values, each row of the batch and each point away from the next."""
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_direct_losses_equal_the_checked_ones(monkeypatch, name, dtype):
+    cases = [problem(name, dtype=dtype, rank=r, dims=d) for r, d in ((0, (4,)), (2, (2, 3, 1)))]
+    cases += [problem(name, dtype=dtype, batch=2, dims=(40, 100), rank=5)]
+    cases += [problem(name, dtype=dtype) | {"sigma": s} for s in LEVELS]
+    whole = problem(name, dtype=dtype)
+    rows = [k for k in ("score", "diag", "noise") if whole[k] is not None]
+    apart = whole | {k: rows_apart(whole[k]) for k in rows}
+    cases += [apart, whole | {"noise": torch.cat([whole["noise"]] * 2)[::2]}]
+    if whole["factor"] is not None:
+        cases += [whole | {"factor": whole["factor"].mT.contiguous().mT}]
+    if native.LOSSES[LOSSES.index(name)].points == 3:
+        cases += [problem(name, dtype=dtype, scores=2)]
+    for arguments in cases:
+        got = direct_losses(name, arguments)
+        assert isinstance(got, torch.Tensor)
+        assert torch.equal(got, public_losses(name, arguments))
+        assert torch.equal(got, checked(monkeypatch, public_losses, name, arguments))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_wanted_gradient_of_a_loss_is_recorded(monkeypatch, name):
+    plain = problem(name)
+    for wanted in ("score", "diag", "factor"):
+        if plain[wanted] is None:
+            continue
+        leaf = plain[wanted].clone().requires_grad_()
+        arguments = plain | {wanted: leaf}
+        assert direct_losses(name, arguments) is True
+        with torch.no_grad():
+            assert isinstance(direct_losses(name, arguments), torch.Tensor)
+        grads = [
+            torch.autograd.grad(values.sum(), leaf)[0]
+            for values in (
+                public_losses(name, arguments),
+                checked(monkeypatch, public_losses, name, arguments),
+            )
+        ]
+        assert torch.equal(*grads)
+    images = problem(name, dims=(2, 2))
+    images["score"].requires_grad_()
+    assert direct_losses(name, images) is None
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("argument", ["score", "diag", "factor", "noise"])
+def test_tensors_that_are_not_plain_are_refused_by_losses(argument, kind):
+    bad = TENSORS[kind]
+    if kind == "none" and argument == "factor":
+        return
+    arguments = problem("d2sm_loss") | {argument: bad}
+    if kind in ("padded rows", "expanded") and argument != "factor":
+        assert isinstance(direct_losses("d2sm_loss", arguments), torch.Tensor)
+    else:
+        assert direct_losses("d2sm_loss", arguments) is None
+
+
+def wrong_losses():
+    yield "diag for a loss without", "dsm_loss", {"diag": draw()}
+    yield "factor for a loss without", "d2sm_diag_loss", {"factor": draw((3, 4, 2))}
+    yield "sign", "d2sm_loss", {"sign": torch.ones(2)}
+    yield "rank 0", "d2sm_loss", {"factor": torch.empty(3, 4, 0)}
+    yield "rows of the factor", "d2sm_loss", {"factor": draw((3, 5, 2))}
+    yield "batch of the factor", "d2sm_loss", {"factor": draw((2, 4, 2))}
+    yield "dtype of the factor", "d2sm_loss", {"factor": draw((3, 4, 2)).double()}
+    yield "factor with gaps", "d2sm_loss", {"factor": draw((3, 8, 4))[:, ::2, ::2]}
+    yield "points of the factor", "d2sm_vr_loss", {"factor": draw((2, 3, 4, 2))}
+    yield "one score of two", "dsm_vr_loss", {"score": draw((1, 3, 4))}
+    yield "one score of three", "d2sm_vr_loss", {"score": draw((1, 3, 4))}
+    yield "four scores", "d2sm_vr_loss", {"score": draw((4, 3, 4))}
+    yield "two diagonals of three", "d2sm_vr_loss", {"diag": draw((2, 3, 4))}
+    yield "no diagonal", "d2sm_loss", {"diag": None}
+    yield "half", "dsm_loss", {"score": draw().half(), "noise": draw().half()}
+    yield "empty", "dsm_loss", {"score": torch.empty(0, 4), "noise": torch.empty(0, 4)}
+    yield "one axis", "dsm_loss", {"score": draw((4,)), "noise": draw((4,))}
+    yield "noise with a gradient", "dsm_loss", {"noise": draw().requires_grad_()}
+    for value in STEP_SIZES:
+        yield f"sigma {value}", "dsm_loss", {"sigma": value}
+
+
+@pytest.mark.parametrize(("name", "change"), [c[1:] for c in wrong_losses()], ids=str)
+def test_losses_of_other_arguments_are_refused(name, change):
+    assert direct_losses(name, problem(name) | change) is None
+
+
+def test_losses_under_transforms_modes_and_tangents_are_refused():
+    arguments = problem("dsm_loss")
+    answers = []
+
+    def ask(x):
+        answers.append(direct_losses("dsm_loss", arguments | {"score": x}))
+        return (x * x).sum()
+
+    x = draw()
+    torch.func.grad(ask)(x)
+    torch.func.vmap(ask)(x.unsqueeze(0))
+    torch.func.jvp(ask, (x,), (x,))
+    with FakeTensorMode() as mode:
+        ask(mode.from_tensor(x))
+    with forward_ad.dual_level():
+        ask(forward_ad.make_dual(x, x))
+    assert len(answers) >= 5
+    assert all(answer is None for answer in answers)
+
+
 # ------------------------------------------------------------------------------ counts and threads
 
 
@@ -357,6 +505,7 @@ def test_no_reference_is_kept_or_lost():
     seed, ones, rest = 2**40 + 1, torch.ones(3), (sizes, None, torch.empty(3, 0))
     result = direct(x=x, score=score)
     assert sys.getrefcount(result) == 2
+    sized = {"diag": None, "factor": None, "noise": score, "sigma": sizes, "sign": None}
     calls = (
         lambda: direct(x=x, score=score, step_size=sizes, seed=seed),
         lambda: direct(x=x, score=score, out=out, seed=None),
@@ -364,6 +513,9 @@ def test_no_reference_is_kept_or_lost():
         lambda: direct(x=tracked),
         lambda: direct(x=x, score=score, noise=x),
         lambda: direct(x=x, step_size=torch.tensor(-1.0)),
+        lambda: direct_losses("dsm_loss", {**sized, "score": x}),
+        lambda: direct_losses("dsm_loss", {**sized, "score": tracked}),
+        lambda: direct_losses("dsm_loss", {**sized, "score": bad}),
         lambda: loss_operator.forward(DSM, x, None, None, score, sizes, None),
         lambda: loss_operator.backward([True], ones, DSM, x, None, None, score, *rest),
         lambda: step_operator.backward([True] * 4, x, x, score, score, x, sizes, 0, 0, 0, 0),
