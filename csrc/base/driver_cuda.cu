@@ -1,6 +1,8 @@
 // Whether the CUDA driver can run the CUDA runtime that is linked into this module.
 
-#include "base/launch.cuh"
+#include <cuda_runtime.h>
+
+#include "base/queue.h"
 
 namespace hos {
 

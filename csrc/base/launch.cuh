@@ -14,10 +14,6 @@
 #include "base/queue.h"
 
 namespace hos {
-
-// 0 where the driver is as new as the runtime linked here; otherwise the driver's version, or -1.
-int cuda_driver_too_old();
-
 inline namespace HOS_ISA {
 
 constexpr int kWarp = 32;

@@ -14,4 +14,7 @@ struct Queue {
   HOS_HD void* stream() const { return reinterpret_cast<void*>(handle); }
 };
 
+// 0 where the CUDA driver is as new as the runtime linked here; otherwise its version, or -1.
+int cuda_driver_too_old();
+
 }  // namespace hos

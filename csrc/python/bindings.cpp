@@ -12,12 +12,6 @@
 #include "python/kernels.h"
 #include "python/tensor.h"
 
-#if defined(HOS_CUDA)
-namespace hos {
-int cuda_driver_too_old();  // base/driver_cuda.cu
-}
-#endif
-
 namespace {
 
 namespace py = pybind11;
