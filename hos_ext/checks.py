@@ -129,20 +129,26 @@ def check_tensor(
 
 def check_shape(where: str, name: str, value: Tensor, *shapes: Shape) -> None:
     """One of some shapes."""
-    if not any(fits(value, shape) for shape in shapes):
-        rule = " or ".join(map(_shape_text, shapes))
-        raise ValueError(f"{where}: {name} must have shape {rule}, got {tuple(value.shape)}")
+    for shape in shapes:
+        if fits(value, shape):
+            return
+    rule = " or ".join(map(_shape_text, shapes))
+    raise ValueError(f"{where}: {name} must have shape {rule}, got {tuple(value.shape)}")
 
 
 def fits(value: Tensor, shape: Shape) -> bool:
     """Whether a tensor has a shape."""
-    sizes = tuple(value.shape)
+    sizes = value.shape
     if sizes == shape:
         return True
-    many = bool(shape) and isinstance(shape[-1], str) and shape[-1].startswith("*")
-    if len(sizes) < len(shape) or (len(sizes) > len(shape) and not many):
-        return False
-    return all(isinstance(s, str) or s == n for s, n in zip(shape, sizes, strict=False))
+    if len(sizes) != len(shape):
+        many = bool(shape) and str(shape[-1]).startswith("*")
+        if len(sizes) < len(shape) or not many:
+            return False
+    for size, wanted in zip(sizes, shape, strict=False):
+        if wanted.__class__ is not str and wanted != size:
+            return False
+    return True
 
 
 def _shape_text(shape: Shape) -> str:
