@@ -638,7 +638,9 @@ SECONDS = [_hessian, _forward_over_reverse, _double_backward, _in_the_cotangent,
 @pytest.mark.parametrize("name", NAMES)
 def test_second_derivatives_are_refused(name, derivative):
     public = name.split(",")[0]
-    with pytest.raises(RuntimeError, match=f"{public}: {SECOND}; use hos_ext.ops.reference for second"):
+    with pytest.raises(
+        RuntimeError, match=f"{public}: {SECOND}; use hos_ext.ops.reference for second"
+    ):
         derivative(name, draw(name), draw(name, seed=30))
 
 
