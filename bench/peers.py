@@ -19,7 +19,8 @@ import hos_ext
 from hos_ext.ops import _native as native
 from hos_ext.ops import reference
 from hos_ext.ops._native import queue_of
-from hos_ext.ops.losses import D2SM_VR, _loss_forward
+from hos_ext.ops.losses import D2SM_VR
+from hos_ext.ops.losses import _forward as loss_and_saved
 
 Function = Callable[..., Any]
 
@@ -106,7 +107,7 @@ def kernels(inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     sigma = sigma.double()
     weights = torch.full((batch,), 1 / batch)
     grads = [torch.empty_like(t) for t in inputs[:3]]
-    loss, saved = _loss_forward(kind, score, diag, factor, noise, sigma, None)
+    loss, saved = loss_and_saved(kind, score, diag, factor, noise, sigma, None)
     call = {"queue": queue_of(noise), "kind": kind, "score": score, "diag": diag}
     call |= {"factor": factor, "noise": noise, "sigma": sigma, "sign": None, "saved": saved}
     names = ("grad_score", "grad_diag", "grad_factor")

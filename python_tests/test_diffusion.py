@@ -25,6 +25,7 @@ from hos_ext.diffusion import (
     steps,
     tweedie_denoise,
 )
+from hos_ext.linalg import dplr
 from hos_ext.sampling import method_names
 from hos_ext.sampling.chains import sample
 from hos_ext.schedules import EDM, VE, VP, CosineVP, Schedule, SubVP, from_alphas_cumprod
@@ -120,13 +121,14 @@ def affine(step: Callable[[Tensor], Tensor], monkeypatch) -> tuple[Tensor, Tenso
     init = torch.zeros(1 + D + width, D, dtype=F64)
     init[1 : 1 + D] = torch.eye(D, dtype=F64)
 
-    def normal(shape, **_):
+    def normal(key, stream, shape, like):
         z = torch.zeros(shape, dtype=F64)
         z[1 + D : 1 + D + shape[1]] = torch.eye(shape[1], dtype=F64)
         return z
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops.noise, "normal", normal)
+        for drawing in (steps, dplr):
+            patch.setattr(drawing, "draw_normal", normal)
         out = step(init)
     rows = out - out[0]
     return rows[1 : 1 + D].mT, rows[1 + D :].mT, out[0]
@@ -255,7 +257,8 @@ def test_ancestral_step_is_that_of_diffusers(monkeypatch):
     x, eps = (torch.randn(4, 3, dtype=F64, generator=generator) for _ in range(2))
     for t in (1, 30, 999):
         noise = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(t))
-        monkeypatch.setattr(ops.noise, "normal", lambda *_, noise=noise, **__: noise)
+        for drawing in (steps, dplr):
+            monkeypatch.setattr(drawing, "draw_normal", lambda *_, noise=noise: noise)
         expected = scheduler.step(eps, t, x, generator=torch.Generator().manual_seed(t))
         out = second_order_reverse(
             lambda y, _: Scores(-eps, torch.ones_like(y)),
