@@ -58,12 +58,12 @@ bench-report: $(READY)
 	$(BIN)/python -m bench.report
 
 # All that a GPU can show. Rows go to bench/results/gpu.csv, which `python -m bench.report` renders.
-OPERATOR_TESTS := $(patsubst %,python_tests/test_%.py,losses_ops steps noise low_rank)
-SANITIZED := python_tests/test_cuda.py -k "(cpu or fits or misaligned or empty or streams) and not forked"
+OPERATOR_TESTS := $(patsubst %,python_tests/ops/test_%.py,losses steps noise hessian)
+SANITIZED := python_tests/ops/test_cuda.py -k "(cpu or fits or misaligned or empty or streams) and not forked"
 
 gpu: | $(BIN)/python
 	HOS_CUDA=ON $(PIP) install -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pytest python_tests/test_cuda.py $(OPERATOR_TESTS)
+	$(BIN)/python -m pytest python_tests/ops/test_cuda.py $(OPERATOR_TESTS)
 	status=0; PATH="$$PATH:/usr/local/cuda/bin"; \
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  echo "compute-sanitizer $$tool"; \
@@ -102,7 +102,7 @@ asan: build/asan/ready
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH="$(CURDIR)/build/asan/package:$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)" \
 	$(BIN)/python -S $(BIN)/pytest -m "not slow" \
-	  $(patsubst %,python_tests/test_%.py,call losses_ops steps noise low_rank)
+	  $(patsubst %,python_tests/ops/test_%.py,native_calls losses steps noise hessian)
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,8 +1,8 @@
 """The CUDA kernels on a machine without a GPU: every thread of theirs runs on the host.
 
 `build` compiles csrc/*/*.cu with the host compiler against emulator/, and `emulated` puts the
-module in the place of the CPU kernels: `pytest -p emulation python_tests/test_steps.py` runs the
-tests of the steps on the CUDA kernels. It checks arithmetic, indices, barriers and
+module in the place of the CPU kernels: `pytest -p emulation python_tests/ops/test_steps.py` runs
+the tests of the steps on the CUDA kernels. It checks arithmetic, indices, barriers and
 (HOS_EMULATOR_FLAGS=-fsanitize=address) memory; speed, and races between warps or blocks, need a
 GPU.
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -54,8 +55,9 @@ def launched(folder, processes, options, *, kill=0, restarts=0):
     """Trains under torchrun; the model, the step resumed from, the restarts and the curve."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    here = os.path.dirname(__file__)
-    paths = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    here = pathlib.Path(__file__).parent
+    places = map(str, (here, *here.parents[:2]))  # this room's tests, what all share, the package
+    paths = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
     told = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

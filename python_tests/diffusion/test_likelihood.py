@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import BEYOND, WITHIN
-from test_diffusion import COVARIANCE, GAUSSIAN, MEAN, MIXTURE, WHOLE, D, exact_model, level, named
+from test_reverse import COVARIANCE, GAUSSIAN, MEAN, MIXTURE, WHOLE, D, exact_model, level, named
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_diffusion import (
+from test_reverse import (
     COVARIANCE,
     GAUSSIAN,
     MEAN,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -273,8 +274,9 @@ print(all(p.dtype == torch.float32 for p in bf16.model.parameters()), bf16.histo
 
 def _python(code, code_expected=0, **environment):
     """Runs a program in a process of its own, with the tests importable; the lines it printed."""
-    here = os.path.dirname(__file__)
-    paths = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    here = pathlib.Path(__file__).parent
+    places = map(str, (here, *here.parents[:2]))  # this room's tests, what all share, the package
+    paths = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
     told = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
