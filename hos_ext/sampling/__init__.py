@@ -20,6 +20,8 @@ from .methods import (
     method_names,
     register_step,
     spectral_law,
+    step_noise,
+    step_size_column,
     unregister_step,
 )
 from .step_size import StepSizeAdaptation, StepSizeSearch, adapt_step_size, search_step_size
@@ -52,5 +54,7 @@ __all__ = [
     "search_step_size",
     "shard",
     "spectral_law",
+    "step_noise",
+    "step_size_column",
     "unregister_step",
 ]

@@ -1,7 +1,7 @@
 """Posterior moments of the clean sample, from scores of the noisy density (Tweedie's formula).
 
 Setting: x = alpha x0 + sigma z with z standard normal; s1 and s2 are the gradient and the Hessian
-of log p(x), the density of the noisy sample. This file is the one place of the formulas
+of log p(x), the density of the noisy sample. This file has the formulas for any s2:
 
     E[x0 | x]   = (x + sigma^2 s1) / alpha
     Cov[z | x]  = kappa = I + sigma^2 s2             `noise_covariance`
@@ -10,7 +10,8 @@ of log p(x), the density of the noisy sample. This file is the one place of the 
 They are equations 4, 7-10 and 18 of Meng et al. 2021 (arXiv:2111.04726) with alpha. A network gives
 kappa itself, as diag(c) + F diag(sign) F^T (`Scores`): all of order one at every noise level, and
 nothing cancels where the posterior is sharp. `tweedie_mean` and `tweedie_covariance` of
-`hos_ext.scores` are the same for plain tensors; densities and cumulants use them.
+`hos_ext.scores` are the same for dense tensors, which densities and cumulants use: densities stand
+on words alone. There is no third place.
 """
 
 from __future__ import annotations

@@ -765,7 +765,9 @@ def test_a_stream_says_what_is_wrong_with_it(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", "mnist", "hf:", "zip:a", "parquet", None, 3])
 def test_open_source_refuses_unknown_specs(spec):
-    kinds = "digits, hf:NAME, parquet:PATH, folder:PATH, npy:PATH or density:NAME"
+    *forms, last = data.source_forms()
+    kinds = f"{', '.join(forms)} or {last}"
+    assert kinds.startswith("digits, hf:NAME, parquet:PATH, folder:PATH, npy:PATH")
     _refused(f"open_source: spec must be {kinds}, got {spec!r}", spec)
     _refused(f"open_source: test_spec must be {kinds}, got {'x'!r}", "digits", test_spec="x")
 
@@ -1083,7 +1085,9 @@ def test_a_source_from_outside_opens_as_those_of_the_package_do(tmp_path, own_re
         spec,
         streaming=True,
     )
-    kinds = "digits, hf:NAME, parquet:PATH, folder:PATH, npy:PATH, density:NAME or text:PATH"
+    *forms, last = data.source_forms()
+    assert last == "text:PATH"
+    kinds = f"{', '.join(forms)} or {last}"
     _refused(f"open_source: spec must be {kinds}, got 'text:'", "text:")
     values[17, 1] = np.nan
     np.savetxt(tmp_path / "a.txt", values)

@@ -340,6 +340,25 @@ def test_whole_schedules_run_from_prior_to_data(schedule):
 CORRECTORS = method_names()
 
 
+def langevin_map(h: float, variance: float) -> tuple[float, float]:
+    return 1 - h / variance, 2 * h
+
+
+def cayley_map(h: float, variance: float) -> tuple[float, float]:
+    root = 1 + h / variance / 2
+    return 1 - h / variance / root, 2 * h / root**2
+
+
+def exact_map(h: float, variance: float) -> tuple[float, float]:
+    a = math.exp(-h / variance)
+    return a, variance * (1 - a**2)
+
+
+# a and b by method, with and without "mh_"; a step not named is exact on a Gaussian. Of mala only
+# that it goes there too is shown.
+MAPS = {"langevin": langevin_map, "mala": langevin_map, "ozaki_cayley": cayley_map}
+
+
 @pytest.mark.parametrize("corrector", CORRECTORS)
 def test_corrector_moves_a_wrong_marginal_by_its_closed_form(corrector):
     # On N(0, 1/p) a step multiplies the variance by a^2 and adds b. sigma is small, so that the
@@ -366,14 +385,7 @@ def test_corrector_moves_a_wrong_marginal_by_its_closed_form(corrector):
         corrector_step_size=0.3,
         seed=0,
     )
-    if corrector in ("langevin", "mala"):  # of mala only that it goes there too
-        a, b = 1 - h / variance, 2 * h
-    elif corrector.endswith("cayley"):
-        root = 1 + h / variance / 2
-        a, b = 1 - h / variance / root, 2 * h / root**2
-    else:  # exact, and therefore always accepted
-        a = math.exp(-h / variance)
-        b = variance * (1 - a**2)
+    a, b = MAPS.get(corrector.removeprefix("mh_"), exact_map)(h, variance)
     wanted = 2.25 * variance
     for _ in range(k):
         wanted = a**2 * wanted + b

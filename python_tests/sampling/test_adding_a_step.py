@@ -99,7 +99,7 @@ def log_prob(x: Tensor) -> Tensor:
 
 
 def test_a_step_from_outside_runs_by_its_name(registered, init):
-    assert method_names()[6] == "preconditioned"
+    assert "preconditioned" in method_names()
     assert method_names()[-1] == "mh_preconditioned"
     assert "mh_stubborn" not in method_names()
     chains = sample(well, init, method="preconditioned", n_steps=2, **OPTIONS)

@@ -6,10 +6,11 @@ the extra `app`. Only `hf:` writes to disk: to Hugging Face's own cache.
 """
 
 from .augment import augment, distort
+from .files import files_of
 from .images import decode_image, image_rows, image_values
 from .opening import open_rows, open_source, read_samples
-from .registry import register_source
-from .rows import LIMIT, Request, Rows, array_rows
+from .registry import register_source, source_forms
+from .rows import LIMIT, Request, Rows, array_rows, refusal
 from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
 from .source import Source
 from .sources.density import known_density
@@ -35,6 +36,7 @@ __all__ = [
     "dequantise",
     "distort",
     "examples_of",
+    "files_of",
     "image_rows",
     "image_values",
     "known_density",
@@ -42,6 +44,8 @@ __all__ = [
     "open_rows",
     "open_source",
     "read_samples",
+    "refusal",
     "register_source",
+    "source_forms",
     "to_grey",
 ]

@@ -2,9 +2,17 @@
 
 A source is one function from a `Request` to `Rows`, registered once:
 
-    @register_source("csv", "PATH")
+    def files(request: Request) -> list[Path]:
+        return files_of(request, (".csv",))
+
+    @register_source("csv", "PATH", files=files)
     def open_csv(request: Request) -> Rows:
-        return array_rows(request, np.loadtxt(request.target, delimiter=","))
+        path = files(request)[0]
+        try:
+            array = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
+        except ValueError as error:
+            raise refusal(request.spec, "hold numbers", error) from None
+        return array_rows(request, array, lambda i: f"row {i} of {path}")
 
 From then on `open_source("csv:a.csv")` and `hos-ext train --data csv:a.csv` know it. A package
 that is installed makes its sources known to the command line by an entry point of the group
@@ -86,12 +94,17 @@ def register_source(
     return register
 
 
+def source_forms() -> list[str]:
+    """How a spec of each kind is written, such as "npy:PATH"."""
+    return [kind.form for kind in _KINDS.values()]
+
+
 def find_kind(argument: str, spec: object) -> tuple[Kind, str]:
     """The kind of a spec, and what follows the colon in it."""
     name, colon, target = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     kind = _KINDS.get(name) or _installed(name)
     fits = kind is not None and bool(target) == bool(kind.target) == bool(colon)
-    *forms, last = (known.form for known in _KINDS.values())
+    *forms, last = source_forms()
     rule = f"{argument} must be {', '.join(forms)} or {last}"
     check("open_source", fits, rule, repr(spec))
     assert kind is not None

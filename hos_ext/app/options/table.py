@@ -7,7 +7,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_type_hints
 
-from .. import training
+from .. import data, training
 from ..training import TrainingOptions
 
 DATA, MODEL, OBJECTIVE, TRAINING, FOLDER = "Data", "Model", "Objective", "Training", "Run folder"
@@ -76,7 +76,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "digits",
         DATA,
-        "digits | parquet:PATH | folder:PATH | npy:PATH | hf:NAME | density:NAME.",
+        " | ".join(data.source_forms()) + ".",
     ),
     "test_data": Option(
         str, None, DATA, "A test set of its own, as --data.", measured="held-out rows"

@@ -1,12 +1,12 @@
 """The steps of chains, one class in one file each. `registry` knows them by name."""
 
-from .base import NormalStep, PlainStep, Report, Step, StepOptions, Walk
+from .base import NormalStep, PlainStep, Report, Step, StepOptions, Walk, step_noise
 from .cayley import OzakiCayley
 from .full import OzakiFull
 from .isotropic import OzakiIsotropic
 from .lanczos import OzakiLanczos
 from .langevin import Langevin
-from .laws import NormalLaw, diagonal_law, spectral_law
+from .laws import NormalLaw, diagonal_law, spectral_law, step_size_column
 from .metropolis import Metropolis, log_ratio
 from .ozaki import Ozaki
 from .points import Point
@@ -38,5 +38,7 @@ __all__ = [
     "method_names",
     "register_step",
     "spectral_law",
+    "step_noise",
+    "step_size_column",
     "unregister_step",
 ]

@@ -18,7 +18,7 @@ from ...ops.noise import draw_normal
 from ...random import STREAM_STEP, Key
 from ...scores import AnyScores, LogDensity, ScoreFn
 from ..arguments import whole
-from .laws import NormalLaw, column
+from .laws import NormalLaw, step_size_column
 from .points import Point, check_like_x, check_log_prob, check_parts, non_finite, refuse_kind
 
 CURVATURES = ("clamp", "abs", "raw")
@@ -198,7 +198,7 @@ class NormalStep(PlainStep):
 
     def move(self, here: Point, step_size: float | Tensor, key: Key, out: Tensor) -> Report:
         """A draw from `law`. A subclass with a fused operator overrides it by the same draw."""
-        new = self.law(here, column(step_size, here.x)).draw(step_noise(here.x, key))
+        new = self.law(here, step_size_column(step_size, here.x)).draw(step_noise(here.x, key))
         out.copy_(new.view(out.shape))
         return {}
 

@@ -14,7 +14,7 @@ from ...ops.reference import phi1, treat_curvature
 from ...random import Key
 from ...scores import AnyScores, DenseScores, MatrixFreeScores, UnscaledScores
 from .base import PlainStep, Report, step_noise
-from .laws import column
+from .laws import step_size_column
 from .points import Point
 
 
@@ -60,7 +60,7 @@ class OzakiLanczos(PlainStep):
 
         x, score = here.flat()
         push, spread = apply(drift, score), apply(noise, step_noise(here.x, key))
-        h = column(step_size, x)
+        h = step_size_column(step_size, x)
         new = x + h * push.values[0] + (2 * h).sqrt() * spread.values[0]
         out.copy_(new.view(out.shape))
         return {

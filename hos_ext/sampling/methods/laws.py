@@ -24,7 +24,7 @@ class NormalLaw(NamedTuple):
     log_density: Callable[[Tensor], Tensor]
 
 
-def column(step_size: float | Tensor, x: Tensor) -> Tensor:
+def step_size_column(step_size: float | Tensor, x: Tensor) -> Tensor:
     """h as a column (B, 1) or (1, 1), in the dtype and on the device of x."""
     return torch.as_tensor(step_size, dtype=x.dtype, device=x.device).reshape(-1, 1)
 

@@ -15,7 +15,7 @@ from ...ops.noise import draw_uniform
 from ...random import STREAM_ACCEPT, Key
 from ...scores import AnyScores, DenseScores, LogDensity, MatrixFreeScores, ScoreFn
 from .base import NormalStep, Report, Step, Target, step_noise
-from .laws import NormalLaw, column
+from .laws import NormalLaw, step_size_column
 from .points import Point, non_finite
 
 
@@ -93,7 +93,7 @@ class MetropolisWalk:
     def advance(self, key: Key) -> Report:
         """Proposes, then accepts or rejects."""
         x = self.x
-        h = column(self.step_size, x)
+        h = step_size_column(self.step_size, x)
         forward = self.proposal.law(self.here, h)
         new = forward.draw(step_noise(x, key))
         finite = new.isfinite().all(1)

@@ -32,7 +32,7 @@ def register_step(step: _Class) -> _Class:
         The class.
 
     Raises:
-        TypeError: step is not such a class.
+        TypeError: step is not such a class, or does not state what it accepts.
         ValueError: a name is taken.
 
     Example:
@@ -54,6 +54,7 @@ def register_step(step: _Class) -> _Class:
     where = "register_step"
     good = isinstance(step, type) and issubclass(step, PlainStep)
     check(where, good, "step must be a class derived from PlainStep", repr(step), TypeError)
+    check(where, hasattr(step, "accepts"), "step must state what it accepts", repr(step), TypeError)
     adjusted = step.adjusted_name if issubclass(step, NormalStep) else None
     for name in (step.name, adjusted):
         check(where, name not in method_names(), "name must be new", repr(name))
