@@ -7,6 +7,7 @@ are first asked for: `hos_ext.sampling.search_step_size`, `hos_ext.uncertainty.c
 import importlib
 from types import ModuleType
 
+from . import nn
 from .linalg import DPLR
 from .losses import ScoreMatchingLoss, score_matching_loss
 from .nn import MLP, SecondOrderHead, UNet, load_model, save_model
@@ -31,6 +32,9 @@ from .scores import Scores, UnscaledScores
 from .tweedie import Posterior, posterior
 
 __version__: str = build_info()["version"]
+
+# Here, because a room does not know the rooms beside it.
+nn.register_score_reader("diffusers", "hos_ext.integrations.diffusers:read_saved")
 
 __all__ = [
     "DPLR",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,9 +156,26 @@ def imported(module: str, modules: dict[str, str]) -> set[str]:
     return names
 
 
+def named(source: str) -> set[str]:
+    """The strings that name something in a room, as "hos_ext.ops.noise:draw"; no docstrings."""
+    tree, found = parse(source), set()
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, holders) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in prose:
+            match = re.match(r"hos_ext\.(\w+)", node.value) if isinstance(node.value, str) else None
+            if match and match[1] in MAY_IMPORT:
+                found.add(node.value)
+    return found
+
+
 def room_of(module: str) -> str:
     """The room of a module of the package: the first name below `hos_ext`."""
-    parts = module.split(".")
+    parts = module.split(":")[0].split(".")
     return parts[1] if len(parts) > 1 else FACE
 
 
@@ -212,6 +230,9 @@ def violations(modules: dict[str, str]) -> list[str]:
             room = room_of(name)
             if room not in MAY_IMPORT[room_of(module)] | {room_of(module)}:
                 found.append(f"{module}: imports {name}")
+        for name in named(source):
+            if room_of(name) not in MAY_IMPORT[room_of(module)] | {room_of(module)}:
+                found.append(f"{module}: names {name}")
         if module not in TOUCHES_PRIVATE:
             found += [f"{module}: touches {name}" for name in private_names(source)]
     return sorted({*found, *(f"cycle: {' -> '.join(c)}" for c in cycles(edges))})
@@ -257,12 +278,19 @@ def test_rooms_import_only_what_lies_below() -> None:
         ("linalg.dplr", "import torch\nx = torch._C._x()", "touches torch._C._x"),
         ("nn.mlp", "from torch import nn\nnn.modules._x.Y", "touches torch.nn.modules._x.Y"),
         ("nn.mlp", "from torch._dynamo import z", "touches torch._dynamo.z"),
+        ("nn.head", "X = {'a': 'hos_ext.app.runs:Run'}", "names hos_ext.app.runs:Run"),
+        ("densities.cauchy", "import_module('hos_ext.ops')", "names hos_ext.ops"),
         ("toolbox", "", "is in no room"),
     ],
 )
 def test_a_bad_import_is_found(module: str, source: str, message: str) -> None:
     modules = sources() | {f"hos_ext.{module}": source}
     assert f"hos_ext.{module}: {message}" in violations(modules)
+
+
+def test_prose_may_name_any_room() -> None:
+    source = "def f():\n    'hos_ext.app.runs calls this.'\n    return 'hos_ext.nowhere'"
+    assert violations(sources() | {"hos_ext.nn.head": source}) == []
 
 
 def test_a_cycle_is_found() -> None:

@@ -88,14 +88,16 @@ class Network(nn.Module):
         self._size = math.prod(dims)
         self._shape: tuple[int, ...] = self.dims
 
-    def forward(self, x: Tensor, sigma: Tensor | float, score: Tensor | None = None) -> Scores:
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, scaled_score: Tensor | None = None
+    ) -> Scores:
         """Scaled scores at noise level sigma.
 
         Args:
             x: noisy samples. Shape (B, *dims), dtype and device of the parameters. Data units.
             sigma: noise standard deviation, > 0 (a tensor is not checked for it, and gives NaN).
                 Float or shape (B,). Data units.
-            score: the known sigma * s1, as x, for a model with given_score. No units.
+            scaled_score: the known sigma * s1, as x, for a model with given_score. No units.
 
         Returns:
             Scores, without units: scaled_score sigma * s1 and c, shape (B, *dims); factor
@@ -103,23 +105,23 @@ class Network(nn.Module):
             MLP and D for a UNet, where it is a view of a convolution's channels.
 
         Raises:
-            TypeError: x or score is not a tensor.
-            ValueError: x, sigma or score has another shape, dtype or device, a float sigma is not
-                > 0, or score is given where it must not be, or the other way round.
+            TypeError: x or scaled_score is not a tensor.
+            ValueError: x, sigma or scaled_score has another shape, dtype or device, a float sigma
+                is not > 0, or scaled_score is given where it must not be, or the other way round.
         """
-        self._check_input(x, score)
+        self._check_input(x, scaled_score)
         level = noise_level(self.class_name, x, sigma, self.sigma_data)
         column = (-1, *[1] * len(self._shape))
         inverse_std, skip, k = (each.view(column) for each in level[1:])
         rows = x.reshape(x.shape[0], *self._shape)
         inputs = rows * inverse_std
-        if score is not None:
-            inputs = torch.cat([inputs, score.reshape(rows.shape)], 1)
+        if scaled_score is not None:
+            inputs = torch.cat([inputs, scaled_score.reshape(rows.shape)], 1)
         for_score, for_c, for_factor = self._features(inputs, level)
-        if score is None:
-            score = (self._raw_score(for_score, k) - skip * rows).reshape(x.shape)
+        if scaled_score is None:
+            scaled_score = (self._raw_score(for_score, k) - skip * rows).reshape(x.shape)
         c = c_head(self.c(for_c), k, self.constrained, self.c_min).reshape(x.shape)
-        return Scores(score, c, self._factor(for_factor, k) if self.rank else None)
+        return Scores(scaled_score, c, self._factor(for_factor, k) if self.rank else None)
 
     @abstractmethod
     def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +166,7 @@ class Network(nn.Module):
             "given_score": bool(self.given_score),
         }
 
-    def _check_input(self, x: Tensor, score: Tensor | None) -> None:
+    def _check_input(self, x: Tensor, scaled_score: Tensor | None) -> None:
         name, dtype = self.class_name, self.c.weight.dtype
         check(name, isinstance(x, Tensor), "x must be a tensor", lambda: repr(x), TypeError)
         if x.shape[1:] != self.dims:
@@ -174,9 +176,10 @@ class Network(nn.Module):
             fine = torch.is_autocast_enabled(x.device.type)
             check(name, fine, f"x must be {dtype} like the parameters", x.dtype)
         rule = "given (the model has given_score=True)" if self.given_score else "None"
-        check(name, self.given_score == (score is not None), f"score must be {rule}", score)
-        if score is not None:
-            check_like(name, "score", score, x)
+        fine = self.given_score == (scaled_score is not None)
+        check(name, fine, f"scaled_score must be {rule}", scaled_score)
+        if scaled_score is not None:
+            check_like(name, "scaled_score", scaled_score, x)
 
     # ------------------------------------------------------------------------------------- files
 

@@ -32,8 +32,8 @@ _HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
 _SCORE_FOLDER = "first_order"  # of the first-order model, in the folder of a saved head
 
 # Who reads the first-order model of a saved head: by its kind, "module:function". The module is
-# imported when a folder asks for it.
-_READERS = {"diffusers": "hos_ext.integrations.diffusers:read_saved"}
+# imported when a folder asks for it. `hos_ext` enters the readers of the package.
+_READERS: dict[str, str] = {}
 
 
 @runtime_checkable
@@ -84,11 +84,13 @@ class SecondOrderHead(nn.Module):
     `posterior(x_t, model(x_t / alpha, sigma / alpha), sigma, alpha)`.
 
     Args:
-        score: `score(x, sigma)` -> sigma * s1 as x, for x = x0 + sigma z, or -> `Scores`, of which
-            scaled_score counts: a `DiffusersScore`, a model of ours, any function. Smooth in x
-            where variance is reduced. A module is frozen in place.
-        head: `head(x, sigma, score) -> Scores`: an `MLP` or `UNet` made with given_score=True.
-        scaled: False: score returns s1 itself.
+        score_model: the first-order model. `score_model(x, sigma)` -> sigma * s1 as x, for
+            x = x0 + sigma z, or -> `Scores`, of which scaled_score counts: a `DiffusersScore`, a
+            model of ours, any function. Smooth in x where variance is reduced. A module is frozen
+            in place.
+        head: `head(x, sigma, scaled_score) -> Scores`: an `MLP` or `UNet` made with
+            given_score=True.
+        scaled: False: score_model returns s1 itself.
 
     Attributes:
         score_model: the first-order model, as it was given.
@@ -96,31 +98,31 @@ class SecondOrderHead(nn.Module):
         gradient_checkpointing: that of the head.
 
     Raises:
-        TypeError: score is not callable, or head not a module.
+        TypeError: score_model is not callable, or head not a module.
         ValueError: head was made without given_score=True.
 
     Example:
         >>> import hos_ext, torch
-        >>> score = lambda x, sigma: -sigma * x / (1 + sigma**2)  # of standard normal samples
-        >>> model = hos_ext.SecondOrderHead(score, hos_ext.MLP((2,), 1, given_score=True))
+        >>> score_model = lambda x, sigma: -sigma * x / (1 + sigma**2)  # for data from N(0, I)
+        >>> model = hos_ext.SecondOrderHead(score_model, hos_ext.MLP((2,), 1, given_score=True))
         >>> scores = model(torch.ones(1, 2), 0.5)
         >>> scores.scaled_score, scores.factor.shape
         (tensor([[-0.4000, -0.4000]]), torch.Size([1, 2, 1]))
     """
 
-    def __init__(self, score: ScoreModel, head: nn.Module, *, scaled: bool = True) -> None:
+    def __init__(self, score_model: ScoreModel, head: nn.Module, *, scaled: bool = True) -> None:
         super().__init__()
         where = "SecondOrderHead"
-        got = type(score).__name__
-        check(where, callable(score), "score must be callable", got, TypeError)
+        got = type(score_model).__name__
+        check(where, callable(score_model), "score_model must be callable", got, TypeError)
         got = type(head).__name__
         check(where, isinstance(head, nn.Module), "head must be a module", got, TypeError)
         given = getattr(head, "given_score", True)
         check(where, given, "head must be made with given_score=True", f"{got} without it")
-        if isinstance(score, nn.Module):
-            score.requires_grad_(False).eval()
+        if isinstance(score_model, nn.Module):
+            score_model.requires_grad_(False).eval()
         # Its name in the weights of a checkpoint, which `score_model` shows under the package's.
-        self.first_order = score
+        self.first_order = score_model
         self.head = head
         self.scaled = scaled
 
@@ -156,7 +158,7 @@ class SecondOrderHead(nn.Module):
             Scores. Where x asks for a gradient it goes through the first-order model too.
 
         Raises:
-            TypeError, ValueError: what the score and the head raise, or the score does not fit x.
+            TypeError, ValueError: what score_model and the head raise, or the score does not fit x.
         """
         where = "SecondOrderHead"
         # Not under autocast: it stays as it is, and the head learns beside the score it will see.
@@ -166,20 +168,21 @@ class SecondOrderHead(nn.Module):
                 torch.is_grad_enabled() and (x.requires_grad or functorch_active())
             ),
         ):
-            given = self.score_model(x, sigma)
-            if isinstance(given, Scores):
-                given = given.scaled_score
-            elif not self.scaled and isinstance(given, Tensor):
-                given = positive(where, "sigma", sigma, x) * given
-        check_like(where, "score from the first-order model", given, x)
-        scores = self.head(x, sigma, given)
+            scaled_score = self.score_model(x, sigma)
+            if isinstance(scaled_score, Scores):
+                scaled_score = scaled_score.scaled_score
+            elif not self.scaled and isinstance(scaled_score, Tensor):
+                scaled_score = positive(where, "sigma", sigma, x) * scaled_score
+        check_like(where, "score from score_model", scaled_score, x)
+        scores = self.head(x, sigma, scaled_score)
         if not isinstance(scores, Scores):
             raise TypeError(f"{where}: head must return Scores, got {type(scores).__name__}")
-        return scores._replace(scaled_score=given)
+        return scores._replace(scaled_score=scaled_score)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain JSON: the config of the head, and the fingerprint of a score that can be saved.
+        """Plain JSON: the config of the head, and the fingerprint of a score_model that can be
+        saved.
 
         Raises:
             TypeError, ValueError: the head is none that can be saved.
@@ -187,8 +190,8 @@ class SecondOrderHead(nn.Module):
         if not isinstance(self.head, Network):
             got = type(self.head).__name__
             raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {got}")
-        score = self.first_order
-        fingerprint = score.fingerprint() if isinstance(score, SavableScore) else None
+        known = isinstance(self.first_order, SavableScore)
+        fingerprint = self.first_order.fingerprint() if known else None
         return {
             "_class_name": "SecondOrderHead",
             "scaled": self.scaled,
@@ -201,7 +204,7 @@ class SecondOrderHead(nn.Module):
 
         A diffusers network goes to first_order/unet and first_order/scheduler, in the format of
         diffusers and with a manifest each, if it is not there yet. So does any `SavableScore`, to
-        the files of its own. Any other score is not saved.
+        the files of its own. Any other first-order model is not saved.
 
         Raises:
             ValueError: the folder holds another first-order model. Likewise what `save_model`
@@ -210,9 +213,9 @@ class SecondOrderHead(nn.Module):
         config = self.config
         fingerprint, place = config["first_order"], Path(folder) / _SCORE_FOLDER
         if fingerprint is not None:
-            score: Any = self.first_order
+            score_model: Any = self.first_order
             read = _reader(place, fingerprint)
-            score.save_pretrained(place)
+            score_model.save_pretrained(place)
             same = read(place, fingerprint, device="cpu").fingerprint() == fingerprint
             rule = "folder must not hold another first-order model"
             check("save_pretrained", same, rule, f"one in {place}")
@@ -224,23 +227,23 @@ class SecondOrderHead(nn.Module):
         cls,
         folder: Path | str,
         *,
-        score: ScoreModel | None = None,
+        score_model: ScoreModel | None = None,
         device: torch.device | str = "cpu",
     ) -> SecondOrderHead:
         """Reads what `save_pretrained` wrote. The model is in eval mode.
 
         Args:
             folder: as given to `save_pretrained`.
-            score: the score that the head was trained with, if it was not saved.
-            device: for the head, and for a score that was saved.
+            score_model: the first-order model that the head was trained with, if it was not saved.
+            device: for the head, and for a first-order model that was saved.
 
         Raises:
             ValueError: the folder holds no such model or another first-order model than the head
-                was trained with, or score is missing or given where the folder has one.
+                was trained with, or score_model is missing or given where the folder has one.
             RuntimeError: safetensors or diffusers is missing.
         """
         config, state = read_weights(folder)
-        return cls.from_weights(folder, config, state, score=score, device=device)
+        return cls.from_weights(folder, config, state, score_model=score_model, device=device)
 
     @classmethod
     def from_weights(
@@ -249,7 +252,7 @@ class SecondOrderHead(nn.Module):
         config: dict[str, Any],
         state: dict[str, Tensor],
         *,
-        score: ScoreModel | None = None,
+        score_model: ScoreModel | None = None,
         device: torch.device | str,
     ) -> SecondOrderHead:
         """The model of a config and of the weights of its head. In eval mode.
@@ -261,18 +264,18 @@ class SecondOrderHead(nn.Module):
         check(where, got == "SecondOrderHead", rule, f"{got} in {folder}")
         fingerprint, place = config.get("first_order"), Path(folder) / _SCORE_FOLDER
         if fingerprint is not None:
-            rule = "score must be None where the folder has its own"
-            check(where, score is None, rule, f"one for {folder}")
-            score = saved = _reader(place, fingerprint)(place, fingerprint, device=device)
+            rule = "score_model must be None where the folder has its own"
+            check(where, score_model is None, rule, f"one for {folder}")
+            score_model = saved = _reader(place, fingerprint)(place, fingerprint, device=device)
             rule = "folder must hold the first-order model that the head was trained with"
             check(where, saved.fingerprint() == fingerprint, rule, f"another one in {place}")
-        if score is None:
-            rule = "score must be given (the head was trained with one that is not saved)"
+        if score_model is None:
+            rule = "score_model must be given (the head was trained with one that is not saved)"
             raise ValueError(f"{where}: {rule}, got None for {folder}")
         name, rule = config["head"].get("_class_name"), f"a head of class {', '.join(_HEADS)}"
         check_folder(name in _HEADS, rule, f"{name!r} in {Path(folder) / WEIGHTS}")
         head = _HEADS[name].from_weights(folder, config["head"], state, device=device)
-        return cls(score, head, scaled=config["scaled"]).eval()
+        return cls(score_model, head, scaled=config["scaled"]).eval()
 
 
 def _reader(place: Path, fingerprint: Mapping[str, str]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ class MLP(Network):
             construction. False: the paper's head, c free.
         c_min: least value of c when constrained, >= 0. c is the posterior variance over sigma^2.
         given_score: a second-order head for a score that is known (see `SecondOrderHead`). There is
-            no score network: `model(x, sigma, score)` sees the scaled score beside x, and returns
+            no score network: `model(x, sigma, scaled_score)` sees it beside x, and returns
             it with c and the factor. width and depth are then those of the shared trunk only.
 
     The score and c start at the values for Gaussian data, the constrained c at c_min more than

@@ -410,7 +410,7 @@ def test_gradient_checkpointing_is_that_of_the_head():
 
 def test_head_refuses_other_kinds():
     rule = "SecondOrderHead: "
-    with pytest.raises(TypeError, match=exactly(f"{rule}score must be callable, got float")):
+    with pytest.raises(TypeError, match=exactly(f"{rule}score_model must be callable, got float")):
         SecondOrderHead(1.0, head())
     with pytest.raises(TypeError, match=exactly(f"{rule}head must be a module, got function")):
         SecondOrderHead(exact_score, exact_score)
@@ -419,9 +419,7 @@ def test_head_refuses_other_kinds():
         SecondOrderHead(exact_score, MLP(DIMS, 2))
     x = noisy(0.4)
     bad = SecondOrderHead(lambda x, sigma: x[:1], head().double())
-    message = (
-        f"{rule}score from the first-order model must have shape (6, 1, 2, 4), got (1, 1, 2, 4)"
-    )
+    message = f"{rule}score from score_model must have shape (6, 1, 2, 4), got (1, 1, 2, 4)"
     with pytest.raises(ValueError, match=exactly(message)):
         bad(x, 0.4)
     bad = SecondOrderHead(exact_score, Third())
@@ -647,12 +645,12 @@ def test_head_on_any_function_is_saved_without_it(tmp_path):
     model = SecondOrderHead(rows_of_score, head())
     model.save_pretrained(tmp_path, step=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    again = SecondOrderHead.from_pretrained(tmp_path, score=rows_of_score)
+    again = SecondOrderHead.from_pretrained(tmp_path, score_model=rows_of_score)
     x = noisy(0.4, 3, torch.float32)
     assert torch.equal(again(x, 0.4).c, model(x, 0.4).c)
     message = (
-        "SecondOrderHead.from_pretrained: score must be given (the head was trained with one that "
-        f"is not saved), got None for {tmp_path}"
+        "SecondOrderHead.from_pretrained: score_model must be given (the head was trained with one "
+        f"that is not saved), got None for {tmp_path}"
     )
     for call in (SecondOrderHead.from_pretrained, load_model):
         with pytest.raises(ValueError, match=exactly(message)):
@@ -716,9 +714,11 @@ def test_networks_do_not_wait_for_other_libraries():
 def test_loading_refuses_a_second_score_and_other_classes(diffusers, tmp_path):
     frozen_unet(diffusers).save_pretrained(tmp_path / "head")
     rule = "SecondOrderHead.from_pretrained:"
-    message = f"{rule} score must be None where the folder has its own, got one for {tmp_path}/head"
+    message = (
+        f"{rule} score_model must be None where the folder has its own, got one for {tmp_path}/head"
+    )
     with pytest.raises(ValueError, match=exactly(message)):
-        SecondOrderHead.from_pretrained(tmp_path / "head", score=rows_of_score)
+        SecondOrderHead.from_pretrained(tmp_path / "head", score_model=rows_of_score)
     MLP(DIMS, 1).save_pretrained(tmp_path / "mlp")
     message = f"{rule} folder must hold SecondOrderHead, got MLP in {tmp_path}/mlp"
     with pytest.raises(ValueError, match=exactly(message)):

@@ -601,17 +601,19 @@ def test_head_and_whole_model_refuse_each_others_call(build):
     head, whole = build(given_score=True), build()
     name = type(head).__name__
     x = inputs(head, 2, 0.3)
-    message = f"{name}: score must be given (the model has given_score=True), got None"
+    message = f"{name}: scaled_score must be given (the model has given_score=True), got None"
     with pytest.raises(ValueError, match=exactly(message)):
         head(x, 0.3)
     got = f"shape {tuple(x.shape)} torch.float32 on cpu"
-    with pytest.raises(ValueError, match=exactly(f"{name}: score must be None, got {got}")):
+    with pytest.raises(ValueError, match=exactly(f"{name}: scaled_score must be None, got {got}")):
         whole(x, 0.3, x)
     shape = tuple(x.shape)
-    message = f"{name}: score must have shape {shape}, got {(1, *shape[1:])}"
+    message = f"{name}: scaled_score must have shape {shape}, got {(1, *shape[1:])}"
     with pytest.raises(ValueError, match=exactly(message)):
         head(x, 0.3, x[:1])
-    with pytest.raises(TypeError, match=exactly(f"{name}: score must be a Tensor, got float")):
+    with pytest.raises(
+        TypeError, match=exactly(f"{name}: scaled_score must be a Tensor, got float")
+    ):
         head(x, 0.3, 0.5)
 
 

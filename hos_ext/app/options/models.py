@@ -44,20 +44,20 @@ def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
         else:
             model = UNet(shape, options["rank"], **common)
     if options["first_order"] is not None:
-        model = SecondOrderHead(_given_score(options), model)
+        model = SecondOrderHead(_score_model(options), model)
     if options["recompute"]:
         model.gradient_checkpointing = True
     return model
 
 
-def _given_score(options: Mapping[str, Any]) -> DiffusersScore:
+def _score_model(options: Mapping[str, Any]) -> DiffusersScore:
     """The pretrained first-order model that the options name."""
     kind, _, folder = options["first_order"].partition(":")
     good = kind == "diffusers" and folder
     check("train", good, "first_order must be diffusers:FOLDER", options["first_order"])
-    score = from_diffusers(folder)
-    low, high = score.sigma_range
+    score_model = from_diffusers(folder)
+    low, high = score_model.sigma_range
     rule = f"sigma must lie in {low:g} to {high:g}, the noise levels of the first-order model"
     good = low <= options["sigma"][0] <= options["sigma"][1] <= high
     check("train", good, rule, options["sigma"])
-    return score
+    return score_model
