@@ -2,6 +2,7 @@
 
 from .annealed import annealed_langevin
 from .guidance import condition, condition_mean, guided
+from .inputs import GridOptions, ReverseOptions
 from .likelihood import log_likelihood
 from .reverse import (
     predictor_corrector,
@@ -13,6 +14,8 @@ from .reverse import (
 )
 
 __all__ = [
+    "GridOptions",
+    "ReverseOptions",
     "annealed_langevin",
     "condition",
     "condition_mean",

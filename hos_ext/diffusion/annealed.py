@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..checks import check, check_int, check_number, check_samples
 from ..sampling.chains import Chains, sample
-from ..sampling.methods import Method, make_step
+from ..sampling.methods import Method, StepOptions, make_step
 from ..scores import Model, UnscaledScores, model_scores
-from .inputs import check_chain_options, descending, noise_key
+from .inputs import check_options, descending, noise_key
 from .steps import chain_scores, chain_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def annealed_langevin(
@@ -27,7 +30,7 @@ def annealed_langevin(
     seed: int | None = None,
     first_chain: int = 0,
     chunk_size: int | None = None,
-    **options: Any,
+    **options: Unpack[StepOptions],
 ) -> Chains:
     """Markov chains at falling noise levels, each level started where the last one ended.
 
@@ -41,7 +44,7 @@ def annealed_langevin(
         n_steps: steps at each level.
         thin, seed, first_chain, chunk_size: as `sample`. The number of the step goes on from level
             to level: no noise is used twice.
-        options: further arguments of `sample`: curvature, tolerance, max_iterations.
+        options: further arguments of `sample`, see `StepOptions`.
 
     Returns:
         Chains of the last level, whose target is the data with noise sigmas[-1]. In `stats`
@@ -72,7 +75,7 @@ def annealed_langevin(
     levels = descending(where, "sigmas", sigmas, 1)
     check(where, levels[-1] > 0, "sigmas must be positive", levels[-1])
     relative = check_number(where, "step_size", step_size)
-    check_chain_options(where, options)
+    check_options(where, options, StepOptions)
     step = make_step(method, where=where, **options)
     check_int(where, "n_steps", n_steps, 2**31)
     check_int(where, "first_chain", first_chain, 2**63)

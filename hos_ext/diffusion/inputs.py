@@ -1,17 +1,59 @@
-"""What the samplers take: the grid of times that they go down, and the key of their noise."""
+"""What the samplers take: options by name, the grid of times, and the key of their noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ..checks import check, check_count, check_first, check_int
 from ..random import Key, fresh_seed
+from ..sampling.methods import StepOptions
 from ..schedules import Schedule
+
+
+class GridOptions(TypedDict, total=False):
+    """How a sampler goes down in time. Exactly one of n_steps and times must be given.
+
+    Keys:
+        n_steps: steps of the grid `schedule.times(n_steps)`.
+        times: a descending grid of at least two times within [t_min, t_max].
+        first: global index of row 0. Default 0.
+        chunk_size: samples run this many at a time, which bounds the model's memory. None, the
+            default: all.
+    """
+
+    n_steps: int | None
+    times: Sequence[float] | Tensor | None
+    first: int
+    chunk_size: int | None
+
+
+class ReverseOptions(GridOptions, total=False):
+    """What the samplers that draw noise share.
+
+    Keys:
+        n_steps, times, first, chunk_size: see `GridOptions`.
+        seed: key of the noise. None, the default, draws one from torch's default generator.
+        offset: number of the first step. A run over times[:k + 1] and one over times[k:] with
+            offset k more are one run. Default 0.
+    """
+
+    seed: int | None
+    offset: int
+
+
+class CorrectorOptions(ReverseOptions, StepOptions, total=False):
+    """What `predictor_corrector` takes besides: both for the run and for the corrector.
+
+    Keys:
+        n_steps, times, first, chunk_size, seed, offset: see `ReverseOptions`.
+        curvature, tolerance, max_iterations: see `StepOptions`.
+    """
 
 
 def time_grid(
@@ -59,9 +101,14 @@ def noise_key(
     return Key(seed, offset, first)
 
 
-def check_chain_options(where: str, options: Iterable[str]) -> None:
-    """Those arguments of `sample` that a sampler does not set itself."""
-    known = ("curvature", "tolerance", "max_iterations")
+def option_names(kind: type) -> tuple[str, ...]:
+    """The names of a TypedDict, those that it inherits first."""
+    return tuple(kind.__annotations__)
+
+
+def check_options(where: str, options: Iterable[str], kind: type) -> None:
+    """Refuses a name that this TypedDict of options does not have."""
+    known = option_names(kind)
     for name in options:
         rule = f"options must be among {', '.join(known)}"
         check(where, name in known, rule, repr(name), TypeError)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,19 @@ from torch import Tensor
 from .. import ops
 from ..checks import check, check_count, check_int, check_number, check_samples, one_of
 from ..random import STREAM_PRIOR
-from ..sampling.methods import Method, make_step
+from ..sampling.methods import Method, StepOptions, make_step
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
-from .inputs import check_chain_options, noise_key, time_grid
+from .inputs import (
+    CorrectorOptions,
+    GridOptions,
+    ReverseOptions,
+    check_options,
+    noise_key,
+    option_names,
+    time_grid,
+)
 from .steps import (
     Run,
     Step,
@@ -36,6 +44,9 @@ from .steps import (
     heun_sde,
     second_order,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SDE_STEPS: dict[str, Step] = {"euler": euler_sde, "heun": heun_sde}
 _ODE_STEPS: dict[str, Step] = {"euler": euler_ode, "heun": heun_ode}
@@ -92,13 +103,8 @@ def reverse_sde(
     init: Tensor,
     schedule: Schedule,
     *,
-    n_steps: int | None = None,
-    times: Sequence[float] | Tensor | None = None,
     method: str = "euler",
-    seed: int | None = None,
-    offset: int = 0,
-    first: int = 0,
-    chunk_size: int | None = None,
+    **options: Unpack[ReverseOptions],
 ) -> Tensor:
     """Anderson's reverse SDE dx = [-(beta / 2) x - g^2 s1(x, t)] dt + g dw, dt < 0.
 
@@ -110,14 +116,9 @@ def reverse_sde(
         init: x at the first time, such as a `prior`. Shape (B, *dims), float32 or float64. It is
             not changed.
         schedule: a `Schedule`.
-        n_steps: steps of the grid `schedule.times(n_steps)`; or else `times`.
-        times: a descending grid of at least two times within [t_min, t_max].
         method: "euler" or "heun".
-        seed: key of the noise; None draws one from torch's default generator.
-        offset: number of the first step. A run over times[:k + 1] and one over times[k:] with
-            offset k more are one run.
-        first: global index of row 0.
-        chunk_size: samples run this many at a time, which bounds the model's memory. None: all.
+        options: the grid of times, the noise and the chunks, see `ReverseOptions`. One of n_steps
+            and times must be given.
 
     Returns:
         x at the last time, as init.
@@ -145,8 +146,8 @@ def reverse_sde(
     """
     where = "reverse_sde"
     step = _SDE_STEPS[one_of(where, "method", method, _SDE_STEPS)]
-    grid = n_steps, times
-    return _descend(where, step, model, init, schedule, grid, (seed, offset, first), chunk_size)
+    check_options(where, options, ReverseOptions)
+    return _descend(where, step, model, init, schedule, **options)
 
 
 def probability_flow_ode(
@@ -154,20 +155,18 @@ def probability_flow_ode(
     init: Tensor,
     schedule: Schedule,
     *,
-    n_steps: int | None = None,
-    times: Sequence[float] | Tensor | None = None,
     method: str = "heun",
-    first: int = 0,
-    chunk_size: int | None = None,
+    **options: Unpack[GridOptions],
 ) -> Tensor:
     """The ODE dx = [-(beta / 2) x - (g^2 / 2) s1(x, t)] dt with the marginals of the SDE.
 
     Deterministic. "euler": order 1, one model call a step; "heun": order 2, two calls a step.
 
     Args:
-        model, init, schedule, n_steps, times, chunk_size: as `reverse_sde`.
+        model, init, schedule: as `reverse_sde`.
         method: "euler" or "heun".
-        first: global index of row 0, for the error messages alone.
+        options: the grid of times and the chunks, see `GridOptions`. `first` is for the error
+            messages alone.
 
     Returns:
         x at the last time, as init. A Gaussian N(m, S) is mapped, each eigendirection of S by
@@ -195,8 +194,8 @@ def probability_flow_ode(
     """
     where = "probability_flow_ode"
     step = _ODE_STEPS[one_of(where, "method", method, _ODE_STEPS)]
-    grid = n_steps, times
-    return _descend(where, step, model, init, schedule, grid, (0, 0, first), chunk_size)
+    check_options(where, options, GridOptions)
+    return _descend(where, step, model, init, schedule, seed=0, **options)
 
 
 def second_order_reverse(
@@ -204,13 +203,8 @@ def second_order_reverse(
     init: Tensor,
     schedule: Schedule,
     *,
-    n_steps: int | None = None,
-    times: Sequence[float] | Tensor | None = None,
     covariance_form: str = "low_rank",
-    seed: int | None = None,
-    offset: int = 0,
-    first: int = 0,
-    chunk_size: int | None = None,
+    **options: Unpack[ReverseOptions],
 ) -> Tensor:
     """Ancestral steps with the posterior covariance of the model in the noise of the step.
 
@@ -228,11 +222,12 @@ def second_order_reverse(
     the law is exact for every number of steps ("diagonal": if the data's covariance is diagonal).
 
     Args:
-        model, init, schedule, n_steps, times, seed, offset, first, chunk_size: as `reverse_sde`.
-            The noise is that of `Posterior.sample` with the same seed and offset: a draw from the
-            posterior at the end takes another seed, or the number of steps as its offset.
+        model, init, schedule: as `reverse_sde`.
         covariance_form: "low_rank", the whole C; "diagonal", its diagonal; "none", for which the
             model's score is all that is used (its c may be None).
+        options: see `ReverseOptions`. The noise is that of `Posterior.sample` with the same seed
+            and offset: a draw from the posterior at the end takes another seed, or the number of
+            steps as its offset.
 
     Returns:
         x at the last time, as init.
@@ -257,8 +252,8 @@ def second_order_reverse(
     """
     where = "second_order_reverse"
     step = second_order(one_of(where, "covariance_form", covariance_form, _COVARIANCE_FORMS))
-    grid = n_steps, times
-    return _descend(where, step, model, init, schedule, grid, (seed, offset, first), chunk_size)
+    check_options(where, options, ReverseOptions)
+    return _descend(where, step, model, init, schedule, **options)
 
 
 def predictor_corrector(
@@ -266,23 +261,17 @@ def predictor_corrector(
     init: Tensor,
     schedule: Schedule,
     *,
-    n_steps: int | None = None,
-    times: Sequence[float] | Tensor | None = None,
     predictor: str = "euler",
     corrector: Method = "langevin",
     corrector_steps: int = 1,
     corrector_step_size: float = 0.1,
     covariance_form: str = "low_rank",
-    seed: int | None = None,
-    offset: int = 0,
-    first: int = 0,
-    chunk_size: int | None = None,
-    **options: Any,
+    **options: Unpack[CorrectorOptions],
 ) -> Tensor:
     """A reverse step to each time, then steps of a Markov chain that keep its marginal.
 
     Args:
-        model, init, schedule, n_steps, times, seed, offset, first, chunk_size: as `reverse_sde`.
+        model, init, schedule: as `reverse_sde`.
         predictor: "euler" or "heun" of `reverse_sde`, or "second_order".
         corrector: a method of `sample`: "langevin", "ozaki", ... ("langevin" uses the model's score
             alone; "mala" does where its c is None).
@@ -290,7 +279,7 @@ def predictor_corrector(
             (offset + k) corrector_steps onwards, none of it used twice.
         corrector_step_size: h of `sample` in units of sigma(t)^2, > 0.
         covariance_form: of the predictor "second_order".
-        options: further arguments of `sample` for the corrector: curvature, tolerance,
+        options: see `ReverseOptions`, and for the corrector `StepOptions`: curvature, tolerance,
             max_iterations.
 
     Returns:
@@ -321,13 +310,14 @@ def predictor_corrector(
     second = second_order(one_of(where, "covariance_form", covariance_form, _COVARIANCE_FORMS))
     steps = {**_SDE_STEPS, "second_order": second}
     predict = steps[one_of(where, "predictor", predictor, steps)]
-    check_chain_options(where, options)
-    chain_step = make_step(corrector, where=where, argument="corrector", **options)
+    settings: dict[str, Any] = dict(options)
+    shared = {name: settings.pop(name) for name in options if name in option_names(ReverseOptions)}
+    check_options(where, settings, StepOptions)
+    chain_step = make_step(corrector, where=where, argument="corrector", **settings)
     check_int(where, "corrector_steps", corrector_steps, 2**31)
     step_size = check_number(where, "corrector_step_size", corrector_step_size)
     step = corrected(predict, chain_step, corrector_steps, step_size)
-    grid = n_steps, times
-    return _descend(where, step, model, init, schedule, grid, (seed, offset, first), chunk_size)
+    return _descend(where, step, model, init, schedule, **shared)
 
 
 def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tensor) -> Posterior:
@@ -378,23 +368,25 @@ def _descend(
     model: Model,
     init: Tensor,
     schedule: Schedule,
-    grid: tuple[int | None, Sequence[float] | Tensor | None],
-    noise: tuple[int | None, int, int],
-    chunk_size: int | None,
+    *,
+    n_steps: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
+    first: int = 0,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """What all samplers share: their checks, and the way down the grid, chunk by chunk.
 
     Args:
         where: the public function, for messages.
         step: from one time of the grid to the next.
-        model, init, schedule, chunk_size: as `reverse_sde`.
-        grid: n_steps and times.
-        noise: seed, offset and first.
+        model, init, schedule: as `reverse_sde`.
+        n_steps, times, seed, offset, first, chunk_size: see `ReverseOptions`.
     """
     check_samples(where, "init", init)
     check_schedule(where, schedule)
-    times = time_grid(where, schedule, *grid)
-    seed, offset, first = noise
+    grid = time_grid(where, schedule, n_steps, times)
     key = noise_key(where, init.shape, seed, offset, first)
     chunk = max(len(init), 1)
     if chunk_size is not None:
@@ -405,7 +397,7 @@ def _descend(
         for low in range(0, len(init), chunk):
             run = Run(where, model, schedule, key._replace(first=first + low))
             x = init[low : low + chunk].detach()
-            for number, (t, s) in enumerate(pairwise(times), offset):
+            for number, (t, s) in enumerate(pairwise(grid), offset):
                 x = step(run, x, t, s, number)
                 run.check_finite("x after a step", x, s)
             out[low : low + chunk] = x
