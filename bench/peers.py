@@ -1,7 +1,7 @@
 """What the operators are measured against, and the inputs on which.
 
 Variants, one name each everywhere: "hos_ext"; "eager", the closed form in plain torch, which is
-`hos_ext.reference`; "compiled", the same under torch.compile; "lean" and "lean compiled", the
+`hos_ext.ops.reference`; "compiled", the same under torch.compile; "lean" and "lean compiled", the
 closed form written for speed alone (no sign; no differences first, so its float32 value loses
 digits as sigma goes to 0); "dense", D x D matrices as one writes the formulas down. "hos_ext out="
 writes into a given tensor; "kernels" are ours without checks and autograd, into given gradients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.metadata
 import os
 import re
@@ -100,3 +101,12 @@ def test_the_wheel_needs_no_more_than_torch_and_numpy():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("hos_ext is on the path but not installed")
     assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.6", "numpy"]
+
+
+def test_raw_cells_stay_out_of_the_source_distribution():
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    cells = [path.relative_to(ROOT).as_posix() for path in (ROOT / "bench").rglob("*.jsonl")]
+    assert len(cells) > 5
+    for cell in cells:
+        assert any(fnmatch.fnmatch(cell, pattern) for pattern in settings["sdist"]["exclude"]), cell

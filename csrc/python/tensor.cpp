@@ -7,8 +7,13 @@
 
 namespace hos {
 
-Torch torch;
-Names names;
+namespace {
+Torch held_torch;  // set by connect
+Names held_names;
+}  // namespace
+
+const Torch& torch = held_torch;
+const Names& names = held_names;
 
 // The binary interface of DLPack 1: what is needed of it, in its order.
 struct DlTensor {
@@ -133,21 +138,22 @@ void connect(const py::object& exchange, const py::object& tensor, const py::tup
              const py::object& fresh_seed, const py::object& threads) {
   if (names.is_neg == nullptr) {
     const auto intern = [](const char* name) { return PyUnicode_InternFromString(name); };
-    names = {intern("is_neg"), intern("requires_grad"), intern("is_cpu"),   intern("dtype"),
-             intern("shape"),  intern("stride"),        intern("data_ptr"), intern("new_empty")};
+    held_names = {intern("is_neg"),   intern("requires_grad"), intern("is_cpu"),
+                  intern("dtype"),    intern("shape"),         intern("stride"),
+                  intern("data_ptr"), intern("new_empty")};
   }
-  torch.exchange = exchange_of(exchange);
+  held_torch.exchange = exchange_of(exchange);
   const auto keep = [](PyObject*& place, const py::object& value) {
     Py_XSETREF(place, value.inc_ref().ptr());
   };
-  keep(torch.tensor, tensor);
-  keep(torch.dtypes, dtypes);
-  keep(torch.watchers, watchers);
-  keep(torch.grad_enabled, grad_enabled);
-  keep(torch.empty_like, empty_like);
-  keep(torch.increment_version, increment_version);
-  keep(torch.fresh_seed, fresh_seed);
-  keep(torch.threads, threads);
+  keep(held_torch.tensor, tensor);
+  keep(held_torch.dtypes, dtypes);
+  keep(held_torch.watchers, watchers);
+  keep(held_torch.grad_enabled, grad_enabled);
+  keep(held_torch.empty_like, empty_like);
+  keep(held_torch.increment_version, increment_version);
+  keep(held_torch.fresh_seed, fresh_seed);
+  keep(held_torch.threads, threads);
 }
 
 }  // namespace hos

@@ -21,13 +21,13 @@ struct Torch {
   PyObject *grad_enabled, *empty_like, *increment_version, *fresh_seed, *threads;
   const DlExchange* exchange;
 };
-extern Torch torch;
+extern const Torch& torch;
 
 // The names of attributes and methods of a tensor.
 struct Names {
   PyObject *is_neg, *requires_grad, *is_cpu, *dtype, *shape, *stride, *data_ptr, *new_empty;
 };
-extern Names names;
+extern const Names& names;
 
 // `exchange`: DLPack's capsule, or None. The others: torch.Tensor; the dtypes in the order of
 // DType; functions that answer whether something watches the calls; and torch's functions.

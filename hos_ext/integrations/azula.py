@@ -116,7 +116,7 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
     check("azula_denoiser", fine, "schedule must be a Schedule, or one of azula", got, TypeError)
 
     class SecondOrderDenoiser(azula.Denoiser):  # type: ignore[misc, name-defined]
-        """Made by `hos_ext.azula_denoiser`."""
+        """Made by `hos_ext.integrations.azula_denoiser`."""
 
         def __init__(self) -> None:
             super().__init__()
