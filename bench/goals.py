@@ -1,8 +1,8 @@
 """The goals of speed, all of them, and the gate that compares measured medians with them.
 
-"eager" and "compiled" are the closed form of `hos_ext.ops.reference` and torch.compile of it. The form
-written for speed alone, "lean" and "lean compiled" (`peers`), is measured beside them in every case
-and has no goal: its float32 value loses digits as sigma goes to 0.
+"eager" and "compiled" are the closed form of `hos_ext.ops.reference` and torch.compile of it. The
+form written for speed alone, "lean" and "lean compiled" (`peers`), is measured beside them in every
+case and has no goal: its float32 value loses digits as sigma goes to 0.
 """
 
 from __future__ import annotations
