@@ -19,7 +19,7 @@ BOTH, FORWARD = "forward+backward", "forward"
 class Goal(NamedTuple):
     """A bound on one figure of one case.
 
-    Fields:
+    Attributes:
         op, mode, shape: the case.
         against: the contestants that `own` is compared with, by the fastest of them (at_least) or
             by the sum of their times (at_most). Empty: the microseconds of `own` by itself.

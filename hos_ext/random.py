@@ -17,7 +17,7 @@ _CPU, _SEEDS = torch.device("cpu"), 2**63 - 1
 class Key(NamedTuple):
     """Where noise begins: what every function that draws hands on to the next.
 
-    Fields:
+    Attributes:
         seed: the key of the generator. 64 bits; an int or a 0-d int64 tensor.
         offset: the number of the draw, in [0, 2**56); an int or a 0-d int64 tensor.
         first: the global index of row 0, so that a part of a batch draws what the whole would.
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 class Stream(NamedTuple):
     """A stream of the generator.
 
-    Fields:
+    Attributes:
         number: 0 to 63 for this package, 64 to 255 for users.
         owners: the rooms that draw from it.
         purpose: what for.

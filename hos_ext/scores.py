@@ -17,7 +17,7 @@ from .checks import check, check_like, check_tensor, positive
 class Scores(NamedTuple):
     """What a network returns at noise level sigma, in scaled quantities (all of order one).
 
-    Fields:
+    Attributes:
         scaled_score: sigma * s1. Shape (B, *dims).
         c: 1 + sigma^2 * diag, the diagonal part of alpha^2 Cov[x0 | x] / sigma^2. Shape (B, *dims).
         factor: sigma * U with s2 = diag + U diag(sign) U^T. Shape (B, D, r), D in row-major order
@@ -57,7 +57,7 @@ class Scores(NamedTuple):
 class UnscaledScores(NamedTuple):
     """The scores themselves.
 
-    Fields:
+    Attributes:
         score: s1. Shape (B, *dims). Units 1/data.
         diag: d with s2 = diag(d) + U diag(sign) U^T. Shape (B, *dims). Units 1/data^2.
         factor: U. Shape (B, D, r), D in row-major order of dims; None is rank 0. Units 1/data.
@@ -96,7 +96,7 @@ class UnscaledScores(NamedTuple):
 class DenseScores(NamedTuple):
     """The scores themselves with the whole Hessian, for small D or an analytic density.
 
-    Fields:
+    Attributes:
         score: s1. Shape (B, *dims). Units 1/data.
         hessian: s2, symmetric. Shape (B, D, D), D in row-major order of dims. Units 1/data^2.
 
@@ -155,7 +155,7 @@ class SymmetricOperator(Protocol):
 class MatrixFreeScores(NamedTuple):
     """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
 
-    Fields:
+    Attributes:
         score: s1. Shape (B, *dims). Units 1/data.
         hessian: s2 at the same points, symmetric. Shape (B, D, D). Units 1/data^2.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,20 @@ LIBRARY = [
     for info in pkgutil.walk_packages(hos_ext.__path__, "hos_ext.")
     if not info.name.startswith(("hos_ext.app", "hos_ext.__main__", "hos_ext._C"))
 ]
+PACKAGE = Path(hos_ext.__file__).parent
+SECTIONS = {
+    "Args",
+    "Attributes",
+    "Example",
+    "Examples",
+    "Note",
+    "Notes",
+    "Raises",
+    "References",
+    "Returns",
+    "Warns",
+    "Yields",
+}
 
 
 def examples(module: str) -> Iterator[doctest.DocTest]:
@@ -62,3 +79,22 @@ def test_operators_say_all_that_a_caller_asks(function: object) -> None:
     documented = text[text.index("Args:") : text.index("Returns:")]
     for name in inspect.signature(function).parameters:  # type: ignore[arg-type]
         assert name in documented, name
+
+
+def sections(source: str) -> list[str]:
+    """The lines of docstrings that head a section, in order."""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [
+        ast.get_docstring(n) or "" for n in ast.walk(ast.parse(source)) if isinstance(n, holders)
+    ]
+    return [name for text in texts for name in re.findall(r"^\s*([A-Z][a-z]+):$", text, re.M)]
+
+
+def test_sections_have_the_names_that_are_known() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert set(sections(path.read_text())) <= SECTIONS, path
+
+
+def test_an_unknown_section_is_found() -> None:
+    source = 'class A:\n    """A.\n\n    Fields:\n        x: y.\n    """\n'
+    assert sections(source) == ["Fields"]

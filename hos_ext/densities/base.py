@@ -21,7 +21,7 @@ Law = TypeVar("Law", bound="Density")
 class Density(ABC):
     """A density p on R^D whose scores are known at every noise level.
 
-    Fields:
+    Attributes:
         dim: D.
 
     Example:

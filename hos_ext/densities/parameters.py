@@ -13,7 +13,7 @@ from ..checks import check
 class Whitening(NamedTuple):
     """Factors of covariances S (..., D, D).
 
-    Fields:
+    Attributes:
         cholesky: L, lower, with S = L L^T.
         inverse: W = L^-1, so that |W v|^2 = v^T P v.
         precision: P = S^-1 = W^T W.

@@ -27,7 +27,7 @@ from ..tweedie.posterior import posterior
 class Run(NamedTuple):
     """What stays the same over the steps of one chunk of samples.
 
-    Fields:
+    Attributes:
         where: the public function, for messages.
         model, schedule: as the samplers take them.
         key: of the noise of the run. Step number n draws with the offset n.

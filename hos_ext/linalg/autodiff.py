@@ -39,7 +39,7 @@ class Jacobian:
         x: the points. Shape (B, *dims), float32 or float64.
         chunk_size: vectors multiplied at once, > 0; None is all at once.
 
-    Fields:
+    Attributes:
         x: the points, detached and contiguous.
         score: the scores there.
         forward_mode: whether `forward` is a jvp, else a double vjp. `check` finds out.

@@ -21,7 +21,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 class Eigenpairs(NamedTuple):
     """Extreme eigenpairs of each matrix of a batch, and how well they are one.
 
-    Fields:
+    Attributes:
         values: the most extreme first. Shape (B, k).
         vectors: orthonormal columns. Shape (B, D, k).
         residuals: |A v - value v|; an eigenvalue lies within it. Shape (B, k).

@@ -15,7 +15,7 @@ from ..random import STREAM_PROBE, Key
 class Estimate(NamedTuple):
     """The mean of independent terms, and what to expect of its error.
 
-    Fields:
+    Attributes:
         value: the mean.
         standard_error: of the mean; zero where the value is exact. Shape of value.
 

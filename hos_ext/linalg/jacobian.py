@@ -60,7 +60,7 @@ class ScoreHessian:
             that torch cannot differentiate, and forward derivatives more than 4 % off. It costs
             about as much as four evaluations, and the memory of a training step.
 
-    Fields:
+    Attributes:
         score: s1 at x. Shape (B, *dims).
         forward_mode: whether products are jvps. Where an operator has no forward derivative they
             are double vjps, at about twice the cost, and one warning says so.
@@ -226,7 +226,7 @@ class ScoreHessian:
         Returns:
             Estimate, both of shape (B, D).
 
-        Reference:
+        References:
             Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix.
         """
         check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
@@ -245,7 +245,7 @@ class ScoreHessian:
         Returns:
             Estimate, both of shape (B,).
 
-        Reference:
+        References:
             Hutchinson 1989, A stochastic estimator of the trace of the influence matrix.
         """
         check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)

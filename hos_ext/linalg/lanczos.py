@@ -20,7 +20,7 @@ _MAX_ITERATIONS = 200
 class LanczosResult(NamedTuple):
     """f(A) v for each function, and per sample how it was reached.
 
-    Fields:
+    Attributes:
         values: f(A) v, one for each function. Shape (B, D).
         error: estimated relative error, the largest over the functions. Shape (B,). NaN for a row
             that is not finite.

@@ -31,7 +31,7 @@ _SPREAD = 8  # allowed spread of a constant diagonal, in machine epsilons
 class Spectrum(NamedTuple):
     """Q diag(values) Q^T + rest (I - Q Q^T) for each sample of a batch.
 
-    Fields:
+    Attributes:
         basis: Q, orthonormal columns. Shape (B, D, m).
         values: the eigenvalues of these columns. Shape (B, m).
         rest: the other D - m eigenvalues, all equal. Shape (B,); None where m = D.

@@ -19,7 +19,7 @@ _SMALL = 1e-2  # how much smaller than its bound in `_capacity` a row must be to
 class Parts(NamedTuple):
     """The parts of diag(d) + U diag(sign) U^T, one dtype and device.
 
-    Fields:
+    Attributes:
         diag: d. Shape (B, D).
         factor: U. Shape (B, D, r).
         sign: +1 or -1 for each column of U. Shape (r,).

@@ -97,7 +97,7 @@ Named = Mapping[str, Any]  # the arguments of a call, by name
 class Argument(NamedTuple):
     """An argument of an operator.
 
-    Fields:
+    Attributes:
         name: its name in the operator's functions and in messages.
         type: its type in the schema of torch.library: "Tensor", "Tensor?", "int", "SymInt".
         batch: the axis of samples, which vmap folds its lanes into; a function of all arguments

@@ -17,7 +17,7 @@ _WHERE = "sample"
 class ChainState(TypedDict):
     """What a run needs to go on. Plain values, which `torch.load(weights_only=True)` reads.
 
-    Keys:
+    Attributes:
         x: the last state of every chain. Shape (chain, *dims).
         step: steps taken since the first init, burn-in included: the next offset of the noise.
         since_draw: steps since the last kept draw, < thin.

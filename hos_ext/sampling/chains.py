@@ -27,7 +27,7 @@ from .methods.registry import Method, make_step
 class ChainOptions(StepOptions, total=False):
     """The arguments of `sample` that its kin hand on to it, with its defaults.
 
-    Keys:
+    Attributes:
         method, burn_in, thin, log_prob, chunk_size: see `sample`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
@@ -42,7 +42,7 @@ class ChainOptions(StepOptions, total=False):
 class Chains(NamedTuple):
     """What a run gives.
 
-    Fields:
+    Attributes:
         draws: the states that were kept. Shape (chain, draw, *dims).
         stats: statistics of the run by name; `sample` lists them.
         state: what the next run goes on from.

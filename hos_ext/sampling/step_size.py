@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class StepSizeSearch(NamedTuple):
     """What `search_step_size` found, and what it saw on the way.
 
-    Fields:
+    Attributes:
         step_size: the best one.
         step_sizes: all that were tried.
         rates: smallest ESS a score evaluation for each; 0 where a chain diverged.
@@ -41,7 +41,7 @@ class StepSizeSearch(NamedTuple):
 class StepSizeAdaptation(NamedTuple):
     """What `adapt_step_size` found, and the chains it warmed up.
 
-    Fields:
+    Attributes:
         step_size: the one to go on with.
         acceptance: mean acceptance probability over the living chains, step by step.
         step_sizes: the step size of each step.

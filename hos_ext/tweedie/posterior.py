@@ -40,7 +40,7 @@ from ..scores import Scores, tweedie_mean
 class Posterior(NamedTuple):
     """The first two moments of the clean sample given the noisy one, read as a Gaussian.
 
-    Fields:
+    Attributes:
         mean: E[x0 | x]. Shape (B, *dims). Units of the data.
         covariance: Cov[x0 | x] of the flattened sample, a DPLR (B, D, D). Units data^2.
 

@@ -27,7 +27,7 @@ _BAND = 1.959964  # normal quantile of a two-sided 95%
 class CalibrationReport(NamedTuple):
     """What `calibration_report` found; 1 is calibrated and above 1 overconfident.
 
-    Fields:
+    Attributes:
         samples: B, how many posteriors.
         size: D, entries of a sample.
         tau: standard deviation of the added noise, units of the data.

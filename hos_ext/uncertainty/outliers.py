@@ -96,26 +96,26 @@ def outlier_score(
     check(where, floor <= 1, "floor must be in (0, 1]", f"{floor:g}")
     check_samples(where, "scores.scaled_score", scores.scaled_score)
     check_like(where, "scores.c", scores.c, scores.scaled_score)
-    score = scores.scaled_score.flatten(1)
+    scaled_score = scores.scaled_score.flatten(1)
     kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
-    finite = (score + kappa.diagonal()).isfinite().all(1)
+    finite = (scaled_score + kappa.diagonal()).isfinite().all(1)
     if kind == "laplacian":
-        value = (score.square() + kappa.diagonal() - 1).sum(1)
+        value = (scaled_score.square() + kappa.diagonal() - 1).sum(1)
     elif kind == "mahalanobis":
         kept = finite.unsqueeze(1)
         diag, factor = kappa.diag.where(kept, 0.0), kappa.factor.where(kept.unsqueeze(2), 0.0)
-        value = _mahalanobis(score, DPLR(diag, factor, kappa.sign), floor)
+        value = _mahalanobis(scaled_score, DPLR(diag, factor, kappa.sign), floor)
     elif kind == "uncertainty":
         value = kappa.trace()
     else:
-        value = score.square().sum(1)
+        value = scaled_score.square().sum(1)
     return value.where(finite, torch.nan)
 
 
-def _mahalanobis(score: Tensor, kappa: DPLR, floor: float) -> Tensor:
+def _mahalanobis(scaled_score: Tensor, kappa: DPLR, floor: float) -> Tensor:
     """(sigma s1)^T (I - kappa)^-1 (sigma s1), with the floor of `outlier_score`. Shape (B,)."""
     root = (1 - kappa.diag).clamp_min(floor).sqrt()
-    white = score / root
+    white = scaled_score / root
     sign = kappa.diag.new_ones(kappa.rank) if kappa.sign is None else kappa.sign
     basis, lam = low_rank_eigh(kappa.factor / root.unsqueeze(-1), sign)
     # A^-1 = I + Q (1 / max(1 - lam, floor) - 1) Q^T; Q spans all that lam is not zero for.

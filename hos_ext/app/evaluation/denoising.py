@@ -18,7 +18,7 @@ from .rows import HeldOut, chunk_rows, held_out, to_device
 class Denoised(NamedTuple):
     """Samples at one noise level, and their posteriors.
 
-    Fields:
+    Attributes:
         sigma: noise level. Data units.
         x0: clean samples, shape (B, *dims). Data units; None where they are not known.
         x: noisy samples, shape (B, *dims). Data units.

@@ -25,7 +25,7 @@ ENTRIES, ROWS = 2**19, 512
 class HeldOut:
     """The first rows of a part of a data set.
 
-    Fields:
+    Attributes:
         raw: shape (n, *dims), in raw units.
         scaling: of the data.
         seed, offset: key of dequantisation and noise.

@@ -39,7 +39,7 @@ def methods() -> dict[str, float]:
 class Dynamics(NamedTuple):
     """What moves the chains.
 
-    Fields:
+    Attributes:
         sigma: noise level of the density that they sample. Data units.
         method: one of `methods()`.
         step_size: h, in squared data units.

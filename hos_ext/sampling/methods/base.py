@@ -30,7 +30,7 @@ Report: TypeAlias = dict[str, Tensor]
 class StepOptions(TypedDict, total=False):
     """The settings that `sample` hands on to its step.
 
-    Keys:
+    Attributes:
         curvature: what becomes of an eigenvalue l > 0 of s2. "clamp" makes it min(l, 0), which is a
             Langevin step along it. "abs" makes it -|l|. "raw" leaves it, and may overflow.
             Default "clamp".

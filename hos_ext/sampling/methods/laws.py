@@ -15,7 +15,7 @@ from ...ops.reference import phi1, treat_curvature
 class NormalLaw(NamedTuple):
     """The normal law of the next state, flat (B, D), given the present one.
 
-    Fields:
+    Attributes:
         draw: maps standard normals (B, D) to the next state (B, D).
         log_density: maps a next state (B, D) to its log density + D/2 log(2 pi), shape (B,).
     """

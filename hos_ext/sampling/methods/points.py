@@ -21,7 +21,7 @@ from ...scores import (
 class Point(NamedTuple):
     """A batch of states with their scores.
 
-    Fields:
+    Attributes:
         x: the states. Shape (B, *dims).
         scores: s1 at x, or s1 and s2 in one of the containers of `hos_ext.scores`.
         log_prob: log p at x, but for a constant. Shape (B,); None where it is not known.
