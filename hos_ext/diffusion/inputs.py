@@ -19,7 +19,7 @@ from ..schedules import Schedule
 class GridOptions(TypedDict, total=False):
     """How a sampler goes down in time. Exactly one of n_steps and times must be given.
 
-    Keys:
+    Attributes:
         n_steps: steps of the grid `schedule.times(n_steps)`.
         times: a descending grid of at least two times within [t_min, t_max].
         first: global index of row 0. Default 0.
@@ -36,7 +36,7 @@ class GridOptions(TypedDict, total=False):
 class ReverseOptions(GridOptions, total=False):
     """What the samplers that draw noise share.
 
-    Keys:
+    Attributes:
         n_steps, times, first, chunk_size: see `GridOptions`.
         seed: key of the noise. None, the default, draws one from torch's default generator.
         offset: number of the first step. A run over times[:k + 1] and one over times[k:] with
@@ -50,7 +50,7 @@ class ReverseOptions(GridOptions, total=False):
 class CorrectorOptions(ReverseOptions, StepOptions, total=False):
     """What `predictor_corrector` takes besides: both for the run and for the corrector.
 
-    Keys:
+    Attributes:
         n_steps, times, first, chunk_size, seed, offset: see `ReverseOptions`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
