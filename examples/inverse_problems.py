@@ -294,7 +294,7 @@ def main() -> None:
 
 
 def heun(model: Model, init: Tensor, schedule: Schedule, *, n_steps: int, seed: int) -> Tensor:
-    return reverse_sde(model, init, schedule, n_steps=n_steps, method="heun", seed=seed)
+    return reverse_sde(model, init, schedule, n_steps=n_steps, solver="heun", seed=seed)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def compare(model, data: GaussianMixture, x: Tensor, n: int, std: float) -> dict
     """Prints a row for each trace; returns the errors at x, with the first probes."""
     truth, errors = data.noisy(SCHEDULE.sigma_min).log_prob(x), {}
     for name, options in TRACES.items():
-        options = {"data_std": std, "method": "rk4", **options}
+        options = {"data_std": std, "solver": "rk4", **options}
         value, spent, calls = timed(model, x, SCHEDULE, n, seed=0, **options)
         again = [
             log_likelihood(model, x, SCHEDULE, n_steps=n, seed=seed, **options)
@@ -126,7 +126,7 @@ def draw(
         axes = figure.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
         grid = torch.linspace(-3, 3, pixels)
         points = torch.cartesian_prod(grid, grid)
-        value = log_likelihood(model, points, SCHEDULE, n_steps=12, method="rk4", data_std=std)
+        value = log_likelihood(model, points, SCHEDULE, n_steps=12, solver="rk4", data_std=std)
         levels = torch.linspace(-7, -0.5, 14)
         image = value.clamp(-7, -0.5).reshape(pixels, pixels).mT
         axes[0].contourf(grid, grid, image, levels=levels, cmap="Reds")
@@ -191,19 +191,19 @@ def main() -> None:
     # With the exact density at the far end too, so that the steps alone are at fault.
     slopes: dict[str, dict[int, float]] = {"heun": {}, "rk4": {}}
     truth = wide.noisy(SCHEDULE.sigma_min).log_prob(x[:200].double())
-    for method, curve in slopes.items():
+    for solver, curve in slopes.items():
         for steps_ in counts:
             value, _, calls = timed(
                 exact_model(wide),
                 x[:200].double(),
                 SCHEDULE,
                 steps_,
-                method=method,
+                solver=solver,
                 data_std=std,
                 log_prior=wide.noisy(SCHEDULE.sigma_max).log_prob,
             )
             curve[calls] = (value - truth).abs().max().item()
-        print(f"  {method:5} largest error", {k: f"{v:.1e}" for k, v in curve.items()}, "by calls")
+        print(f"  {solver:5} largest error", {k: f"{v:.1e}" for k, v in curve.items()}, "by calls")
     torch.set_default_dtype(torch.float32)
 
     began = time.perf_counter()

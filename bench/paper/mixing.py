@@ -176,9 +176,9 @@ def _quality(name: str, draws: Tensor, stats: Mapping[str, Any], seconds: float)
         return found
     accepted = stats.get("acceptance")
     found |= {
-        "cutoff": min_ess(draws, method="cutoff") / count,
+        "cutoff": min_ess(draws, kind="cutoff") / count,
         "bulk": min_ess(draws) / count,
-        "cutoff per second": ess_rate(draws, seconds, method="cutoff"),
+        "cutoff per second": ess_rate(draws, seconds, kind="cutoff"),
         "bulk per second": ess_rate(draws, seconds),
         "seconds": seconds,
         "acceptance": None if accepted is None else float(accepted.mean()),
@@ -227,7 +227,7 @@ def mix(
         run, _ = _run(name, scores, method, h, seed, chains, n, steps, key=_SEARCH)
         cost = run.stats["n_score_evaluations"] * chains
         for rule, known in rates.items():
-            size = 0.0 if run.stats["diverged"].any() else min_ess(run.draws, method=rule)
+            size = 0.0 if run.stats["diverged"].any() else min_ess(run.draws, kind=rule)
             known.append(0.0 if math.isnan(size) else size / cost)
 
     @cache

@@ -46,7 +46,7 @@ def log_likelihood(
     *,
     n_steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
-    method: str = "heun",
+    solver: str = "heun",
     trace: str = "learned",
     data_std: float = 1.0,
     log_prior: Callable[[Tensor], Tensor] | None = None,
@@ -74,7 +74,7 @@ def log_likelihood(
         schedule: a `Schedule`.
         n_steps: steps of equal length in log(sigma / alpha) from t_min to t_max; or else `times`.
         times: a descending grid as the samplers take it; here the path goes up.
-        method: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
+        solver: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
         trace: "learned": sum of c and sign * factor^2; "hutchinson": z^T (d score / d x) z by
             n_probes vector-Jacobian products a call, z of +-1 and the same all along the path;
             "exact": D such products, one after the other.
@@ -111,7 +111,7 @@ def log_likelihood(
     refuse_dropout(where, model)
     check_samples(where, "x", x)
     check_schedule(where, schedule)
-    average = _METHODS[one_of(where, "method", method, _METHODS)]
+    average = _SOLVERS[one_of(where, "solver", solver, _SOLVERS)]
     one_of(where, "trace", trace, _TRACES)
     std = check_number(where, "data_std", data_std, positive=False)
     check_count(where, "n_probes", n_probes)
@@ -169,7 +169,7 @@ def _rk4(
     return slope, (rate + 2 * rate_2 + 2 * rate_3 + rate_4) / 6
 
 
-_METHODS = {"heun": _heun, "rk4": _rk4}
+_SOLVERS = {"heun": _heun, "rk4": _rk4}
 
 
 def _slope(

@@ -103,7 +103,7 @@ def reverse_sde(
     init: Tensor,
     schedule: Schedule,
     *,
-    method: str = "euler",
+    solver: str = "euler",
     **options: Unpack[ReverseOptions],
 ) -> Tensor:
     """Anderson's reverse SDE dx = [-(beta / 2) x - g^2 s1(x, t)] dt + g dw, dt < 0.
@@ -116,7 +116,7 @@ def reverse_sde(
         init: x at the first time, such as a `prior`. Shape (B, *dims), float32 or float64. It is
             not changed.
         schedule: a `Schedule`.
-        method: "euler" or "heun".
+        solver: "euler" or "heun".
         options: the grid of times, the noise and the chunks, see `ReverseOptions`. One of n_steps
             and times must be given.
 
@@ -145,7 +145,7 @@ def reverse_sde(
         True
     """
     where = "reverse_sde"
-    step = _SDE_STEPS[one_of(where, "method", method, _SDE_STEPS)]
+    step = _SDE_STEPS[one_of(where, "solver", solver, _SDE_STEPS)]
     check_options(where, options, ReverseOptions)
     return _descend(where, step, model, init, schedule, **options)
 
@@ -155,7 +155,7 @@ def probability_flow_ode(
     init: Tensor,
     schedule: Schedule,
     *,
-    method: str = "heun",
+    solver: str = "heun",
     **options: Unpack[GridOptions],
 ) -> Tensor:
     """The ODE dx = [-(beta / 2) x - (g^2 / 2) s1(x, t)] dt with the marginals of the SDE.
@@ -164,7 +164,7 @@ def probability_flow_ode(
 
     Args:
         model, init, schedule: as `reverse_sde`.
-        method: "euler" or "heun".
+        solver: "euler" or "heun".
         options: the grid of times and the chunks, see `GridOptions`. `first` is for the error
             messages alone.
 
@@ -193,7 +193,7 @@ def probability_flow_ode(
         True
     """
     where = "probability_flow_ode"
-    step = _ODE_STEPS[one_of(where, "method", method, _ODE_STEPS)]
+    step = _ODE_STEPS[one_of(where, "solver", solver, _ODE_STEPS)]
     check_options(where, options, GridOptions)
     return _descend(where, step, model, init, schedule, seed=0, **options)
 

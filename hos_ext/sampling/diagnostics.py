@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checks import FLOATING, check, check_tensor, one_of, positive, require
 
-_ESS_METHODS = ("bulk", "tail", "mean", "sd", "cutoff")
+_ESS_KINDS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
 
 
-def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
+def ess(draws: Tensor, *, kind: str = "bulk") -> Tensor:
     """Effective sample size of every dimension, all chains together.
 
     "bulk", "tail", "mean" and "sd" are those of Vehtari et al. 2021: chains are split in two, so
@@ -34,7 +34,7 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
 
     Args:
         draws: shape (chain, draw, *dims), floating point, at least 4 draws.
-        method: "bulk" (rank-normalised, for means and medians), "tail" (the smaller one of the 5%
+        kind: "bulk" (rank-normalised, for means and medians), "tail" (the smaller one of the 5%
             and 95% quantiles), "mean" or "sd" (of the values as they are), "cutoff" (for the mean).
 
     Returns:
@@ -42,7 +42,7 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
         draws (select the chains first: `draws[~stats["diverged"]]`) or with all draws equal.
 
     Raises:
-        ValueError: too few chains or draws, an unknown method.
+        ValueError: too few chains or draws, an unknown kind.
         TypeError: draws is not a floating-point tensor.
         RuntimeError: arviz-stats is missing ("cutoff" does without).
 
@@ -52,23 +52,23 @@ def ess(draws: Tensor, *, method: str = "bulk") -> Tensor:
     Example:
         >>> import torch
         >>> draws = torch.tensor([[[0.0], [1.0]] * 20])  # one chain that goes to and fro
-        >>> ess(draws, method="cutoff")
+        >>> ess(draws, kind="cutoff")
         tensor([40.], dtype=torch.float64)
     """
-    one_of("ess", "method", method, _ESS_METHODS)
+    one_of("ess", "kind", kind, _ESS_KINDS)
     _check_draws("ess", draws)
-    if method == "cutoff":
+    if kind == "cutoff":
         return _per_dimension(draws, _cutoff_ess)
-    prob = (0.05, 0.95) if method == "tail" else None
+    prob = (0.05, 0.95) if kind == "tail" else None
     engine = require("ess", "arviz_stats.base").array_stats
-    return _per_dimension(draws, lambda values: engine.ess(values, 0, 1, method=method, prob=prob))
+    return _per_dimension(draws, lambda values: engine.ess(values, 0, 1, method=kind, prob=prob))
 
 
-def min_ess(draws: Tensor, *, method: str = "bulk") -> float:
+def min_ess(draws: Tensor, *, kind: str = "bulk") -> float:
     """The smallest `ess` over the dimensions; NaN if it is undefined in any of them.
 
     Args:
-        draws, method: as for `ess`.
+        draws, kind: as for `ess`.
 
     Returns:
         In draws.
@@ -78,13 +78,13 @@ def min_ess(draws: Tensor, *, method: str = "bulk") -> float:
 
     Example:
         >>> import torch
-        >>> min_ess(torch.tensor([[[0.0], [1.0]] * 20]), method="cutoff")
+        >>> min_ess(torch.tensor([[[0.0], [1.0]] * 20]), kind="cutoff")
         40.0
     """
-    return float(ess(draws, method=method).min())
+    return float(ess(draws, kind=kind).min())
 
 
-def ess_rate(draws: Tensor, cost: float | Tensor, *, method: str = "bulk") -> float:
+def ess_rate(draws: Tensor, cost: float | Tensor, *, kind: str = "bulk") -> float:
     """min_ess(draws) / cost: effective draws, of the worst dimension, per unit of cost.
 
     Args:
@@ -92,7 +92,7 @@ def ess_rate(draws: Tensor, cost: float | Tensor, *, method: str = "bulk") -> fl
         cost: what all of these chains cost together, burn-in included: seconds, or score
             evaluations (`sample` counts those of one chain). A float or a 0-d tensor on the CPU,
             > 0.
-        method: as for `ess`.
+        kind: as for `ess`.
 
     Returns:
         In units of 1 / cost; NaN where `min_ess` is.
@@ -102,11 +102,11 @@ def ess_rate(draws: Tensor, cost: float | Tensor, *, method: str = "bulk") -> fl
 
     Example:
         >>> import torch
-        >>> ess_rate(torch.tensor([[[0.0], [1.0]] * 20]), 80, method="cutoff")
+        >>> ess_rate(torch.tensor([[[0.0], [1.0]] * 20]), 80, kind="cutoff")
         0.5
     """
     value = positive("ess_rate", "cost", cost, torch.empty((), dtype=torch.float64))
-    return min_ess(draws, method=method) / float(value)
+    return min_ess(draws, kind=kind) / float(value)
 
 
 def r_hat(draws: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def search_step_size(
     step_sizes: Sequence[float],
     *,
     n_steps: int,
-    ess_method: str = "bulk",
+    ess_kind: str = "bulk",
     seed: int | None = 0,
     first_chain: int = 0,
     progress: bool = False,
@@ -82,7 +82,7 @@ def search_step_size(
         score_fn, init: as for `sample`.
         step_sizes: the candidates h > 0, in squared units of the data.
         n_steps: steps of each run after its burn-in; at least 4 draws must be kept.
-        ess_method: a method of `ess`: "cutoff" is the rule used with such figures.
+        ess_kind: a kind of `ess`: "cutoff" is the rule used with such figures.
         seed: key of the noise; None draws one, for all candidates, from torch's default generator.
         first_chain, progress: as for `sample`.
         options: further arguments of `sample`, see `ChainOptions`.
@@ -102,7 +102,7 @@ def search_step_size(
         >>> import torch
         >>> start = torch.zeros(4, 1, dtype=torch.float64)
         >>> found = search_step_size(
-        ...     lambda x: -x, start, [0.01, 1.0], n_steps=50, ess_method="cutoff"
+        ...     lambda x: -x, start, [0.01, 1.0], n_steps=50, ess_kind="cutoff"
         ... )
         >>> found.step_size
         1.0
@@ -128,7 +128,7 @@ def search_step_size(
         )
         rate = 0.0
         if not bool(chains.stats["diverged"].any()):
-            size = min_ess(chains.draws, method=ess_method)
+            size = min_ess(chains.draws, kind=ess_kind)
             cost = chains.stats["n_score_evaluations"] * len(init)
             rate = 0.0 if math.isnan(size) else size / cost
         rates.append(rate)

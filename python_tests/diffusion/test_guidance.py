@@ -412,8 +412,8 @@ def test_first_order_samplers_converge_to_the_conditional_law(kind, monkeypatch)
         exact_model(GAUSSIAN, schedule), Y, operator, STD, schedule, with_covariance=False
     )
     for sampler, order in (
-        (partial(reverse_sde, method="euler"), 1),
-        (partial(probability_flow_ode, method="heun"), 2),
+        (partial(reverse_sde, solver="euler"), 1),
+        (partial(probability_flow_ode, solver="heun"), 2),
     ):
         errors = [
             distance(pushed(sampler, model, schedule, schedule.times(n), start, monkeypatch), end)
@@ -541,7 +541,7 @@ def test_on_a_mixture_moment_matching_beats_an_isotropic_covariance_over_many_y(
     }
     error, apart = {}, {}
     for name, model in models.items():
-        x = reverse_sde(model, start, schedule, n_steps=60, method="heun", seed=4)
+        x = reverse_sde(model, start, schedule, n_steps=60, solver="heun", seed=4)
         x = x.reshape(count, rows, D)
         error[name] = (x.mean(1) - wanted).square().sum(-1).mean().sqrt().item()
         apart[name] = sum(map(energy_distance, x, draws)) / count

@@ -53,7 +53,7 @@ def gaussian_model(schedule: Schedule):
     return model
 
 
-def worst(density, model, schedule: Schedule, n: int, method: str) -> float:
+def worst(density, model, schedule: Schedule, n: int, solver: str) -> float:
     low, high = ends(density, schedule)
     x = low.sample(6, seed=0)
     value = log_likelihood(
@@ -61,17 +61,17 @@ def worst(density, model, schedule: Schedule, n: int, method: str) -> float:
         x,
         schedule,
         n_steps=n,
-        method=method,
+        solver=solver,
         log_prior=high.log_prob,
     )
     return (value - low.log_prob(x)).abs().max().item()
 
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=named)
-@pytest.mark.parametrize(("method", "order"), [("heun", 2), ("rk4", 4)])
-def test_gaussian_log_density_converges_at_the_order(method, order, schedule):
+@pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("rk4", 4)])
+def test_gaussian_log_density_converges_at_the_order(solver, order, schedule):
     model = gaussian_model(schedule)
-    errors = [worst(GAUSSIAN, model, schedule, n, method) for n in (40, 80, 160)]
+    errors = [worst(GAUSSIAN, model, schedule, n, solver) for n in (40, 80, 160)]
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.4)
     assert errors[-1] < (5e-3 if order == 2 else 1e-6)
@@ -128,7 +128,7 @@ def test_the_path_is_that_of_the_probability_flow():
         return end[:, 0]
 
     model = gaussian_model(VP_)
-    log_likelihood(model, x, VP_, n_steps=60, method="rk4", log_prior=log_prior)
+    log_likelihood(model, x, VP_, n_steps=60, solver="rk4", log_prior=log_prior)
     grid = VP_.t_min * (VP_.t_max / VP_.t_min) ** torch.linspace(1, 0, 400, dtype=F64)
     back = probability_flow_ode(model, seen[0], VP_, times=grid)
     assert (back - x).abs().max() < 2e-3
@@ -226,7 +226,7 @@ def test_each_image_gets_the_sum_of_its_pixels():
         x.reshape(3, 3, 4),
         schedule,
         n_steps=60,
-        method="rk4",
+        solver="rk4",
         log_prior=lambda end: high.log_prob(end.flatten(1)),
     )
     assert (value - low.log_prob(x)).abs().max() < 1e-4
@@ -252,9 +252,9 @@ def test_learned_trace_visits_the_model_as_often_as_the_path_needs():
         return model(x, sigma)
 
     x = torch.zeros(2, D, dtype=F64)
-    for method, each in (("heun", 2), ("rk4", 4)):
+    for solver, each in (("heun", 2), ("rk4", 4)):
         calls.clear()
-        log_likelihood(count, x, VP_, n_steps=7, method=method)
+        log_likelihood(count, x, VP_, n_steps=7, solver=solver)
         assert calls == [False] * (7 * each)
 
 
@@ -274,7 +274,7 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
     [
         ({"x": torch.zeros(3)}, ValueError, r"x must have shape \(B, \*dims\), got \(3,\)"),
         ({"schedule": None}, TypeError, r"schedule must be a Schedule, got NoneType"),
-        ({"method": "euler"}, ValueError, r"method must be one of 'heun', 'rk4', got 'euler'"),
+        ({"solver": "euler"}, ValueError, r"solver must be one of 'heun', 'rk4', got 'euler'"),
         (
             {"trace": "none"},
             ValueError,

@@ -274,15 +274,15 @@ def test_ancestral_step_is_that_of_diffusers(monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", MILD, ids=named)
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 @pytest.mark.parametrize("sampler", [reverse_sde, probability_flow_ode])
-def test_moments_on_a_gaussian_converge_at_the_order(sampler, method, order, schedule, monkeypatch):
+def test_moments_on_a_gaussian_converge_at_the_order(sampler, solver, order, schedule, monkeypatch):
     start, end = (marginal(GAUSSIAN, schedule, t) for t in (schedule.t_max, schedule.t_min))
     model = gaussian_model(GAUSSIAN, schedule)
     errors = [
         distance(
             pushed(
-                partial(sampler, method=method),
+                partial(sampler, solver=solver),
                 model,
                 schedule,
                 schedule.times(n),
@@ -323,7 +323,7 @@ def test_whole_schedules_run_from_prior_to_data(schedule):
     x = prior((2000, D), schedule, data_std=0.9, seed=0, dtype=F64)
     n = 120
     ends = [
-        reverse_sde(model, x, schedule, n_steps=n, method="heun", seed=1),
+        reverse_sde(model, x, schedule, n_steps=n, solver="heun", seed=1),
         probability_flow_ode(model, x, schedule, n_steps=n),
         predictor_corrector(model, x, schedule, n_steps=n, seed=1),
     ]
@@ -403,7 +403,7 @@ def test_no_corrections_leave_the_predictor(predictor):
     alone = (
         second_order_reverse(model, x, schedule, **options)
         if predictor == "second_order"
-        else reverse_sde(model, x, schedule, method=predictor, **options)
+        else reverse_sde(model, x, schedule, solver=predictor, **options)
     )
     both = predictor_corrector(
         model, x, schedule, predictor=predictor, corrector_steps=0, **options
@@ -650,8 +650,8 @@ def flow(model, init: Tensor, schedule: Schedule, *, seed: int, **options) -> Te
 
 
 SAMPLERS = {
-    "reverse_sde euler": partial(reverse_sde, method="euler"),
-    "reverse_sde heun": partial(reverse_sde, method="heun"),
+    "reverse_sde euler": partial(reverse_sde, solver="euler"),
+    "reverse_sde heun": partial(reverse_sde, solver="heun"),
     "second_order_reverse low_rank": second_order_reverse,
     "second_order_reverse diagonal": partial(second_order_reverse, covariance_form="diagonal"),
     "second_order_reverse none": partial(second_order_reverse, covariance_form="none"),
@@ -808,7 +808,7 @@ def test_overflow_of_a_step_names_time_and_sample():
         return Scores(torch.where(torch.arange(3)[:, None] == 2, 3e38, 0.0) * x, x)
 
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        probability_flow_ode(model, torch.ones(3, 2), EDM(), n_steps=1, method="euler")
+        probability_flow_ode(model, torch.ones(3, 2), EDM(), n_steps=1, solver="euler")
     assert str(caught.value) == (
         "probability_flow_ode: x after a step must be finite, got inf at t = 0.002 for sample 2"
     )
@@ -895,12 +895,12 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
             "second_order_reverse: times must be in [0.001, 1], got 2",
         ),
         (
-            lambda: reverse_sde(rowwise, X, VP(), n_steps=1, method="rk4"),
-            "reverse_sde: method must be one of 'euler', 'heun', got 'rk4'",
+            lambda: reverse_sde(rowwise, X, VP(), n_steps=1, solver="rk4"),
+            "reverse_sde: solver must be one of 'euler', 'heun', got 'rk4'",
         ),
         (
-            lambda: probability_flow_ode(rowwise, X, VP(), n_steps=1, method="rk4"),
-            "probability_flow_ode: method must be one of 'euler', 'heun', got 'rk4'",
+            lambda: probability_flow_ode(rowwise, X, VP(), n_steps=1, solver="rk4"),
+            "probability_flow_ode: solver must be one of 'euler', 'heun', got 'rk4'",
         ),
         (
             lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, covariance_form="full"),

@@ -22,23 +22,23 @@ def ar1(rho, chains, n, *dims, seed=0):
 # ------------------------------------------------------------------------------------------ chains
 
 
-@pytest.mark.parametrize("method", ["bulk", "mean"])
-def test_ess_of_ar1_chains_is_the_known_one(method):
+@pytest.mark.parametrize("kind", ["bulk", "mean"])
+def test_ess_of_ar1_chains_is_the_known_one(kind):
     rho = torch.tensor([[0.0, 0.6], [0.9, -0.4]])
     draws = ar1(rho, 12, 2000, 2, 2)
     expected = 24_000 * (1 - rho) / (1 + rho)
-    got = ess(draws, method=method)
+    got = ess(draws, kind=kind)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, expected.double(), rtol=0.12, atol=0)
-    assert min_ess(draws, method=method) == float(got.min())
+    assert min_ess(draws, kind=kind) == float(got.min())
 
 
-def test_ess_methods_differ_as_their_targets_do():
+def test_ess_kinds_differ_as_their_targets_do():
     draws = ar1(-0.6, 4, 3000)
-    assert float(ess(draws, method="bulk")) > 3 * 12_000
+    assert float(ess(draws, kind="bulk")) > 3 * 12_000
     # x^2 of an AR(1) has correlation rho^2: the sign that helps the mean does not help the spread.
-    assert float(ess(draws, method="sd")) == pytest.approx(12_000 * 0.64 / 1.36, rel=0.15)
-    assert float(ess(draws, method="tail")) < float(ess(draws, method="bulk"))
+    assert float(ess(draws, kind="sd")) == pytest.approx(12_000 * 0.64 / 1.36, rel=0.15)
+    assert float(ess(draws, kind="tail")) < float(ess(draws, kind="bulk"))
 
 
 def test_ess_and_r_hat_keep_the_shape_and_the_order_of_dims():
@@ -91,7 +91,7 @@ def test_r_hat_matches_a_naive_one(n):
 
 def test_dimensions_without_meaning_give_nan_and_harm_no_other():
     draws = ar1(0.5, 3, 100, 4)
-    figures = (ess, lambda draws: ess(draws, method="cutoff"), r_hat)
+    figures = (ess, lambda draws: ess(draws, kind="cutoff"), r_hat)
     good = [figure(draws) for figure in figures]
     draws[0, 7, 1] = torch.nan
     draws[1, 9, 2] = torch.inf
@@ -100,9 +100,9 @@ def test_dimensions_without_meaning_give_nan_and_harm_no_other():
         got = figure(draws)
         assert float(got[0]) == pytest.approx(float(before[0]), rel=1e-9)
         assert got[1:].isnan().all()
-    for method in ("bulk", "cutoff"):
-        assert torch.tensor(min_ess(draws, method=method)).isnan()
-        assert torch.tensor(ess_rate(draws, 2.0, method=method)).isnan()
+    for kind in ("bulk", "cutoff"):
+        assert torch.tensor(min_ess(draws, kind=kind)).isnan()
+        assert torch.tensor(ess_rate(draws, 2.0, kind=kind)).isnan()
     assert ess(draws[..., 3]).isnan()
 
 
@@ -134,7 +134,7 @@ def test_cutoff_ess_matches_a_naive_one(chains, n):
     draws[..., 2] += 3 * torch.arange(float(chains))[:, None]
     expected = [naive_cutoff_ess(draws[..., d]) for d in range(4)]
     torch.testing.assert_close(
-        ess(draws, method="cutoff"), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+        ess(draws, kind="cutoff"), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
     )
 
 
@@ -146,7 +146,7 @@ def test_cutoff_ess_of_ar1_chains_is_the_truncated_sum():
     rho = a**lag
     kept = rho >= 0.05
     expected = chains * n / (1 + 2 * (kept * rho * (1 - lag / n)).sum(0))
-    got = ess(ar1(a, chains, n, 4), method="cutoff")
+    got = ess(ar1(a, chains, n, 4), kind="cutoff")
     # A sum of S estimated correlations has a relative standard error of sqrt(2 (2 S + 1) / draws).
     error = (2 * (2 * kept.sum(0) + 1) / (chains * n)).sqrt()
     assert ((got / expected - 1).abs() < 3 * error).all()
@@ -157,41 +157,41 @@ def test_cutoff_ess_of_ar1_chains_is_the_truncated_sum():
 
 
 def test_cutoff_ess_is_at_most_the_number_of_draws():
-    assert float(ess(ar1(0.0, 5, 2000), method="cutoff")) == 10_000
-    assert float(ess(ar1(-0.6, 5, 2000), method="cutoff")) == 10_000
+    assert float(ess(ar1(0.0, 5, 2000), kind="cutoff")) == 10_000
+    assert float(ess(ar1(-0.6, 5, 2000), kind="cutoff")) == 10_000
 
 
 def test_cutoff_ess_counts_a_chain_in_its_own_mode_as_one_draw():
     draws = ar1(0.0, 4, 500) + 1000 * torch.arange(4.0)[:, None]
-    assert float(ess(draws, method="cutoff")) == pytest.approx(4, abs=0.01)
-    assert float(ess(draws[:1], method="cutoff")) > 300
+    assert float(ess(draws, kind="cutoff")) == pytest.approx(4, abs=0.01)
+    assert float(ess(draws[:1], kind="cutoff")) > 300
 
 
 def test_cutoff_ess_knows_neither_units_nor_the_order_of_chains():
     draws = ar1(torch.tensor([0.0, 0.6, 0.9]), 4, 300, 3)
-    want = ess(draws, method="cutoff")
+    want = ess(draws, kind="cutoff")
     for moved in (draws.flip(0), 3.7 * draws - 20, -draws, 2.0**-600 * draws, 2.0**600 * draws):
-        torch.testing.assert_close(ess(moved, method="cutoff"), want, rtol=1e-9, atol=0)
+        torch.testing.assert_close(ess(moved, kind="cutoff"), want, rtol=1e-9, atol=0)
 
 
 def test_cutoff_ess_keeps_dims_and_does_without_arviz(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
     draws = ar1(0.3, 3, 60, 2, 5)
-    whole = ess(draws, method="cutoff")
+    whole = ess(draws, kind="cutoff")
     assert whole.shape == (2, 5)
     assert whole.dtype == torch.float64
     torch.testing.assert_close(
-        whole[1, 3], ess(draws[:, :, 1, 3], method="cutoff"), rtol=1e-12, atol=0
+        whole[1, 3], ess(draws[:, :, 1, 3], kind="cutoff"), rtol=1e-12, atol=0
     )
-    assert min_ess(draws, method="cutoff") == float(whole.min())
-    assert ess_rate(draws, 4, method="cutoff") == float(whole.min()) / 4
+    assert min_ess(draws, kind="cutoff") == float(whole.min())
+    assert ess_rate(draws, 4, kind="cutoff") == float(whole.min()) / 4
 
 
 @pytest.mark.parametrize("cost", [2.5, torch.tensor(2.5), torch.tensor(2.5).double()])
 def test_ess_rate_is_the_smallest_ess_by_cost(cost):
     draws = ar1(torch.tensor([0.0, 0.8]), 4, 200, 2)
     assert ess_rate(draws, cost) == float(ess(draws)[1]) / 2.5
-    assert ess_rate(draws, cost, method="tail") == float(ess(draws, method="tail").min()) / 2.5
+    assert ess_rate(draws, cost, kind="tail") == float(ess(draws, kind="tail").min()) / 2.5
 
 
 @pytest.mark.parametrize("function", [ess, r_hat])
@@ -211,9 +211,9 @@ SHAPE = "draws must have shape (chain, draw, *dims)"
     ("call", "kind", "message"),
     [
         (
-            lambda: ess(torch.zeros(2, 8), method="median"),
+            lambda: ess(torch.zeros(2, 8), kind="median"),
             ValueError,
-            "ess: method must be one of 'bulk', 'tail', 'mean', 'sd', 'cutoff', got 'median'",
+            "ess: kind must be one of 'bulk', 'tail', 'mean', 'sd', 'cutoff', got 'median'",
         ),
         (
             lambda: ess(torch.zeros(2, 3, 5)),
@@ -241,7 +241,7 @@ SHAPE = "draws must have shape (chain, draw, *dims)"
             "ess: draws must be a floating-point tensor, got list",
         ),
         (
-            lambda: ess(torch.zeros(2, 3), method="cutoff"),
+            lambda: ess(torch.zeros(2, 3), kind="cutoff"),
             ValueError,
             "ess: draws must have shape (chain, draw, *dims), chain >= 1, draw >= 4, got (2, 3)",
         ),

@@ -54,7 +54,7 @@ def test_search_gives_no_credit_to_chains_that_diverge_or_stand_still(init):
 
 
 def test_search_takes_the_options_of_sample_and_the_cut_off_rule(init):
-    options = {"method": "ozaki", "burn_in": 3, "thin": 2, "ess_method": "cutoff"}
+    options = {"method": "ozaki", "burn_in": 3, "thin": 2, "ess_kind": "cutoff"}
     found = search_step_size(normal_scores, init, [0.1, 3.0, 0.5], n_steps=200, **options)
     assert found.step_size == 3.0  # an exact step: the longer, the better
 
