@@ -198,6 +198,13 @@ class Model(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
 
 
+ScoreModel: TypeAlias = Callable[[Tensor, Tensor | float], Tensor | Scores]
+"""A first-order network: maps x (B, *dims) and sigma, a float or (B,), to its score, as x, or
+`Scores`."""
+
+FirstOrderScore: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps points x (B, *dims) to s1, as x, each row by itself."""
+
 ScoreFn: TypeAlias = Callable[[Tensor], AnyScores]
 """Maps points x (B, *dims) to their scores, each row by itself."""
 

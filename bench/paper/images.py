@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hos_ext.app import data, evaluation, runs
-from hos_ext.app.options import complete, open_source, read_config
+from hos_ext.app.options import complete, open_chosen_source, read_config
 from hos_ext.linalg import ScoreHessian
 
 from .networks import ROOT
@@ -46,7 +46,7 @@ _QUICK: dict[str, Any] = {
 
 
 def data_file(folders: Folders, name: str, part: str) -> str:
-    """What `open_source` takes for a part, "train" or "test", of a set.
+    """What `open_chosen_source` takes for a part, "train" or "test", of a set.
 
     Raises:
         Unfinished: the folder of the data is not given, or the file is not there.
@@ -83,7 +83,7 @@ def ready(folders: Folders, name: str, quick: bool) -> Trained:
         if not runs.finished(folder):
             runs.fit(runs.prepare(given, folder, resume=True))
     model, facts = runs.load_run(folder)
-    return Trained(model.requires_grad_(False), facts, open_source(complete(given)[0]))
+    return Trained(model.requires_grad_(False), facts, open_chosen_source(complete(given)[0]))
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..checks import DROPOUT, check_tensor
 from ..ops.noise import draw_normal
 from ..random import STREAM_START, Key
-
-Score = Callable[[Tensor], Tensor]
+from ..scores import FirstOrderScore
 
 CHUNK = 32
 _GAP = 0.04  # what rounding may be between jvp and vjp; bfloat16 networks have 2^-8 an operation
@@ -54,7 +53,7 @@ class Jacobian:
         tensor([[-2., -4.]])
     """
 
-    def __init__(self, score_fn: Score, x: Tensor, chunk_size: int | None = CHUNK):
+    def __init__(self, score_fn: FirstOrderScore, x: Tensor, chunk_size: int | None = CHUNK):
         _refuse_training(score_fn)
         self.score_fn = score_fn
         self.x = x.detach().contiguous()  # jvp refuses expanded memory
@@ -197,7 +196,7 @@ def _differentiable() -> Iterator[None]:
         yield
 
 
-def _held_modules(score_fn: Score) -> Iterator[nn.Module]:
+def _held_modules(score_fn: FirstOrderScore) -> Iterator[nn.Module]:
     """The modules that a callable shows: itself, its object, closure, defaults, partial parts."""
     left: list[Any] = [score_fn]
     seen: dict[int, Any] = {}  # keeps what it names alive, so that no id comes twice
@@ -221,7 +220,7 @@ def _held_modules(score_fn: Score) -> Iterator[nn.Module]:
                     continue
 
 
-def _refuse_training(score_fn: Score) -> None:
+def _refuse_training(score_fn: FirstOrderScore) -> None:
     """Raises for batch normalisation or dropout in training mode, where modules can be seen."""
     for module in (m for root in _held_modules(score_fn) for m in root.modules()):
         random = isinstance(module, DROPOUT) and module.p > 0

@@ -24,8 +24,9 @@ from ..checks import (
     per_sample,
 )
 from ..random import Key, fresh_seed
+from ..scores import FirstOrderScore
 from . import hutchinson
-from .autodiff import CHUNK, Jacobian, Score
+from .autodiff import CHUNK, Jacobian
 from .block_lanczos import Eigenpairs, eigenpairs
 from .dplr import DPLR
 from .hutchinson import Estimate
@@ -87,7 +88,7 @@ class ScoreHessian:
 
     def __init__(
         self,
-        score_fn: Score,
+        score_fn: FirstOrderScore,
         x: Tensor,
         *,
         symmetrize: bool = False,
@@ -414,7 +415,7 @@ class ScoreHessian:
         return hutchinson.random_signs(n, key, self.x.flatten(1), self._jacobian.chunk_size or n)
 
 
-def _check_input(score_fn: Score, x: Tensor, chunk_size: int | None) -> None:
+def _check_input(score_fn: FirstOrderScore, x: Tensor, chunk_size: int | None) -> None:
     where = "ScoreHessian"
     kind = type(score_fn).__name__
     check(where, callable(score_fn), "score_fn must be callable", kind, TypeError)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check, check_count, check_tensor
-from .spectrum import Function, Matvec, Rows
+from .spectrum import Function, Matvec, MatvecOfRows
 
 _BREAKDOWN = 10  # a Lanczos beta this many epsilons of the norm of A is rounding
 _GUESSED = 0.1  # what a change by a guessed step counts: 1 costs iterations, .01 misses some
@@ -44,7 +44,7 @@ class LanczosResult(NamedTuple):
 
 @torch.no_grad()
 def lanczos(
-    rows: Rows,
+    rows: MatvecOfRows,
     v: Tensor,
     functions: Sequence[Function],
     *,

@@ -22,7 +22,7 @@ from .woodbury import low_rank_eigh
 
 Function = Callable[[Tensor], Tensor]  # of eigenvalues, elementwise
 Matvec = Callable[[Tensor], Tensor]  # (n, D) -> (n, D)
-Rows = Callable[[slice | Tensor], Matvec]  # an index of the batch -> the matvec of these rows
+MatvecOfRows = Callable[[slice | Tensor], Matvec]  # an index of the batch -> their matvec
 
 _SYMMETRY = {torch.float32: 1e-5, torch.float64: 1e-10}  # allowed asymmetry over largest entry
 _SPREAD = 8  # allowed spread of a constant diagonal, in machine epsilons
@@ -208,7 +208,7 @@ def spectrum_logdet(spectrum: Spectrum, function: Function) -> Tensor:
     return total + (basis.shape[1] - basis.shape[2]) * function(rest.unsqueeze(-1)).log().squeeze(1)
 
 
-def matrix_rows(matrix: SymmetricOperator | Tensor, scale: float | Tensor = 1.0) -> Rows:
+def matrix_rows(matrix: SymmetricOperator | Tensor, scale: float | Tensor = 1.0) -> MatvecOfRows:
     """The products of `lanczos` for scale * matrix.
 
     Args:

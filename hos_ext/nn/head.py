@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from ..checks import check, check_like, positive
 from ..ops._operator import functorch_active
-from ..scores import Scores
+from ..scores import ScoreModel, Scores
 from .base import Network
 from .mlp import MLP
 from .unet import UNet
 from .weights import WEIGHTS, check_folder, read_weights, write_weights
-
-# A first-order model: x (B, *dims), sigma -> its score, as x, or `Scores`.
-ScoreModel = Callable[[Tensor, Tensor | float], Tensor | Scores]
 
 _HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
 _SCORE_FOLDER = "first_order"  # of the first-order model, in the folder of a saved head

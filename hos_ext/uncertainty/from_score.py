@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from ..checks import check_samples, positive
-from ..linalg.autodiff import CHUNK, Score
+from ..linalg.autodiff import CHUNK
 from ..linalg.jacobian import ScoreHessian
+from ..scores import FirstOrderScore
 from ..tweedie.posterior import (
     Posterior,
     covariance_from_kappa,
@@ -18,7 +19,7 @@ from ..tweedie.posterior import (
 
 
 def posterior_from_score(
-    score_fn: Score,
+    score_fn: FirstOrderScore,
     x: Tensor,
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,

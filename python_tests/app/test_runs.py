@@ -393,7 +393,7 @@ def test_what_data_do_not_decide_is_refused_before_they_are_opened(whole, tmp_pa
     def opened(*_, **__):
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr(completing, "open_source", opened)
+    monkeypatch.setattr(completing, "open_chosen_source", opened)
     with pytest.raises(ValueError, match="train: out must hold no run"):
         runs.prepare(SMALL, whole)
     with pytest.raises(ValueError, match="train: steps must be at least 1, got 0"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from hos_ext.linalg import DPLR, ScoreHessian, hessian_of
 from hos_ext.linalg.lanczos import lanczos
 from hos_ext.linalg.spectrum import (
-    Rows,
+    MatvecOfRows,
     Spectrum,
     dense_spectrum,
     isotropic_spectrum,
@@ -63,7 +63,7 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def diagonal_rows(values: Tensor, seen: list[int] | None = None) -> Rows:
+def diagonal_rows(values: Tensor, seen: list[int] | None = None) -> MatvecOfRows:
     """Products with diag(values); `seen` collects how many rows each had."""
 
     def rows_of(rows: slice | Tensor) -> Function:

@@ -84,7 +84,7 @@ def sample(
     size = results.methods()[method] * level**2 if step_size is None else step_size
     dynamics = results.Dynamics(level, method, size)
     with results.ranks():
-        found, ess = results.run_chains(
+        found, ess = results.run_chains_over_ranks(
             model, starts, dynamics, n_steps=steps, burn_in=burn_in, thin=thin, seed=seed
         )
     if not main:

@@ -5,7 +5,7 @@ what depends on data and model, and `models` builds the network. Everything in t
 JSON.
 """
 
-from .completing import complete, open_source, training_options
+from .completing import complete, open_chosen_source, training_options
 from .models import build_model
 from .reading import FORMAT, read_config, read_options
 from .table import DATA, FOLDER, MODEL, OBJECTIVE, OBJECTIVES, OPTIONS, TRAINING, Option
@@ -22,7 +22,7 @@ __all__ = [
     "Option",
     "build_model",
     "complete",
-    "open_source",
+    "open_chosen_source",
     "read_config",
     "read_options",
     "training_options",

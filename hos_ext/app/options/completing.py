@@ -37,7 +37,7 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     # Before the data, which may take minutes to open, what does not depend on them.
     _reconcile(options)
     training.check_options({k: v for k, v in options.items() if v is not None})
-    source = open_source(options)
+    source = open_chosen_source(options)
     _fill_in(options, source)
     chosen = training_options(options)
     device = "cpu"
@@ -90,7 +90,7 @@ def _fill_in(options: dict[str, Any], source: data.Source) -> None:
             options[name] = measured.get(name) if default is None else default
 
 
-def open_source(options: Mapping[str, Any]) -> data.Source:
+def open_chosen_source(options: Mapping[str, Any]) -> data.Source:
     """The data that options name."""
     return data.open_source(
         options["data"],

@@ -4,7 +4,7 @@ Samples are in data units inside; what other programs read and write (images, `r
 units. A command builds all of its files in memory, then writes each whole.
 """
 
-from .chains import Dynamics, methods, ranks, run_chains, sample_files, sampled
+from .chains import Dynamics, methods, ranks, run_chains_over_ranks, sample_files, sampled
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
@@ -22,7 +22,7 @@ __all__ = [
     "ranks",
     "read_files",
     "refuse_existing",
-    "run_chains",
+    "run_chains_over_ranks",
     "sample_files",
     "sampled",
     "tiff",

@@ -63,7 +63,7 @@ def ranks() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_chains(
+def run_chains_over_ranks(
     model: Model, init: Tensor, dynamics: Dynamics, **options: Any
 ) -> tuple[Chains, float]:
     """Chains of the density of noisy samples, over all ranks, and their smallest ESS.
@@ -108,7 +108,7 @@ def sampled(
 
     Args:
         model: `model(x, sigma) -> Scores`, which drove the chains.
-        chains: what `run_chains` returned.
+        chains: what `run_chains_over_ranks` returned.
         starts: where they started. Shape (chain, *dims).
         dynamics: what moved them.
         scaling: of the data.

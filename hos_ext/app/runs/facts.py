@@ -14,7 +14,7 @@ import torch
 from ... import __version__, storage
 from ...checks import check
 from .. import data, evaluation
-from ..options import FORMAT, open_source
+from ..options import FORMAT, open_chosen_source
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def open_data(facts: Mapping[str, Any]) -> data.Source:
         ValueError: they are not what they were.
         OSError, RuntimeError: they cannot be read.
     """
-    source = open_source(facts["options"])
+    source = open_chosen_source(facts["options"])
     refuse_changes("data", facts["data"], describe(source))
     return source
 

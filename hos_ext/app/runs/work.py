@@ -165,7 +165,7 @@ def _finish(run: Run, trained: training.Trained, seconds: float) -> dict[str, An
     return figures
 
 
-def tracked(source: data.Source, options: Mapping[str, Any]) -> training.Report:
+def tracked(source: data.Source, options: Mapping[str, Any]) -> training.Reporter:
     """For a tracker: calibration on validation rows, and their uncertainty as a picture."""
     low, high = options["sigma"]
     count = min(64, len(source.validation))

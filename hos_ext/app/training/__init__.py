@@ -10,14 +10,14 @@ from .faults import NotFinite, OutOfMemory, Stopped
 from .launch import is_main
 from .options import OBJECTIVE, TrainingOptions, check_options
 from .precision import check_precision
-from .trackers import Report
+from .trackers import Reporter
 
 __all__ = [
     "OBJECTIVE",
     "History",
     "NotFinite",
     "OutOfMemory",
-    "Report",
+    "Reporter",
     "Stopped",
     "Trained",
     "TrainingOptions",

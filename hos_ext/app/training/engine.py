@@ -38,7 +38,7 @@ from .launch import check_starts, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
 from .progress import progress_bar
-from .trackers import Report, start_tracker, track
+from .trackers import Reporter, start_tracker, track
 
 
 class Trained(NamedTuple):
@@ -57,7 +57,7 @@ def train(
     *,
     out: Path | str | None = None,
     resume: bool = False,
-    report: Report | None = None,
+    report: Reporter | None = None,
     facts: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> Trained:
@@ -238,7 +238,7 @@ class _Training:
             totals = accelerator.reduce(totals.to(accelerator.device), "mean")
         return totals / options.accumulate, bad
 
-    def end_row(self, report: Report | None) -> None:
+    def end_row(self, report: Reporter | None) -> None:
         """Ends a row of the curve: in the first process it is measured, kept and tracked."""
         sums, self.sums = self.sums, [0.0] * 5
         if not self.accelerator.is_main_process:

@@ -12,7 +12,7 @@ from ...checks import one_of, require
 from .checkpoints import History
 
 # Scalars and images (uint8 arrays (n, H, W, 3)) of a model, for a tracker.
-Report = Callable[[nn.Module, int], tuple[dict[str, float], dict[str, Any]]]
+Reporter = Callable[[nn.Module, int], tuple[dict[str, float], dict[str, Any]]]
 
 
 def check_tracker(where: str, name: str, tracker: str) -> None:
@@ -43,7 +43,7 @@ def start_tracker(accelerator: Any, tracker: str, step: int) -> None:
 
 
 def track(
-    accelerator: Any, history: list[History], model: nn.Module, report: Report | None, last: bool
+    accelerator: Any, history: list[History], model: nn.Module, report: Reporter | None, last: bool
 ) -> None:
     """Sends the newest row of the curve, and at every tenth and at the last row a report."""
     row = history[-1]._asdict()
