@@ -55,9 +55,13 @@ def _stream(number: int, owners: str, purpose: str) -> int:
 
 
 # Numbers must not change: they decide the draws of every seed, and exact resume.
-STREAM_STEP = _stream(0, "ops, sampling", "the noise of Langevin and Ozaki steps")
-STREAM_ACCEPT = _stream(1, "sampling", "the uniforms by which a proposal is accepted")
-STREAM_POSTERIOR = _stream(2, "linalg", "draws from a posterior; restarts of matrix functions")
+STREAM_STEP = _stream(
+    0, "ops, sampling, app", "the noise of Langevin and Ozaki steps; a known density"
+)
+STREAM_ACCEPT = _stream(1, "sampling, app", "uniforms that accept proposals; a known density")
+STREAM_POSTERIOR = _stream(
+    2, "linalg, app", "draws from a posterior; restarts of matrix functions; a known density"
+)
 STREAM_TRAINING = _stream(3, "losses", "the noise of training samples")
 STREAM_TIME = _stream(4, "losses, schedules", "times of training samples")
 STREAM_DIRECTION = _stream(5, "losses", "directions of high-order losses")

@@ -59,6 +59,8 @@ def test_rooms_draw_from_the_streams_that_they_own() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name) and node.id in users:
                 users[node.id].add(room)
+            elif isinstance(node, ast.keyword) and node.arg == "stream":
+                assert not isinstance(node.value, ast.Constant), f"{path}: stream without a name"
     owners = {name: set(random.STREAMS[number].owners) for name, number in NAMES.items()}
     assert users == owners
 

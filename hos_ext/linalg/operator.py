@@ -152,8 +152,8 @@ def check_matrix(where: str, matrix: Tensor) -> None:
 def hessian_of(scores: object) -> SymmetricOperator | None:
     """s2 as an operator, from whatever a score function returned; None where it returned s1 alone.
 
-    This is the one place that knows the containers of scores. A new container joins by
-    `hessian_of.register`.
+    Operators of all containers are made here, and a new container joins by `hessian_of.register`.
+    What is checked of each as a chain walks, `hos_ext.sampling` knows itself.
 
     Args:
         scores: s1 (B, *dims), `UnscaledScores`, `DenseScores` or `MatrixFreeScores`.

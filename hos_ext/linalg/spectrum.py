@@ -119,8 +119,8 @@ def _refuse(where: str, bad: Tensor, rule: str, what: str, sizes: Tensor) -> Non
 def isotropic_spectrum(
     diag: Tensor,
     factor: Tensor | None,
-    sign: Tensor | None = None,
     *,
+    sign: Tensor | None = None,
     where: str = "isotropic_spectrum",
 ) -> Spectrum:
     """Eigenvalues and eigenvectors of c I + U diag(sign) U^T: c + mu on the columns of U, else c.

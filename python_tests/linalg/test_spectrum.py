@@ -107,7 +107,7 @@ def test_isotropic_spectrum_gives_ozaki_functions_and_logdet(
     for dtype in (torch.float64, torch.float32):
         sign = None if matrix.sign is None else matrix.sign.to(device, dtype)
         spectrum = isotropic_spectrum(
-            level.to(device, dtype), matrix.factor.to(device, dtype), sign
+            level.to(device, dtype), matrix.factor.to(device, dtype), sign=sign
         )
         assert spectrum.basis.shape == (3, size, min(rank, size))
         assert (spectrum.rest is None) == (rank >= size)

@@ -27,6 +27,9 @@ class OzakiIsotropic(NormalStep):
         hessian = here.hessian
         assert isinstance(hessian, DPLR)  # that is what UnscaledScores are
         spectrum = isotropic_spectrum(
-            hessian.diag, hessian.factor, hessian.sign, where="sample: scores from score_fn"
+            hessian.diag,
+            hessian.factor,
+            sign=hessian.sign,
+            where="sample: scores from score_fn",
         )
         return spectral_law(*here.flat(), spectrum, *ozaki_functions(h, self.curvature))

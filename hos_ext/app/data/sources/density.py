@@ -8,6 +8,7 @@ from .... import ops
 from ....checks import one_of
 from ....densities.gaussian import Gaussian, GaussianMixture
 from ....densities.logistic import ProductLogisticMixture
+from ....random import STREAM_ACCEPT, STREAM_POSTERIOR, STREAM_STEP
 from ..registry import register_source
 from ..rows import Request, Rows, array_rows
 
@@ -50,14 +51,15 @@ def known_density(name: str) -> Gaussian | GaussianMixture | ProductLogisticMixt
             torch.tensor([[[0.15, 0.1], [0.1, 0.12]], [[0.2, -0.08], [-0.08, 0.06]]], dtype=wide),
         )
     if name == "normal100":
-        strong = torch.linalg.qr(ops.normal((100, 5), seed=100, dtype=wide))[0]
+        strong = torch.linalg.qr(ops.normal((100, 5), seed=100, stream=STREAM_STEP, dtype=wide))[0]
         variances = torch.tensor([10.0, 7.0, 5.0, 3.0, 2.0], dtype=wide)
         covariance = 0.1 * torch.eye(100, dtype=wide) + (strong * variances) @ strong.mT
         covariance = (covariance + covariance.mT) / 2
         return Gaussian(torch.zeros(100, dtype=wide), covariance)
+    # Parameters that were drawn once and for all, from streams that other purposes own.
     size = (50, 20)
     return ProductLogisticMixture(
-        ops.normal(size, seed=50, stream=0, dtype=wide).softmax(-1),
-        2 * ops.uniform(size, seed=50, stream=1, dtype=wide) - 1,
-        0.02 + 0.08 * ops.uniform(size, seed=50, stream=2, dtype=wide),
+        ops.normal(size, seed=50, stream=STREAM_STEP, dtype=wide).softmax(-1),
+        2 * ops.uniform(size, seed=50, stream=STREAM_ACCEPT, dtype=wide) - 1,
+        0.02 + 0.08 * ops.uniform(size, seed=50, stream=STREAM_POSTERIOR, dtype=wide),
     )
