@@ -187,8 +187,8 @@ class SecondOrderHead(nn.Module):
         if not isinstance(self.head, Network):
             got = type(self.head).__name__
             raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {got}")
-        known = isinstance(self.first_order, SavableScore)
-        fingerprint = self.first_order.fingerprint() if known else None
+        model = self.first_order
+        fingerprint = model.fingerprint() if isinstance(model, SavableScore) else None
         return {
             "_class_name": "SecondOrderHead",
             "scaled": self.scaled,
