@@ -28,11 +28,11 @@ Law = TypeVar("Law", bound="_LogisticMixture")
 
 
 class _Derivatives(NamedTuple):
-    """The log of a density and its first three derivatives, of one shape."""
+    """The log of a density of one coordinate and its three derivatives, of one shape."""
 
-    value: Tensor
-    first: Tensor
-    second: Tensor
+    log_prob: Tensor
+    score: Tensor
+    hessian_diag: Tensor
     third: Tensor
 
 
@@ -40,7 +40,7 @@ class _LogisticMixture(Density):
     """What both mixtures share: parameters, noise, and posteriors by Tweedie's formula."""
 
     def __init__(
-        self, weights: Tensor, locations: Tensor, scales: Tensor, noise: float = 0.0
+        self, weights: Tensor, locations: Tensor, scales: Tensor, *, noise_std: float = 0.0
     ) -> None:
         name = type(self).__name__
         check_leading(name, "locations", locations, 2)
@@ -50,7 +50,7 @@ class _LogisticMixture(Density):
         check_all_positive(name, "scales", scales)
         self._log_weights = log_weights(name, weights)
         self.weights, self.locations, self.scales = weights, locations, scales
-        self.noise = check_number(name, "noise", noise, positive=False)
+        self.noise_std = check_number(name, "noise_std", noise_std, positive=False)
 
     @staticmethod
     @abstractmethod
@@ -62,12 +62,13 @@ class _LogisticMixture(Density):
 
     def _like(self: Law, *tensors: Tensor) -> Law:
         weights, locations, scales = tensors
-        return type(self)(weights, locations, scales, self.noise)
+        return type(self)(weights, locations, scales, noise_std=self.noise_std)
 
     def _noisy(self: Law, sigma: float, alpha: float) -> Law:
         """Locations and scales times alpha, noise added."""
-        noise = math.hypot(alpha * self.noise, sigma)
-        return type(self)(self.weights, alpha * self.locations, alpha * self.scales, noise)
+        noise_std = math.hypot(alpha * self.noise_std, sigma)
+        locations, scales = alpha * self.locations, alpha * self.scales
+        return type(self)(self.weights, locations, scales, noise_std=noise_std)
 
 
 class ProductLogisticMixture(_LogisticMixture):
@@ -79,8 +80,8 @@ class ProductLogisticMixture(_LogisticMixture):
         weights: shape (D, K), positive, each row summing to one. float32 or float64.
         locations: shape (D, K). Units of the data.
         scales: shape (D, K), positive. Units of the data (standard deviation: pi / sqrt(3) scales).
-        noise: standard deviation of Gaussian noise added to every coordinate, >= 0. With noise the
-            density has no closed form: 1-D quadrature in float64, with absolute errors below
+        noise_std: standard deviation of Gaussian noise added to every coordinate, >= 0. With noise
+            the density has no closed form: 1-D quadrature in float64, with absolute errors below
             1e-12 / scale^k in s_k.
 
     Raises:
@@ -105,27 +106,27 @@ class ProductLogisticMixture(_LogisticMixture):
         part = choose_parts(self.weights, n, generator)
         location = self.locations.gather(1, part).mT
         scale = self.scales.gather(1, part).mT
-        return _logistic_draws(location, scale, self.noise, generator)
+        return _logistic_draws(location, scale, self.noise_std, generator)
 
     def _log_prob(self, x: Tensor) -> Tensor:
-        return self._coordinates(x).value.sum(-1)
+        return self._coordinates(x).log_prob.sum(-1)
 
     def _score(self, x: Tensor) -> Tensor:
-        return self._coordinates(x).first
+        return self._coordinates(x).score
 
     def _hessian(self, x: Tensor) -> Tensor:
-        return torch.diag_embed(self._coordinates(x).second)
+        return torch.diag_embed(self._coordinates(x).hessian_diag)
 
     def _hessian_diag(self, x: Tensor) -> Tensor:
-        return self._coordinates(x).second
+        return self._coordinates(x).hessian_diag
 
     def _third(self, x: Tensor) -> Tensor:
         return _space_diagonal(self._coordinates(x).third)
 
     def _coordinates(self, x: Tensor) -> _Derivatives:
         """log of each coordinate's density and its derivatives, each (B, D)."""
-        parts = _logistic(x.unsqueeze(-1), self.locations, self.scales, self.noise)
-        return _mixture(parts._replace(value=self._log_weights + parts.value))
+        parts = _logistic(x.unsqueeze(-1), self.locations, self.scales, self.noise_std)
+        return _mixture(parts._replace(log_prob=self._log_weights + parts.log_prob))
 
 
 class JointLogisticMixture(_LogisticMixture):
@@ -142,7 +143,7 @@ class JointLogisticMixture(_LogisticMixture):
         weights: shape (K,), positive, summing to one. float32 or float64.
         locations: shape (K, D). Units of the data.
         scales: shape (K, D), positive. Units of the data (standard deviation: pi / sqrt(3) scales).
-        noise: standard deviation of Gaussian noise added to every coordinate, >= 0; as in
+        noise_std: standard deviation of Gaussian noise added to every coordinate, >= 0; as in
             `ProductLogisticMixture`.
 
     Raises:
@@ -165,74 +166,77 @@ class JointLogisticMixture(_LogisticMixture):
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
         part = choose_parts(self.weights, n, generator)
-        return _logistic_draws(self.locations[part], self.scales[part], self.noise, generator)
+        return _logistic_draws(self.locations[part], self.scales[part], self.noise_std, generator)
 
     def _log_prob(self, x: Tensor) -> Tensor:
-        return (self._log_weights + self._parts(x).value.sum(-1)).logsumexp(-1)
+        return (self._log_weights + self._parts(x).log_prob.sum(-1)).logsumexp(-1)
 
     def _score(self, x: Tensor) -> Tensor:
         r, parts = self._weighted(x)
-        return weighted_mean(r, parts.first)
+        return weighted_mean(r, parts.score)
 
     def _hessian(self, x: Tensor) -> Tensor:
         r, parts = self._weighted(x)
-        within = torch.diag_embed(weighted_mean(r, parts.second))
-        return within + weighted_covariance(r, parts.first)
+        within = torch.diag_embed(weighted_mean(r, parts.hessian_diag))
+        return within + weighted_covariance(r, parts.score)
 
     def _hessian_diag(self, x: Tensor) -> Tensor:
         r, parts = self._weighted(x)
-        return weighted_mean(r, parts.second + centred(r, parts.first).square())
+        return weighted_mean(r, parts.hessian_diag + centred(r, parts.score).square())
 
     def _third(self, x: Tensor) -> Tensor:
         r, parts = self._weighted(x)
-        c = centred(r, parts.first)
-        mixed = torch.diag_embed((c * r.unsqueeze(-1)).mT @ parts.second)
+        c = centred(r, parts.score)
+        mixed = torch.diag_embed((c * r.unsqueeze(-1)).mT @ parts.hessian_diag)
         within = _space_diagonal(weighted_mean(r, parts.third))
         return weighted_third_moment(r, c) + symmetrise_third(mixed.movedim(1, -1)) + within
 
     def _parts(self, x: Tensor) -> _Derivatives:
         """log of each part's coordinate densities and their derivatives, each (B, K, D)."""
-        return _logistic(x.unsqueeze(-2), self.locations, self.scales, self.noise)
+        return _logistic(x.unsqueeze(-2), self.locations, self.scales, self.noise_std)
 
     def _weighted(self, x: Tensor) -> tuple[Tensor, _Derivatives]:
         """The responsibilities (B, K), and the parts' derivatives."""
         parts = self._parts(x)
-        return (self._log_weights + parts.value.sum(-1)).softmax(-1), parts
+        return (self._log_weights + parts.log_prob.sum(-1)).softmax(-1), parts
 
 
 # ---------------------------------------------------------------- one coordinate, with noise
 
 
-def _logistic(x: Tensor, location: Tensor, scale: Tensor, noise: float) -> _Derivatives:
-    """log density and three derivatives of Logistic(location, scale) + N(0, noise^2) at x."""
-    if noise == 0:
+def _logistic(x: Tensor, location: Tensor, scale: Tensor, noise_std: float) -> _Derivatives:
+    """log density and three derivatives of Logistic(location, scale) + N(0, noise_std^2) at x."""
+    if noise_std == 0:
         return _clean_logistic(x, location, scale)
     shape = (x.shape[0], *location.shape)
     y, m, s = (v.expand(shape).flatten().double() for v in (x, location, scale))
-    return _Derivatives(*(v.reshape(shape).to(x.dtype) for v in _noisy_logistic(y, m, s, noise)))
+    return _Derivatives(
+        *(v.reshape(shape).to(x.dtype) for v in _noisy_logistic(y, m, s, noise_std))
+    )
 
 
 def _clean_logistic(x: Tensor, location: Tensor, scale: Tensor) -> _Derivatives:
     """l' = -tanh(u/2) / s, l'' = -sech^2(u/2) / (2 s^2), l''' = -l'' tanh(u/2) / s, u = (x-m)/s."""
     u = (x - location) / scale
-    value = u + 2 * logsigmoid(-u) - scale.log()
+    log_prob = u + 2 * logsigmoid(-u) - scale.log()
     slope = (u / 2).tanh() / scale
-    second = -2 * u.sigmoid() * (-u).sigmoid() / scale.square()  # 1 - tanh^2 loses the far tails
-    return _Derivatives(value, -slope, second, -second * slope)
+    # 1 - tanh^2 loses the far tails.
+    hessian_diag = -2 * u.sigmoid() * (-u).sigmoid() / scale.square()
+    return _Derivatives(log_prob, -slope, hessian_diag, -hessian_diag * slope)
 
 
-def _noisy_logistic(y: Tensor, m: Tensor, s: Tensor, noise: float) -> _Derivatives:
-    """The convolution of a logistic with N(0, noise^2) at flat float64 y, by the trapezoid rule.
+def _noisy_logistic(y: Tensor, m: Tensor, s: Tensor, noise_std: float) -> _Derivatives:
+    """A logistic convolved with N(0, noise_std^2) at flat float64 y, by the trapezoid rule.
 
     The noisy density is a continuous mixture of the clean one shifted, so its derivatives are
     `_mixture` of the clean derivatives over p(t | y): no division by the noise, no cancellation.
-    The integrand is analytic within pi s of the real axis: steps of s / 3 and 0.8 noise leave
+    The integrand is analytic within pi s of the real axis: steps of s / 3 and 0.8 noise_std leave
     relative errors near 1e-13; its tails are cut where they have fallen by exp(-36).
     """
     if y.numel() == 0:
         return _Derivatives(y, y, y, y)
-    low, high = _quadrature_range(y, m, s, noise)
-    steps = (high - low) / (s / 3).clamp(max=0.8 * noise)
+    low, high = _quadrature_range(y, m, s, noise_std)
+    steps = (high - low) / (s / 3).clamp(max=0.8 * noise_std)
     n = 2 + int(steps.nan_to_num(posinf=0).max())  # points that are not finite give NaN below
     grid = torch.linspace(0, 1, n, dtype=y.dtype, device=y.device)
     rows = max(1, 2**16 // n)  # a chunk stays in cache
@@ -243,35 +247,36 @@ def _noisy_logistic(y: Tensor, m: Tensor, s: Tensor, noise: float) -> _Derivativ
         t = low_ + (high_ - low_) * grid
         log_step = ((high_ - low_) / (n - 1)).log()
         clean = _clean_logistic(t, m_, s_)
-        log_kernel = -((y_ - t) / noise).square() / 2 - LOG_2PI / 2 - math.log(noise)
-        columns.append(_mixture(clean._replace(value=clean.value + log_kernel + log_step)))
+        log_kernel = -((y_ - t) / noise_std).square() / 2 - LOG_2PI / 2 - math.log(noise_std)
+        columns.append(_mixture(clean._replace(log_prob=clean.log_prob + log_kernel + log_step)))
     return _Derivatives(*(torch.cat(v) for v in zip(*columns, strict=True)))
 
 
 @torch.no_grad()
-def _quadrature_range(y: Tensor, m: Tensor, s: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Where f(t) = log Logistic(t; m, s) - (y - t)^2 / (2 noise^2) is within 36 of its maximum.
+def _quadrature_range(y: Tensor, m: Tensor, s: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Where f(t) = log Logistic(t; m, s) - (y - t)^2 / (2 noise_std^2) is within 36 of its maximum.
 
-    f is concave with f'' <= -1/noise^2, and |log Logistic'| <= 1/s: the maximum lies between m and
-    y and within noise^2 / s of y, the range within sqrt(72) noise of the maximum. Bisection.
+    f is concave with f'' <= -1/noise_std^2, and |log Logistic'| <= 1/s: the maximum lies between m
+    and y and within noise_std^2 / s of y, the range within sqrt(72) noise_std of the maximum.
+    Bisection.
     """
 
     def height(t: Tensor) -> Tensor:
-        return _clean_logistic(t, m, s).value - ((y - t) / noise).square() / 2
+        return _clean_logistic(t, m, s).log_prob - ((y - t) / noise_std).square() / 2
 
-    reach = noise**2 / s
+    reach = noise_std**2 / s
     low = torch.where(y > m, torch.maximum(m, y - reach), y)
     high = torch.where(y > m, y, torch.minimum(m, y + reach))
-    ratio = float((noise / s).max())
+    ratio = float((noise_std / s).max())
     for _ in range(max(0, math.ceil(math.log2(4 * ratio * max(1.0, ratio))))):
         mode = (low + high) / 2
-        rising = (y - mode) / noise**2 - ((mode - m) / (2 * s)).tanh() / s > 0
+        rising = (y - mode) / noise_std**2 - ((mode - m) / (2 * s)).tanh() / s > 0
         low, high = torch.where(rising, mode, low), torch.where(rising, high, mode)
     mode = (low + high) / 2
     floor = height(mode) - 36
     edges = []
     for sign in (-1.0, 1.0):
-        inside, outside = torch.zeros_like(y), torch.full_like(y, 9 * noise)
+        inside, outside = torch.zeros_like(y), torch.full_like(y, 9 * noise_std)
         for _ in range(max(4, math.ceil(math.log2(max(1.0, ratio))) + 4)):
             middle = (inside + outside) / 2
             above = height(mode + sign * middle) > floor
@@ -282,27 +287,26 @@ def _quadrature_range(y: Tensor, m: Tensor, s: Tensor, noise: float) -> tuple[Te
 
 
 def _mixture(parts: _Derivatives) -> _Derivatives:
-    """1-D mixture over the last axis, from the parts, whose value holds the log of their weight.
+    """1-D mixture over the last axis, from the parts, whose log_prob includes their log weight.
 
     s2 = E[l''] + Var[l'], s3 = E[l'''] + 3 Cov[l'', l'] + kappa_3[l'] over the responsibilities.
     """
-    log_parts, first, second, third = parts
-    r = log_parts.softmax(-1)
-    score = (r * first).sum(-1)
-    c = first - score.unsqueeze(-1)
-    hessian = (r * (second + c.square())).sum(-1)
-    cubic = (r * (third + c * (3 * second + c.square()))).sum(-1)
-    return _Derivatives(log_parts.logsumexp(-1), score, hessian, cubic)
+    r = parts.log_prob.softmax(-1)
+    score = (r * parts.score).sum(-1)
+    c = parts.score - score.unsqueeze(-1)
+    hessian_diag = (r * (parts.hessian_diag + c.square())).sum(-1)
+    third = (r * (parts.third + c * (3 * parts.hessian_diag + c.square()))).sum(-1)
+    return _Derivatives(parts.log_prob.logsumexp(-1), score, hessian_diag, third)
 
 
 def _logistic_draws(
-    location: Tensor, scale: Tensor, noise: float, generator: torch.Generator
+    location: Tensor, scale: Tensor, noise_std: float, generator: torch.Generator
 ) -> Tensor:
     """location + scale logit(u), plus noise; u in float64, so that float32 tails are not cut."""
     u = torch.rand(location.shape, generator=generator, dtype=torch.float64, device=location.device)
     draws = location + scale * u.clamp(min=2.0**-54).logit().to(location.dtype)
-    if noise > 0:
-        draws = draws + noise * draw_normal(location.shape, generator, location)
+    if noise_std > 0:
+        draws = draws + noise_std * draw_normal(location.shape, generator, location)
     return draws
 
 

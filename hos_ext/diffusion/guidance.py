@@ -17,7 +17,7 @@ from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
 from .conditioning import check_stop, closed_form, iterated, refuse_small_noise
-from .measurement import Operator, moments_of, problem_of, residual_of
+from .measurement import Measurement, moments_of, problem_of, residual_of
 
 
 def condition(
@@ -92,7 +92,7 @@ def condition(
 def condition_mean(
     posterior: Posterior,
     y: Tensor,
-    operator: Operator,
+    operator: Measurement,
     noise_std: float | Tensor,
     *,
     tolerance: float | None = None,
@@ -152,7 +152,7 @@ def condition_mean(
 def guided(
     model: Model,
     y: Tensor,
-    operator: Operator,
+    operator: Measurement,
     noise_std: float | Tensor,
     schedule: Schedule,
     *,

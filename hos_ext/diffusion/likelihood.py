@@ -186,24 +186,26 @@ def _slope(
         return -noise * (scores.scaled_score + noise * w), size * data - kappa.trace()
     with torch.enable_grad():
         x.requires_grad_()
-        score = run.scores(x, t, "scaled_score").scaled_score
+        scaled_score = run.scores(x, t, "scaled_score").scaled_score
         total = torch.zeros_like(x.detach().flatten(1)[:, 0])
         count = size if probes is None else len(probes)
         for k in range(count):
             probe = _unit(x, k) if probes is None else probes[k]
-            product = _pull_back(run.where, trace, score, x, probe, k + 1 < count)
+            product = _pull_back(run.where, trace, scaled_score, x, probe, k + 1 < count)
             total = total + (product * probe).flatten(1).sum(1)
     mean = total if probes is None else total / count
-    return -noise * (score.detach() + noise * w), -size * noise**2 - sigma * mean.detach()
+    return -noise * (scaled_score.detach() + noise * w), -size * noise**2 - sigma * mean.detach()
 
 
 def _pull_back(
-    where: str, trace: str, score: Tensor, x: Tensor, probe: Tensor, again: bool
+    where: str, trace: str, scaled_score: Tensor, x: Tensor, probe: Tensor, again: bool
 ) -> Tensor:
-    """probe^T d score / d x."""
+    """probe^T d scaled_score / d x."""
     product = None
-    if score.requires_grad:
-        products = torch.autograd.grad(score, x, probe, retain_graph=again, allow_unused=True)
+    if scaled_score.requires_grad:
+        products = torch.autograd.grad(
+            scaled_score, x, probe, retain_graph=again, allow_unused=True
+        )
         product = products[0]
     rule = f"scaled_score from model must be differentiable in x for trace={trace!r}"
     check(where, product is not None, rule, "one without a graph")

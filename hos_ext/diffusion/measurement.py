@@ -16,14 +16,14 @@ from ..random import STREAM_ADJOINT, Key
 from ..tweedie.posterior import Posterior
 
 # A matrix (m, D), a boolean mask of shape dims, or (A x, A^T y) on batches.
-Operator: TypeAlias = Tensor | tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+Measurement: TypeAlias = Tensor | tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Problem(NamedTuple):
     """A measurement that has been checked by itself."""
 
     y: Tensor  # (B or 1, *ydims)
-    operator: Operator  # a matrix in float64
+    operator: Measurement  # a matrix in float64
     variance: Tensor  # of each measurement, (m,), float64
 
     def forward(self, where: str, v: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
         return out
 
 
-def problem_of(where: str, y: Tensor, operator: Operator, noise_std: float | Tensor) -> Problem:
+def problem_of(where: str, y: Tensor, operator: Measurement, noise_std: float | Tensor) -> Problem:
     """All checks that need no x."""
     check_samples(where, "y", y)
     if isinstance(operator, Tensor):

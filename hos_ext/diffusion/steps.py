@@ -78,8 +78,8 @@ Step: TypeAlias = Callable[[Run, Tensor, float, float, int], Tensor]
 def _velocity(run: Run, x: Tensor, t: float, part: float) -> Tensor:
     """-(beta / 2) x - part g^2 s1: part 1 for the SDE, 1/2 for the ODE."""
     sigma, g = run.schedule.sigma(t), run.schedule.diffusion(t)
-    score = run.scores(x, t, "scaled_score").scaled_score  # sigma s1
-    return -run.schedule.beta(t) / 2 * x - part * g**2 / sigma * score
+    scaled_score = run.scores(x, t, "scaled_score").scaled_score
+    return -run.schedule.beta(t) / 2 * x - part * g**2 / sigma * scaled_score
 
 
 # --------------------------------------------------------------------------- of the ODE, of the SDE

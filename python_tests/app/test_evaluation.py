@@ -94,9 +94,9 @@ def test_digits_give_the_same_numbers_as_ever(digits, network, seed):
     assert torch.equal(result.x, expected.x)
     assert torch.equal(result.posterior.mean, expected.posterior.mean)
     assert torch.equal(result.posterior.covariance.dense(), expected.posterior.covariance.dense())
-    found = recalibrate(network, digits, (0.1, 1.2), seed=seed)
+    found = recalibrate(network, digits, sigma_range=(0.1, 1.2), seed=seed)
     assert found == _old_recalibrate(network, grey.validation, (0.1, 1.2), seed)
-    assert found != recalibrate(network, digits, (0.5, 1.2), seed=seed)
+    assert found != recalibrate(network, digits, sigma_range=(0.5, 1.2), seed=seed)
 
 
 # ---------------------------------------------------------------------------------------- denoising
@@ -179,14 +179,14 @@ def test_recalibrate_pools_the_noise_levels_in_units_of_sigma(digits, monkeypatc
         return Scores(-x / sigma.view(-1, 1, 1), c.expand_as(x))
 
     for rows, limit in ((180, 256), (30, 30)):
-        factor = recalibrate(sure_of_white, digits, (0.5, 1.0), seed=2, limit=limit)
+        factor = recalibrate(sure_of_white, digits, sigma_range=(0.5, 1.0), seed=2, limit=limit)
         clean = data.dequantise(digits.validation[:rows].float(), seed=2, offset=1)
         sigma = draw_sigma(rows, (0.5, 1.0), seed=2, offset=1)
         residual = clean / sigma.view(-1, 1, 1)
         predictive = ((residual.square() + 0.25) / (factor * c + 0.25)).mean()
         assert predictive.item() == pytest.approx(1, rel=1e-4)
     monkeypatch.setattr(evaluation.rows, "ROWS", 7)
-    chunked = recalibrate(sure_of_white, digits, (0.5, 1.0), seed=2, limit=30)
+    chunked = recalibrate(sure_of_white, digits, sigma_range=(0.5, 1.0), seed=2, limit=30)
     assert chunked == pytest.approx(factor, rel=1e-5)
 
 
@@ -480,7 +480,7 @@ def _figures(**more):
 
 def _recalibrate(sigma_range=(0.1, 1.0), validation=9, **more):
     source = _source((5,), validation=validation)
-    return recalibrate(_gaussian, source, sigma_range, seed=0, **more)
+    return recalibrate(_gaussian, source, sigma_range=sigma_range, seed=0, **more)
 
 
 def _accuracy(**more):

@@ -464,9 +464,9 @@ TABLE = torch.ones(2, 3)
             "ProductLogisticMixture: scales must be positive, got 0",
         ),
         (
-            lambda: ProductLogisticMixture(TABLE / 3, TABLE, TABLE, noise=-1),
+            lambda: ProductLogisticMixture(TABLE / 3, TABLE, TABLE, noise_std=-1),
             ValueError,
-            "ProductLogisticMixture: noise must be finite and >= 0, got -1",
+            "ProductLogisticMixture: noise_std must be finite and >= 0, got -1",
         ),
         (
             lambda: JointLogisticMixture(TABLE, TABLE, TABLE),
@@ -479,9 +479,9 @@ TABLE = torch.ones(2, 3)
             "JointLogisticMixture: scales must have shape (2, 3), got (2, 2)",
         ),
         (
-            lambda: JointLogisticMixture(HALF, TABLE, TABLE, noise="loud"),  # type: ignore[arg-type]
+            lambda: JointLogisticMixture(HALF, TABLE, TABLE, noise_std="loud"),  # type: ignore[arg-type]
             TypeError,
-            "JointLogisticMixture: noise must be a number, got 'loud'",
+            "JointLogisticMixture: noise_std must be a number, got 'loud'",
         ),
     ],
 )

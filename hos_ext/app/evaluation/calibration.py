@@ -24,8 +24,8 @@ _COMPONENTS = 4
 def recalibrate(
     model: Model,
     source: data.Source,
-    sigma_range: tuple[float, float] = (0.1, 1.2),
     *,
+    sigma_range: tuple[float, float] = (0.1, 1.2),
     seed: int,
     limit: int = 256,
 ) -> float:

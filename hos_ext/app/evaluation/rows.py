@@ -84,14 +84,14 @@ def chunk_rows(dims: Sequence[int]) -> int:
 
 def to_device(model: Model, x: Tensor) -> Tensor:
     """x on the device of the model's parameters, where it has some."""
-    first = _parameter(model)
-    return x if first is None else x.to(first.device)
+    weight = _parameter(model)
+    return x if weight is None else x.to(weight.device)
 
 
 def to_model(model: Model, x: Tensor) -> Tensor:
     """x in the dtype and on the device of the model's parameters; without any, as data: float32."""
-    first = _parameter(model)
-    return x.float() if first is None else x.to(first)
+    weight = _parameter(model)
+    return x.float() if weight is None else x.to(weight)
 
 
 def _parameter(model: Model) -> Tensor | None:

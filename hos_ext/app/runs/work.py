@@ -134,8 +134,10 @@ def _finish(run: Run, trained: training.Trained, seconds: float) -> dict[str, An
     """Recalibrates, and writes model/, training.png and, last, metrics.json."""
     options, size = run.options, math.prod(run.source.shape)
     low, high = options["sigma"]
-    factor = evaluation.recalibrate(trained.model, run.source, (low, high), seed=options["seed"])
-    facts = run.facts | {"step": trained.step, "recalibration": factor}
+    scale = evaluation.recalibrate(
+        trained.model, run.source, sigma_range=(low, high), seed=options["seed"]
+    )
+    facts = run.facts | {"step": trained.step, "recalibration": scale}
     pretrained.save_model(trained.model, run.out / "model", run=facts)
     storage.write_whole(
         run.out / "training.png", plots.png(plots.training_figure(trained.history, size=size))
@@ -155,7 +157,7 @@ def _finish(run: Run, trained: training.Trained, seconds: float) -> dict[str, An
         "loss": last.loss,
         "validation_loss": last.validation,
         "validation_error": last.validation_first / size,
-        "recalibration": factor,
+        "recalibration": scale,
         "seconds": seconds,
         "steps_per_second": (trained.step - trained.resumed_from) / seconds,
         "threads": torch.get_num_threads(),

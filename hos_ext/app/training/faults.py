@@ -37,8 +37,8 @@ def bad_rows(losses: Tensor, batch: Batch) -> str:
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
-    first = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
-    return f"sample{'s' if len(bad) > 1 else ''} {first}{' ...' if len(bad) > 5 else ''}"
+    shown = ", ".join(f"{int(batch.rows[i])} (sigma {float(batch.sigma[i]):.4g})" for i in bad[:5])
+    return f"sample{'s' if len(bad) > 1 else ''} {shown}{' ...' if len(bad) > 5 else ''}"
 
 
 def check_finite(

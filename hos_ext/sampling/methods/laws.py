@@ -54,14 +54,14 @@ def diagonal_law(mean: Tensor, std: Tensor) -> NormalLaw:
 
 
 def spectral_law(
-    x: Tensor, score: Tensor, spectrum: Spectrum, drift: Function, noise: Function
+    x: Tensor, score: Tensor, spectrum: Spectrum, drift: Function, spread: Function
 ) -> NormalLaw:
-    """N(x + drift(s2) s1, noise(s2)^2), for functions of the eigenvalues of s2.
+    """N(x + drift(s2) s1, spread(s2)^2), for functions of the eigenvalues of s2.
 
     Args:
         x, score: the present state and s1. Shape (B, D).
         spectrum: of s2.
-        drift, noise: elementwise functions of the eigenvalues (B, m), or (B, 1).
+        drift, spread: elementwise functions of the eigenvalues (B, m), or (B, 1).
 
     Returns:
         NormalLaw.
@@ -69,11 +69,11 @@ def spectral_law(
     mean = x + spectrum_apply(spectrum, drift, score)
 
     def draw(z: Tensor) -> Tensor:
-        return mean + spectrum_apply(spectrum, noise, z)
+        return mean + spectrum_apply(spectrum, spread, z)
 
     def log_density(y: Tensor) -> Tensor:
-        white = spectrum_apply(spectrum, lambda v: noise(v).reciprocal(), y - mean)
-        return -white.square().sum(1) / 2 - spectrum_logdet(spectrum, noise)
+        white = spectrum_apply(spectrum, lambda v: spread(v).reciprocal(), y - mean)
+        return -white.square().sum(1) / 2 - spectrum_logdet(spectrum, spread)
 
     return NormalLaw(draw, log_density)
 
