@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 FIELDS = {"file", "old", "new", "tests", "equivalent"}
-LIMIT = 300  # seconds for the tests of one mutant; one that makes them hang is noticed by that
+LIMIT = 900  # seconds for the tests of one mutant; one that makes them hang is noticed by that
 
 
 @dataclass(frozen=True)
