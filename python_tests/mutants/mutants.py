@@ -10,7 +10,7 @@ The tables lie in `tables/`, a file a room. An entry names a file, a text that s
 once, what takes its place, and the tests that must notice. `equivalent` says why a mutant changes
 nothing that a user can see; such a mutant is run all the same, and may survive.
 
-Results go to `results.json`: by mutant what became of it, the test that noticed and the seconds.
+Results go to `results/`, a file a room: by mutant what became of it, the test that noticed and the seconds.
 A mutant is run again where its entry, its file or its tests have changed. Everything happens in a
 copy of the tracked files under `build/mutants`, so the work tree stays as it is. A mutant of csrc/
 is built there, on the CPU, by an incremental build.
@@ -38,7 +38,7 @@ else:
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULTS = HERE / "results.json"
+RESULTS = HERE / "results"
 FIELDS = {"file", "old", "new", "tests", "equivalent"}
 LIMIT = 900  # seconds for the tests of one mutant; one that makes them hang is noticed by that
 
@@ -192,7 +192,6 @@ def try_mutant(mutant: Mutant, copy: Copy) -> dict[str, object]:
     finally:
         path.write_text(text, encoding="utf-8")
     return {
-        "room": mutant.room,
         "outcome": outcome,
         "by": by,
         "seconds": round(time.monotonic() - start, 1),
@@ -201,20 +200,29 @@ def try_mutant(mutant: Mutant, copy: Copy) -> dict[str, object]:
     }
 
 
-def read_results() -> dict[str, dict[str, object]]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+Results = dict[str, dict[str, object]]
 
 
-def keep(results: dict[str, dict[str, object]]) -> None:
-    """The results of mutants that are still in a table, sorted, in whole."""
-    known = {m.id for m in read_tables()}
+def read_results(room: str | None = None) -> Results:
+    """By mutant what became of it, in all rooms or in one."""
+    found: Results = {}
+    for path in sorted(RESULTS.glob(f"{room or '*'}.json")):
+        found |= json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def keep(mutant: Mutant, result: dict[str, object]) -> None:
+    """Puts a result to those of its room, of mutants that are still in the table; whole, sorted."""
+    known = {m.id for m in read_tables(mutant.room)}
+    results = read_results(mutant.room) | {mutant.id: result}
     lines = [f'  "{k}": {json.dumps(v)}' for k, v in sorted(results.items()) if k in known]
-    new = RESULTS.with_suffix(".new")
+    RESULTS.mkdir(exist_ok=True)
+    new = RESULTS / f"{mutant.room}.new"
     new.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    new.replace(RESULTS)
+    new.replace(new.with_suffix(".json"))
 
 
-def report(mutants: list[Mutant], results: dict[str, dict[str, object]]) -> int:
+def report(mutants: list[Mutant], results: Results) -> int:
     """Prints the counts and the survivors; how many survive that should not."""
     bad = 0
     counts: dict[str, Counter[str]] = {}
@@ -255,10 +263,11 @@ def main() -> int:
             continue
         result = try_mutant(m, copy)
         said = str(result.pop("said"))
-        print(f"{m.id} {result['outcome']:8} {result['seconds']:6} s  {m.file}  {result['by']}")
+        line = f"{m.id} {result['outcome']:8} {result['seconds']:6} s  {m.file}  {result['by']}"
+        print(line, flush=True)
         if asked.id:
             print(said)
-        keep(read_results() | {m.id: result})
+        keep(m, result)
     return report(mutants, read_results()) > 0
 
 
