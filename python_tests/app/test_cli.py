@@ -266,7 +266,7 @@ def test_tiff_files_hold_raw_units_for_other_programs(run_folder, tmp_path):
     read = {name: tifffile.imread(tmp_path / f"denoise-{name}.tiff") for name in ("mean", "std")}
     for name, value in read.items():
         assert value.dtype == np.float32
-        np.testing.assert_array_equal(value, arrays[f"raw_{name}"])
+        np.testing.assert_array_equal(value, arrays[f"raw_{name}"].astype(np.float32))
     parts = tifffile.imread(tmp_path / "denoise-components.tiff").reshape(2, 4, 64)
     scale = 8.5 * np.sqrt(arrays["eigenvalues"])[:, :, None]
     expected = np.swapaxes(arrays["eigenvectors"], 1, 2) * scale
@@ -344,7 +344,7 @@ def test_files_that_cannot_be_denoised_are_named(images, tmp_path, capsys, name,
 def test_levels_above_those_of_the_data_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.full((8, 8), 17, np.uint8))
     with pytest.raises(ValueError, match="raw units, 0 to 16 before noise was added, got 17"):
-        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling(levels=17))
+        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling(levels=17), sigma=0.4)
 
 
 def test_levels_are_refused_where_the_data_float(tmp_path):
@@ -352,7 +352,7 @@ def test_levels_are_refused_where_the_data_float(tmp_path):
     with pytest.raises(
         ValueError, match=r"a\.npy must hold floating values like the data set, got"
     ):
-        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling())
+        results.read_files([tmp_path / "a.npy"], (8, 8), data.Scaling(), sigma=0.4)
 
 
 def test_files_need_a_noise_level(run_folder, tmp_path, capsys):

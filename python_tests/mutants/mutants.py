@@ -10,7 +10,7 @@ The tables lie in `tables/`, a file a room. An entry names a file, a text that s
 once, what takes its place, and the tests that must notice. `equivalent` says why a mutant changes
 nothing that a user can see; such a mutant is run all the same, and may survive.
 
-Results go to `results/`, a file a room: by mutant what became of it, the test that noticed and the seconds.
+Results go to `results/`, a file a room: what became of each mutant, by which test, in what time.
 A mutant is run again where its entry, its file or its tests have changed. Everything happens in a
 copy of the tracked files under `build/mutants`, so the work tree stays as it is. A mutant of csrc/
 is built there, on the CPU, by an incremental build.

@@ -12,6 +12,7 @@ when a command line runs, and a missing typer is named in one line.
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 from ...checks import require
@@ -45,8 +46,9 @@ def run(arguments: list[str]) -> int:
         arguments: the words after `hos-ext`; none shows the help.
 
     Returns:
-        The exit code, see `errors`. What went wrong is one line on stderr.
+        The exit code, see `errors`. What went wrong is one line on stderr, as is what may be.
     """
+    lines, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         typer = require("cli", "typer")
         command = typer.main.get_command(_application(typer))
@@ -57,8 +59,15 @@ def run(arguments: list[str]) -> int:
         message = "stopped"
     except (KeyboardInterrupt, Exception) as error:
         message, code = explain(error)
+    finally:
+        warnings.formatwarning = lines
     print("hos-ext: " + " ".join(message.split()), file=sys.stderr)
     return int(code)
+
+
+def _warning_line(message: Any, *_: Any) -> str:
+    """A warning without the line of code that raised it."""
+    return f"hos-ext: warning: {' '.join(str(message).split())}\n"
 
 
 def _application(typer: Any) -> Any:

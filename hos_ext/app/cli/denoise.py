@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ... import storage
-from ...checks import check
+from ...checks import check, one_of
 from .. import evaluation, results, runs
 from .common import (
     NOISE,
@@ -40,6 +40,15 @@ def denoise(
             rich_help_panel=NOISE,
         ),
     ] = None,
+    units: Annotated[
+        str,
+        typer.Option(
+            help="Of the numbers in FILES: raw, as in the data set; unit, [0, 1]; signed, "
+            "[-1, 1]; data, as in denoise.npz. auto takes them for raw, and refuses them if that "
+            "is not sure.",
+            rich_help_panel=NOISE,
+        ),
+    ] = "auto",
     count: Annotated[
         int, typer.Option(min=1, help="Held-out samples, without FILES.", rich_help_panel=NOISE)
     ] = 4,
@@ -68,7 +77,10 @@ def denoise(
         place = out or folder
         results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
         if files:
-            samples, names = results.read_files(files, shape, scaling)
+            one_of("denoise", "--units", units, results.UNITS)
+            samples, names = results.read_files(
+                files, shape, scaling, sigma=level, std=facts["data"]["std"], units=units
+            )
         else:
             source, names = runs.open_data(facts), [f"held-out {i}" for i in range(count)]
             check_available("denoise", "--count", count, len(source.test))
@@ -82,6 +94,8 @@ def denoise(
         )
     made = results.denoised(result, names, scaling, recalibration)
     results.write(place, made)
+    for name in set(results.denoise_files(shape)) - made.keys():  # of an earlier call, --force
+        (place / name).unlink(missing_ok=True)
     what = f"sigma {level:g}: {len(names)} samples"
     if result.x0 is not None:
         errors = evaluation.denoising_errors(result)

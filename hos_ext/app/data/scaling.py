@@ -36,6 +36,8 @@ class Scaling(NamedTuple):
         >>> scaling = Scaling(levels=256)
         >>> scaling.inverse(scaling.forward(grey, seed=0))
         tensor([[0., 1., 2., 3.]])
+        >>> Scaling(mean=1e6, std=2.0).inverse(torch.tensor([0.1])).dtype
+        torch.float64
     """
 
     levels: int = 0
@@ -77,15 +79,22 @@ class Scaling(NamedTuple):
         return ((raw.double() - self.mean) / self.std).float()
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Raw values of x, in its shape and dtype: the nearest whole level, or std x + mean.
+        """Raw values of x: the nearest whole level, in the dtype of x, or std x + mean in float64.
 
-        In float32 about one of 10^5 values lies so close to the edge of its level that it rounds
+        A mean far above the spread, or a tiny spread, would be lost in float32. Of whole levels,
+        in float32 about one of 10^5 values lies so close to the edge of its level that it rounds
         into the next one.
         """
         check_tensor("Scaling.inverse", "x", x)
-        if self.levels:
-            return to_grey(x, levels=self.levels)
-        return (x.double() * self.std + self.mean).to(x.dtype)
+        return to_grey(x, levels=self.levels) if self.levels else self.raw_mean(x)
+
+    def raw_mean(self, mean: Tensor) -> Tensor:
+        """E[raw] of a mean in data units, scale mean + shift. Shape of mean, float64."""
+        return mean.double() * self.scale + self.shift
+
+    def raw_std(self, std: Tensor) -> Tensor:
+        """A standard deviation, or a difference, in raw units. Shape of std, float64."""
+        return std.double() * self.scale
 
     def as_dict(self) -> dict[str, float]:
         """For a checkpoint: `Scaling.from_dict(json.loads(json.dumps(s.as_dict()))) == s`."""

@@ -9,9 +9,11 @@ from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
 from .reading import Samples, read_files
+from .units import UNITS, to_data_units
 
 __all__ = [
     "EVALUATE_FILES",
+    "UNITS",
     "Dynamics",
     "Samples",
     "denoise_files",
@@ -26,5 +28,6 @@ __all__ = [
     "sample_files",
     "sampled",
     "tiff",
+    "to_data_units",
     "write",
 ]

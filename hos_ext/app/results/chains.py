@@ -129,7 +129,7 @@ def sampled(
         "starts": starts,
         "draws": draws,
         "denoised": ends,
-        "raw_denoised": ends * scaling.scale + scaling.shift,
+        "raw_denoised": scaling.raw_mean(ends),
     }
     rows = [
         ("starts: noisy held-out samples", starts.cpu()),

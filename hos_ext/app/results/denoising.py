@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -30,10 +31,11 @@ first {components} principal components.
 |---|---|---|---|
 {table}
 
-- denoise.npz: noisy, mean, std, eigenvalues and eigenvectors in data units; raw_* in raw units.
+- denoise.npz: noisy, mean, std, eigenvalues and eigenvectors in data units; raw_* in raw units,
+  float64.
 - denoise-mean.tiff, denoise-std.tiff, denoise-components.tiff (for images): float32, raw units, one
   page for each channel of each sample. A component is sqrt(eigenvalue) times its eigenvector;
-  there are {components} for each sample.
+  there are {components} for each sample. One is left out where float32 cannot hold it.
 """
 
 
@@ -55,12 +57,14 @@ def denoised(
         recalibration: what their covariances were multiplied by, for the report.
 
     Returns:
-        The content of each of `denoise_files`.
+        The content of each of `denoise_files`; without the .tiff that float32 cannot hold to a
+        thousandth of the standard deviation, such as means of 10^6 with a spread of one, which a
+        warning names.
 
     Raises:
         RuntimeError: matplotlib or pillow is missing.
     """
-    found, scale, shift = result.posterior, scaling.scale, scaling.shift
+    found, scale = result.posterior, scaling.scale
     values, vectors = found.principal_components(min(_COMPONENTS, found.mean[0].numel()))
     arrays = {
         "sigma": torch.tensor(result.sigma),
@@ -69,10 +73,10 @@ def denoised(
         "std": found.std,
         "eigenvalues": values,
         "eigenvectors": vectors,
-        "raw_sigma": torch.tensor(result.sigma * scale),
-        "raw_mean": found.mean * scale + shift,
-        "raw_std": found.std * scale,
-        "raw_eigenvalues": values * scale**2,
+        "raw_sigma": torch.tensor(result.sigma * scale, dtype=torch.float64),
+        "raw_mean": scaling.raw_mean(found.mean),
+        "raw_std": scaling.raw_std(found.std),
+        "raw_eigenvalues": values.double() * scale**2,
     }
     if result.x0 is not None:
         arrays["clean"] = result.x0
@@ -92,11 +96,26 @@ def denoised(
     shape = tuple(found.mean.shape[1:])
     if len(shape) > 1:
         # One standard deviation along each eigenvector.
-        steps = (vectors * values.clamp(min=0).sqrt().unsqueeze(1) * scale).mT.unflatten(2, shape)
-        files["denoise-mean.tiff"] = tiff(arrays["raw_mean"])
-        files["denoise-std.tiff"] = tiff(arrays["raw_std"])
-        files["denoise-components.tiff"] = tiff(steps.flatten(0, 1))
+        steps = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+        steps = scaling.raw_std(steps).mT.unflatten(2, shape).flatten(0, 1)
+        spread = arrays["raw_std"]
+        files |= _tiff("denoise-mean.tiff", arrays["raw_mean"], spread)
+        files |= _tiff("denoise-std.tiff", spread, spread)
+        files |= _tiff("denoise-components.tiff", steps, steps.abs().amax())
     return files
+
+
+def _tiff(name: str, values: Tensor, spread: Tensor) -> dict[str, bytes]:
+    """The file by its name, or nothing and a warning where float32 cannot hold the values."""
+    lost = (values.float().double() - values).abs()
+    if not bool((lost > 1e-3 * spread).any()):
+        return {name: tiff(values)}
+    warnings.warn(
+        f"denoise: {name} is not written: float32, which its kind of file holds, is up to "
+        f"{float(lost.nan_to_num().max()):.3g} raw units off; denoise.npz has the values",
+        stacklevel=3,
+    )
+    return {}
 
 
 def _table(result: evaluation.Denoised, names: Sequence[str], values: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...checks import check, require
 from .. import data
 from ..data.images import image_values
+from .units import to_data_units
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -26,26 +27,34 @@ class Samples(NamedTuple):
     names: list[str]
 
 
-def read_files(files: Sequence[Path], shape: tuple[int, ...], scaling: data.Scaling) -> Samples:
-    """Images and arrays in the raw units of the data set, as samples in data units.
+def read_files(
+    files: Sequence[Path],
+    shape: tuple[int, ...],
+    scaling: data.Scaling,
+    *,
+    sigma: float,
+    std: float = 1.0,
+    units: str = "auto",
+) -> Samples:
+    """Images and arrays, noisy, as samples in data units.
 
     Args:
         files: .png, .jpg or .tiff (8-bit grey or RGB, or floating grey; every page is a sample), or
             .npy or .npz with one array: a sample (*dims), or several (n, *dims).
         shape: dims of one sample. (1, height, width) and (height, width) are taken for each other.
-        scaling: of the data that the model was trained on.
+        scaling, sigma, std, units: as in `to_data_units`, which says how units are judged.
 
     Raises:
         ValueError: a file is missing or damaged, or holds another shape or kind, or values that are
-            not finite or not in raw units; names the file.
+            not finite or may be in other units; names the file.
         RuntimeError: pillow is missing.
     """
     pieces, names = [], []
     for path in files:
         rows = _read(path, shape)
         _check_values(path, rows, scaling.levels)
-        x = (torch.from_numpy(rows.astype(np.float64)) - scaling.shift) / scaling.scale
-        pieces.append(x.float())
+        x = to_data_units(path, rows, scaling, sigma=sigma, std=std, units=units)
+        pieces.append(torch.from_numpy(x).float())
         names += [path.name if len(rows) == 1 else f"{path.name}[{i}]" for i in range(len(rows))]
     return Samples(torch.cat(pieces), names)
 
@@ -99,16 +108,14 @@ def _as_rows(path: Path, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _check_values(path: Path, rows: np.ndarray, levels: int) -> None:
-    """Refuses values that cannot be raw units of the data set."""
+    """Refuses values of a kind that the data set does not have."""
     kind = rows.dtype
     rule = f"{path} must hold uint8 or floating values"
     check("denoise", kind.name in ("uint8", "float16", "float32", "float64"), rule, kind)
     low, high = float(rows.min()), float(rows.max())
     span, finite = f"{low:g} to {high:g}", math.isfinite(low) and math.isfinite(high)
     check("denoise", finite, f"{path} must hold finite values", span)
-    raw = f"{path} must hold raw units, 0 to {levels - 1} before noise was added"
     if kind.kind == "u":
         check("denoise", levels, f"{path} must hold floating values like the data set", kind)
-        check("denoise", high < levels, raw, f"{high:g}")
-    elif levels:
-        check("denoise", low < 0 or high > 1, raw, f"floating values {span}")
+        rule = f"{path} must hold raw units, 0 to {levels - 1} before noise was added"
+        check("denoise", high < levels, rule, f"{high:g}")
