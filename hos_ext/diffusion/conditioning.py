@@ -15,6 +15,8 @@ from ..checks import check, check_count, check_number
 from ..linalg.dplr import DPLR
 from .measurement import Problem, first_of
 
+_HELD = 1e-2  # relative error of a variance that a covariance may have
+
 # ---------------------------------------------------------------------------------- closed forms
 
 
@@ -26,6 +28,9 @@ def closed_form(
     operator, v = problem.operator, problem.variance
     assert isinstance(operator, Tensor)
     d, u = covariance.diag.double(), covariance.factor
+    sign = d.new_ones(covariance.rank) if covariance.sign is None else covariance.sign.to(d.dtype)
+    order = sign.argsort(descending=True, stable=True)  # those of sign -1 last, for K
+    u = u.index_select(2, order)
     masked = operator.dtype == torch.bool
     if masked:
         observed = operator.flatten().nonzero().squeeze(1)
@@ -33,31 +38,24 @@ def closed_form(
         total = d_seen + v
         seen = u.index_select(1, observed).double() / total.sqrt().unsqueeze(-1)
         white = residual / total.sqrt()
+        # Not 1 - d / total, which cancels where the noise is small.
         kept = torch.ones_like(d).index_copy(1, observed, v / total)
         gain = torch.zeros_like(d).index_copy(1, observed, d_seen / total * residual)
     else:
         u = u.double()
         weighted = operator * d.unsqueeze(1)
-        root = _cholesky(where, problem, weighted @ operator.mT + v.diag())
-        seen = torch.linalg.solve_triangular(root, operator @ u, upper=False)
+        matrix, columns = weighted @ operator.mT + v.diag(), operator @ u
+        size = matrix.diagonal(dim1=1, dim2=2) + columns.square().sum(2)
+        root = _cholesky(where, problem, matrix, size)
+        seen = torch.linalg.solve_triangular(root, columns, upper=False)
         white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False).squeeze(-1)
         lost = torch.linalg.solve_triangular(root, weighted, upper=False).mT  # E
         gain = (lost @ white.unsqueeze(-1)).squeeze(-1)
-    sign = d.new_ones(covariance.rank) if covariance.sign is None else covariance.sign.to(d.dtype)
-    signed = bool((sign < 0).any())
-    inner = sign.diag() + seen.mT @ seen  # K
-    evidence = seen.mT @ white.unsqueeze(-1)
-    if signed:
-        # S is positive definite, so that K has as many negative eigenvalues as there are signs -1,
-        # in every sample.
-        values, vectors = torch.linalg.eigh(inner)
-        size = values.abs()
-        rounding = covariance.rank * torch.finfo(d.dtype).eps * size.amax(1)
-        refuse_small_noise(where, problem, size.amin(1) <= rounding)
-        weight = vectors @ (vectors.mT @ evidence / values.unsqueeze(-1))
-    else:
-        inner_root = _cholesky(where, problem, inner)
-        weight = torch.cholesky_solve(evidence, inner_root)
+    inner, ordered = _inner_root(where, problem, seen, int((sign < 0).sum())), sign[order]
+    unit = torch.eye(len(sign), dtype=inner.dtype, device=inner.device).expand_as(inner)
+    half = torch.linalg.solve_triangular(inner.mT, unit, upper=True)  # K^-1 = half sign half^T
+    evidence = half.mT @ (seen.mT @ white.unsqueeze(-1))
+    weight = half @ (ordered.unsqueeze(-1) * evidence)
 
     def columns_of(weight: Tensor) -> Tensor:
         """W weight, for weight (B, r, k)."""
@@ -65,31 +63,97 @@ def closed_form(
         return out * kept.unsqueeze(-1) if masked else out - lost @ (seen @ weight)
 
     def law() -> DPLR:
-        signs = None
-        if signed:
-            half, signs = vectors * size.rsqrt().unsqueeze(1), sign.sort().values
-        else:
-            unit = torch.eye(u.shape[2], dtype=u.dtype, device=u.device).expand_as(inner)
-            half = torch.linalg.solve_triangular(inner_root.mT, unit, upper=True)
-        factor = columns_of(half)  # half half^T is K^-1, up to the signs
+        factor = columns_of(half.index_select(2, order.argsort()))
         if masked:
-            return DPLR(d * kept, factor, signs)
-        signs = torch.cat([sign if signs is None else signs, -torch.ones_like(v)])
-        return DPLR(d, torch.cat([factor, lost], -1), signs)
+            return DPLR(d * kept, factor, covariance.sign)
+        return DPLR(d, torch.cat([factor, lost], -1), torch.cat([sign, -torch.ones_like(v)]))
 
     if masked:
         weight = weight.to(u.dtype)  # nothing cancels in its W
     return (gain + columns_of(weight).squeeze(-1)).to(covariance.dtype), law
 
 
-def _cholesky(where: str, problem: Problem, matrix: Tensor) -> Tensor:
-    """L of N or K, refused where a pivot is no more than the rounding of its entry."""
+def _inner_root(where: str, problem: Problem, seen: Tensor, minus: int) -> Tensor:
+    """R, lower triangular, with K = diag(sign) + seen^T seen = R diag(sign) R^T; sign +1 first.
+
+    The block of the signs -1 has the Schur complement -(I - seen^T seen + X^T X): negative
+    definite, since S is positive definite. No eigenvectors, which have no derivatives at ties.
+    """
+    plus = seen.shape[2] - minus
+    first, last = seen.split([plus, minus], 2)
+    one = torch.ones(seen.shape[2], dtype=seen.dtype, device=seen.device).diag()
+    root = _cholesky(where, problem, one[:plus, :plus] + first.mT @ first)
+    if minus == 0:
+        return root
+    edge = torch.linalg.solve_triangular(root, first.mT @ last, upper=False)
+    gram, lifted = last.mT @ last, one[:minus, :minus] + edge.mT @ edge
+    size = (lifted + gram).diagonal(dim1=1, dim2=2)
+    corner = _cholesky(where, problem, lifted - gram, size)
+    upper = torch.cat([root, root.new_zeros(len(root), plus, minus)], 2)
+    return torch.cat([upper, torch.cat([edge.mT, corner], 2)], 1)
+
+
+def _cholesky(where: str, problem: Problem, matrix: Tensor, size: Tensor | None = None) -> Tensor:
+    """L of a matrix, refused where its rounding is more than 1e-3 of its smallest eigenvalue.
+
+    Scaled to the diagonal `size` (B, m), that of the matrix, or of the terms that make it up if
+    they are larger. The pivots alone do not tell: rounding grows from a small one to the next.
+    """
     root: Tensor
     root, info = torch.linalg.cholesky_ex(matrix)
-    entry, pivot = (a.diagonal(dim1=1, dim2=2) for a in (matrix, root))
-    rounding = matrix.shape[1] * torch.finfo(matrix.dtype).eps * entry
-    refuse_small_noise(where, problem, (info != 0) | ~(pivot.square() > rounding).all(1))
+    size = matrix.diagonal(dim1=1, dim2=2) if size is None else size
+    with torch.no_grad():
+        # |L^-1 size^1/2|^2 is the sum of the inverse eigenvalues.
+        spread = torch.linalg.solve_triangular(root, size.sqrt().diag_embed(), upper=False)
+        lost = torch.finfo(matrix.dtype).eps * spread.square().sum((1, 2))
+    refuse_small_noise(where, problem, (info != 0) | ~(lost <= 1e-3))
     return root
+
+
+@torch.no_grad()
+def round_law(where: str, problem: Problem, prior: DPLR, exact: DPLR, hint: str = "") -> DPLR:
+    """C_y, `exact`, in the dtype of the prior, refused where that does not hold its variances.
+
+    Those of the entries, and with a matrix A all those along its rows. diag(d) - E E^T cancels
+    there. They are compared with A C_y A^T = V S^-1 A C A^T, which does not cancel. In float64 the
+    comparison rounds as C_y does: variances near its rounding are refused too.
+    """
+    rounded = exact.to(prior.dtype)
+    variance = exact.diagonal()
+    bad = ~_close(rounded.to(variance.dtype).diagonal(), variance).all(1)
+    operator, v = problem.operator, problem.variance
+    if isinstance(operator, Tensor) and operator.dtype != torch.bool and len(v):
+        clean = _along(operator, prior)
+        root, info = torch.linalg.cholesky_ex(clean + v.diag())
+        wanted = v.unsqueeze(-1) * torch.cholesky_solve(clean, root)
+        wanted, held = (wanted + wanted.mT) / 2, _along(operator, rounded)
+        sizes, variance, found = (a.diagonal(dim1=1, dim2=2) for a in (clean, wanted, held))
+        rounding = 4 * torch.finfo(v.dtype).eps * sizes
+        bad |= (info != 0) | ~(_close(found, variance) & (rounding <= _HELD * variance)).all(1)
+        # Combinations of rows, each row to unit variance. Like rows have some of variance zero.
+        positive = variance > 0
+        unit = positive / variance.where(positive, 1.0).sqrt()
+        unit = unit.unsqueeze(1) * unit.unsqueeze(2)
+        amplified = (sizes / variance.where(positive, 1.0)).amax(1)
+        slack = 16 * len(v) * torch.finfo(v.dtype).eps * amplified
+        slack = slack.unsqueeze(-1) + ~positive
+        for sign in (1, -1):
+            gap = unit * (_HELD * wanted + sign * (held - wanted)) + torch.diag_embed(slack)
+            bad |= torch.linalg.cholesky_ex(gap)[1] != 0
+    why = f"for {prior.dtype} to hold the posterior variances{hint}"
+    refuse_small_noise(where, problem, bad, why)
+    return rounded
+
+
+def _close(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).abs() <= _HELD * wanted
+
+
+def _along(operator: Tensor, matrix: DPLR) -> Tensor:
+    """A M A^T in float64, (B, m, m)."""
+    diag, factor, sign = (t.double() for t in matrix.parts)
+    columns = operator @ factor
+    return (operator * diag.unsqueeze(1)) @ operator.mT + (columns * sign) @ columns.mT
 
 
 def refuse_small_noise(

@@ -16,7 +16,7 @@ from ..checks import check, check_kind, check_samples, positive, refuse_dropout
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
-from .conditioning import check_stop, closed_form, iterated, refuse_small_noise
+from .conditioning import check_stop, closed_form, iterated, refuse_small_noise, round_law
 from .measurement import Measurement, moments_of, problem_of, residual_of
 
 
@@ -79,14 +79,11 @@ def condition(
     problem = problem_of(where, y, operator, noise_std)
     mean, covariance = moments_of(where, posterior)
     shift, law = closed_form(where, problem, covariance, residual_of(where, problem, mean))
-    exact = law()
-    rounded = exact.to(mean.dtype)
+    held = round_law(where, problem, covariance, law())
     if operator.dtype != torch.bool:
-        # diag(d) - E E^T cancels, and float32 may keep no digit of it.
-        variance = exact.diagonal()
-        bad = ((rounded.diagonal() - variance).abs() > 0.1 * variance).any(1)
+        bad = covariance.is_positive_definite() & ~held.is_positive_definite()
         refuse_small_noise(where, problem, bad, f"for {mean.dtype} to hold the posterior variances")
-    return Posterior(mean + shift.reshape(mean.shape), rounded)
+    return Posterior(mean + shift.reshape(mean.shape), held)
 
 
 def condition_mean(
@@ -226,7 +223,9 @@ def guided(
         if isinstance(operator, Tensor):
             shift, law = closed_form(where, problem, spread, residual)
             if with_covariance:
-                scaled = law().to(x.dtype).scale(ratio.square().flatten())
+                hint = " (with_covariance=False needs none)"
+                scaled = round_law(where, problem, spread, law(), hint)
+                scaled = scaled.scale(ratio.square().flatten())
                 c, factor, sign = scaled.diag.reshape(x.shape), scaled.factor, scaled.sign
         else:
             dims = tuple(x.shape[1:])

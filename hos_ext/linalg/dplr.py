@@ -17,6 +17,7 @@ from ..checks import check, check_int, check_kind, check_shape, check_tensor, pe
 from ..ops.noise import draw_normal
 from ..random import STREAM_POSTERIOR, Key, fresh_seed
 from . import woodbury
+from .derivatives import attach, change_of_product, derivative_wanted, low_rank_change
 from .rational_krylov import fix_signs, leading_vectors
 from .woodbury import Parts, low_rank_eigh
 
@@ -237,12 +238,15 @@ class DPLR:
                 and rows are split among calls.
 
         Returns:
-            Shape (n, B, D). Pathwise differentiable in d and U.
+            Shape (n, B, D). Pathwise differentiable in d and U, in reverse and in forward mode,
+            also where eigenvalues of M are equal. Where d or M has a zero the root has no
+            derivative there: inf or NaN.
 
         Raises:
             TypeError: n is not an int.
             ValueError: n < 0, d has a value that the formula above cannot take, or M has a
                 negative eigenvalue.
+            RuntimeError: on a second derivative, if there is a sign -1.
         """
         where = "DPLR.sample"
         check_int(where, "n", n, 2**56)
@@ -256,11 +260,11 @@ class DPLR:
 
     def _normals(self, n: int, width: int, key: Key) -> Tensor:
         """The noise of draws offset, ..., offset + n - 1. Shape (n, B, width)."""
-        noise = self.diag.new_empty((n, len(self.diag), width))
-        for j in range(n):
-            at = key._replace(offset=key.offset + j)
-            noise[j] = draw_normal(at, STREAM_POSTERIOR, noise.shape[1:], self.diag)
-        return noise
+        shape = (len(self.diag), width)
+        if n == 0:
+            return self.diag.new_empty((0, *shape))
+        keys = (key._replace(offset=key.offset + j) for j in range(n))
+        return torch.stack([draw_normal(at, STREAM_POSTERIOR, shape, self.diag) for at in keys])
 
     def _draws(self, noise: Tensor) -> Tensor:
         size = self.diag.shape[1]
@@ -269,14 +273,25 @@ class DPLR:
 
     def _signed_draws(self, noise: Tensor) -> Tensor:
         # With V S V^T = Q diag(lam) Q^T the root of I + V S V^T is I + Q (sqrt(1 + lam) - 1) Q^T.
-        root = self.diag.sqrt()
-        basis, lam = low_rank_eigh(self.factor / root.unsqueeze(-1), self.parts.sign)
+        # lam comes in float64: where it is near -1, float32 would leave no digit of the root.
+        root, sign = self.diag.sqrt(), self.parts.sign
+        wide = (t.detach().double() for t in self.parts)
+        basis, lam = _whitened_eigh(*wide)
         slack = 64 * torch.finfo(self.dtype).eps * lam.abs().amax(-1, keepdim=True)
         fine, rule = not bool((lam < -1 - slack).any()), "the matrix must be positive semidefinite"
         check("DPLR.sample", fine, rule, "a negative eigenvalue")
-        gain = ((1 + lam).clamp_min(0).sqrt() - 1).unsqueeze(-1)
-        z = noise.permute(1, 2, 0)
-        draws: Tensor = root * (z + basis @ (gain * (basis.mT @ z))).permute(2, 0, 1)
+        gain = ((1 + lam).clamp_min(0).sqrt() - 1).unsqueeze(-1).to(self.dtype)
+        basis, z = basis.to(self.dtype), noise.permute(1, 2, 0)
+        white = z + basis @ (gain * (basis.mT @ z))
+        if derivative_wanted(self.diag, self.factor):
+            # At an eigenvalue 0 the root has no derivative: inf or NaN, not that of rounding.
+            least = 64 * torch.finfo(torch.float64).eps * lam.abs().amax(-1, keepdim=True)
+            values = (1 + lam).where(1 + lam > least, 0.0).to(self.dtype)
+            change = low_rank_change("DPLR.sample", self.factor / root.unsqueeze(-1), sign)
+            ones = torch.ones_like(self.diag[:, 0])
+            change_of_root = change_of_product(basis, values, ones, change, torch.sqrt, z)
+            white = attach(white, change_of_root)
+        draws: Tensor = root * white.permute(2, 0, 1)
         return draws
 
     # ------------------------------------------------------------------------------- eigenpairs
@@ -294,13 +309,14 @@ class DPLR:
 
         Returns:
             values: shape (B, k), descending, in float64 to 1e-11 of max |d| + |U|^2 also where
-                eigenvalues cluster. Differentiable.
-            vectors: shape (B, D, k), orthonormal columns. Not differentiable.
+                eigenvalues cluster. Differentiable once. Where some are equal each by itself has
+                no derivative; symmetric functions of all equal ones have, and it is right.
+            vectors: shape (B, D, k), orthonormal columns. Not differentiable: constants.
 
         Raises:
             TypeError: k is not an int.
             ValueError: k out of range, or d or U not finite.
-            RuntimeError: no convergence.
+            RuntimeError: no convergence; on a second derivative.
         """
         where, (batch, size) = "DPLR.eigh", self.diag.shape
         whole = isinstance(k, int) and not isinstance(k, bool)
@@ -332,6 +348,11 @@ class DPLR:
     def _weigh(self, columns: Tensor) -> Tensor:
         """columns (..., r) times sign."""
         return columns if self.sign is None else columns * self.sign
+
+
+def _whitened_eigh(diag: Tensor, factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """`low_rank_eigh` of U / sqrt(d)."""
+    return low_rank_eigh(factor / diag.sqrt().unsqueeze(-1), sign)
 
 
 def _checked_sign(sign: Tensor, factor: Tensor) -> Tensor:

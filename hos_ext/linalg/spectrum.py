@@ -16,6 +16,17 @@ from torch import Tensor
 
 from ..checks import check, check_tensor, per_sample
 from ..scores import SymmetricOperator
+from .derivatives import (
+    Change,
+    attach,
+    attach_values,
+    change_of_product,
+    dense_change,
+    derivative_wanted,
+    low_rank_change,
+    shifted_change,
+    without_derivative,
+)
 from .dplr import DPLR
 from .operator import as_operator
 from .woodbury import low_rank_eigh
@@ -50,6 +61,18 @@ class Spectrum(NamedTuple):
     rest: Tensor | None
 
 
+class _Derived(Spectrum):
+    """A spectrum of a matrix that is differentiated."""
+
+    change: Change  # of the matrix
+
+    @classmethod
+    def of(cls, basis: Tensor, values: Tensor, rest: Tensor | None, change: Change) -> _Derived:
+        spectrum = cls(basis, values, rest)
+        spectrum.change = change
+        return spectrum
+
+
 def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum:
     """Eigenvalues and eigenvectors of dense symmetric matrices.
 
@@ -59,11 +82,13 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
         where: the function named in errors.
 
     Returns:
-        Spectrum with m = D. NaN values for a sample that is not finite.
+        Spectrum with m = D. NaN values for a sample that is not finite. Derivatives as
+        `spectrum_apply` says; basis by itself has none.
 
     Raises:
         TypeError: matrix is not a Tensor.
         ValueError: it has another shape or dtype, or is not symmetric.
+        RuntimeError: on a gradient of basis (forward mode gives NaN).
 
     Example:
         >>> import torch
@@ -75,8 +100,14 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
     square = matrix.dim() == 3 and matrix.shape[1] == matrix.shape[2] > 0
     check(where, square, "matrix must have shape (B, D, D), D >= 1", tuple(matrix.shape))
     usable, finite = check_symmetric(where, matrix)
-    values, basis = torch.linalg.eigh(usable / 2 + usable.mT / 2)
-    return Spectrum(basis, values.where(finite.unsqueeze(-1), torch.nan), None)
+    even = usable / 2 + usable.mT / 2
+    values, basis = torch.linalg.eigh(even.detach())
+    values = values.where(finite.unsqueeze(-1), torch.nan)
+    if not derivative_wanted(matrix):
+        return Spectrum(basis, values, None)
+    change = dense_change(where, even)
+    values = attach_values(values, basis, change)
+    return _Derived.of(without_derivative(where, basis, even), values, None, change)
 
 
 def check_symmetric(where: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +166,13 @@ def isotropic_spectrum(
 
     Returns:
         Spectrum with m = min(D, r). NaN values and rest for a sample that is not finite, or whose
-        U U^T overflows.
+        U U^T overflows. Derivatives as `spectrum_apply` says; basis by itself has none.
 
     Raises:
         TypeError: an argument is not a Tensor.
         ValueError: diag is not constant within a sample (8 machine epsilons are allowed), or the
             arguments do not make a DPLR.
+        RuntimeError: on a gradient of basis (forward mode gives NaN).
 
     Example:
         >>> import torch
@@ -156,9 +188,17 @@ def isotropic_spectrum(
     bad = spread > _SPREAD * torch.finfo(diag.dtype).eps * level.abs().amax(-1)
     _refuse(where, bad, "diag must be constant within each sample", "spread", spread)
     columns = matrix.factor.where(finite[:, None, None], 0.0)
-    basis, mu = low_rank_eigh(columns, matrix.parts.sign)
+    basis, mu = low_rank_eigh(columns.detach(), matrix.parts.sign)
     rest = level[:, 0].where(finite, torch.nan)
-    return Spectrum(basis, rest.unsqueeze(-1) + mu, None if mu.shape == diag.shape else rest)
+    values = rest.detach().unsqueeze(-1) + mu
+    whole = mu.shape == diag.shape
+    if not derivative_wanted(diag, columns):
+        return Spectrum(basis, values, None if whole else rest)
+    change = low_rank_change(where, columns, matrix.parts.sign)
+    change = shifted_change(where, change, rest)
+    values = attach_values(values, basis, change)
+    basis = without_derivative(where, basis, columns)
+    return _Derived.of(basis, values, None if whole else rest, change)
 
 
 def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
@@ -170,7 +210,11 @@ def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
         v: shape (B, D).
 
     Returns:
-        Shape (B, D).
+        Shape (B, D). Differentiable in v, in the parameters of f, and once in the matrix, in
+        reverse and in forward mode, wherever f is smooth: also where eigenvalues are equal.
+
+    Raises:
+        RuntimeError: on a second derivative in the matrix.
 
     Example:
         >>> import torch
@@ -180,6 +224,12 @@ def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
         tensor([[25.,  1.]])
     """
     basis, values, rest = spectrum
+    if isinstance(spectrum, _Derived):
+        basis, values, rest = (None if t is None else t.detach() for t in spectrum)
+        value = spectrum_apply(Spectrum(basis, values, rest), function, v)
+        columns = v.unsqueeze(-1)
+        change = change_of_product(basis, values, rest, spectrum.change, function, columns)
+        return attach(value, change.squeeze(-1))
     weight = function(values)
     projected = basis.mT @ v.unsqueeze(-1)
     if rest is None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .derivatives import attach_values, derivative_wanted, low_rank_change, without_derivative
+
 _SMALL = 1e-2  # how much smaller than its bound in `_capacity` a row must be to be kept
 
 
@@ -109,7 +111,12 @@ def low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Q (B, D, m), orthonormal columns, and lam (B, m), m = min(D, r), ascending, with
-        U diag(sign) U^T = Q diag(lam) Q^T.
+        U diag(sign) U^T = Q diag(lam) Q^T. lam is differentiable once. Where some are equal each
+        by itself has no derivative, but symmetric functions of them have, and it is right. Q is
+        not differentiable.
+
+    Raises:
+        RuntimeError: on a gradient of Q (forward mode gives NaN), or on a second derivative.
 
     Example:
         >>> import torch
@@ -118,9 +125,14 @@ def low_rank_eigh(factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         >>> values
         tensor([[-4.]])
     """
-    q, r = torch.linalg.qr(factor)
+    where, still = "low_rank_eigh", factor.detach()
+    q, r = torch.linalg.qr(still)
     lam, rotation = torch.linalg.eigh((r * sign) @ r.mT)
-    return q @ rotation, lam
+    basis = q @ rotation
+    if not derivative_wanted(factor):
+        return basis, lam
+    lam = attach_values(lam, basis, low_rank_change(where, factor, sign))
+    return without_derivative(where, basis, factor), lam
 
 
 def _capacity(parts: Parts) -> _Capacity:

@@ -45,6 +45,11 @@ def native_may_judge() -> bool:
     return not (torch.compiler.is_compiling() or forward_ad._current_level >= 0)
 
 
+def derivative_wanted(*tensors: Tensor) -> bool:
+    """Whether anything may differentiate with respect to the tensors."""
+    return functorch_active() or forward_mode_active() or _tracked(tensors)
+
+
 def _levels(kind: Any) -> int:
     """How many torch.func transforms of a kind are at work."""
     levels = torch._C._functorch.get_interpreter_stack() if functorch_active() else None

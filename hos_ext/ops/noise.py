@@ -199,6 +199,24 @@ def _kernel(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
+    """The native call."""
+    counters = isinstance(seed, Tensor) or isinstance(offset, Tensor)
+    if functorch_active() and not counters:
+        with outside_transforms():  # noise has no derivative; inside it would have no memory
+            return _fill(uniform, shape, seed, offset, first, stream, dtype, device)
+    return _fill(uniform, shape, seed, offset, first, stream, dtype, device)
+
+
+def _fill(
+    uniform: bool,
+    shape: Sequence[int],
+    seed: Tensor | int,
+    offset: Tensor | int,
+    first: int,
+    stream: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=device)
     if out.numel() == 0 or out.is_meta:
         return out

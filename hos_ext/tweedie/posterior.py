@@ -127,7 +127,8 @@ class Posterior(NamedTuple):
             x0: a clean sample for each posterior. Shape (B, *dims), dtype and device of mean.
 
         Returns:
-            Shape (B,). NaN where x0 or mean holds NaN, or the covariance NaN or inf.
+            Shape (B,). NaN where x0 or mean holds NaN, or the covariance NaN or inf. Computed in
+            float64, whatever the dtype.
 
         Raises:
             ValueError: x0 does not fit, or a finite covariance is not positive definite.
@@ -145,11 +146,12 @@ class Posterior(NamedTuple):
             "covariance must be positive definite",
             lambda: f"one that is not at batch {int(bad.nonzero()[0])}",
         )
-        error = (x0 - self.mean).flatten(1)
-        distance = (error * covariance.solve(error)).sum(-1)
+        # In float64, in which the check counted: where signs differ float32 may leave no digit.
+        wide, error = covariance.to(torch.float64), (x0 - self.mean).flatten(1).double()
+        distance = (error * wide.solve(error)).sum(-1)
         constant = error.shape[1] * math.log(2 * math.pi)
-        value = -(distance + covariance.logdet() + constant) / 2
-        return value.where(finite, torch.nan)
+        value = -(distance + wide.logdet() + constant) / 2
+        return value.where(finite, torch.nan).to(x0.dtype)
 
     def recalibrated(self, scale: float | Tensor) -> Posterior:
         """The posterior with its covariance times scale: a float or (B,), > 0."""
