@@ -1,0 +1,22 @@
+"""The public API called wrongly a thousand times; the same calls every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def machine(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "api_fuzz.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_public_name_has_a_valid_call_that_passes() -> None:
+    done = machine("--valid")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        int(done.stdout.splitlines()[-1].split()[0]) > 200
+    )  # a walk that finds nothing proves nothing
