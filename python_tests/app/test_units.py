@@ -36,7 +36,7 @@ def pictures():
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("kind", list(pictures()))
 def test_noisy_pictures_in_raw_units_are_taken_and_others_refused(kind, sigma):
-    """[0, 1] and [-1, 1], clean and noisy: noise takes them out of their range, and proves nothing."""
+    """[0, 1] and [-1, 1], clean and noisy: noise takes them out of their range."""
     raw = pictures()[kind]
     z = np.random.default_rng(1).normal(size=raw.shape)
     np.testing.assert_allclose(

@@ -7,7 +7,7 @@ the extra `app`. Only `hf:` writes to disk: to Hugging Face's own cache.
 
 from .augment import augment, distort
 from .files import files_of
-from .images import decode_image, image_rows, image_values
+from .images import decode_image, decode_pages, image_rows
 from .opening import open_rows, open_source, read_samples
 from .registry import register_source, source_forms
 from .rows import LIMIT, Request, Rows, array_rows, refusal
@@ -33,12 +33,12 @@ __all__ = [
     "augment",
     "batch_rows",
     "decode_image",
+    "decode_pages",
     "dequantise",
     "distort",
     "examples_of",
     "files_of",
     "image_rows",
-    "image_values",
     "known_density",
     "load_digits",
     "open_rows",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,6 +11,7 @@ from torch.nn import functional
 from ...checks import check, check_shape, check_tensor, one_of
 from ...ops.noise import draw_normal, draw_uniform
 from ...random import STREAM_DISTORT, STREAM_FLIP, Key
+from .rows import channels_last
 from .scaling import GREY_LEVELS
 
 # Standard deviations of `distort`: rotation and shear in radians, log scale in x and y, shift in
@@ -57,6 +60,13 @@ def augment(
         return raw
     rule = f"raw must hold images, (B, height, width) or (B, C, height, width), for {name}"
     check("augment", raw.dim() in (3, 4), rule, tuple(raw.shape))
+    if channels_last(tuple(raw.shape[1:])):
+        warnings.warn(
+            "augment: raw must hold images, (B, height, width) or (B, C, height, width), got shape "
+            f"{tuple(raw.shape)}, which looks like channels last: its last axis is taken for the "
+            "width",
+            stacklevel=2,
+        )
     if name == "flip":
         like = raw.new_empty(0, dtype=torch.float32)
         u = draw_uniform(Key(seed, offset, first), STREAM_FLIP, (len(raw),), like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,25 +15,95 @@ import torch
 from ...checks import require
 from .rows import Request, Rows, alike, check_set, error_line, finite, refusal
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM")
+_KINDS = "hold 8-bit grey (L), RGB or floating grey (F) images (convert others first)"
+_READABLE = "hold images that can be read"
 
-def image_values(image: Any) -> np.ndarray | None:
-    """The numbers of an open pillow image, or None for a mode that would have to be converted.
+
+class Unfit(ValueError):
+    """Why a file is not taken: it must `rule`, got `got`."""
+
+    def __init__(self, rule: str, got: str) -> None:
+        super().__init__(f"must {rule}, got {got}")
+        self.rule, self.got = rule, got
+
+
+def decode_pages(content: bytes, where: str = "open_source") -> list[np.ndarray]:
+    """The pages of an encoded image, each turned as its EXIF data say. All commands read by this.
+
+    Taken are 8-bit grey, 8-bit RGB and 32-bit floating grey, whose numbers are those of the file.
+    Whatever pillow would convert on its own is refused: it makes 8 bits of 16 bits a channel, and
+    spreads fewer than 8 bits, or levels that end below 255, over 0 to 255. A camera's JPEG with
+    further pictures behind it (MPO: previews, the other eye, a depth map) is its first picture.
 
     Args:
-        image: of mode L (8-bit grey), RGB (8 bits a channel) or F (floating grey).
+        content: of a PNG, JPEG, TIFF, BMP, WebP or PNM file.
+        where: the function named if pillow is missing.
 
     Returns:
-        Shape (C, height, width), uint8 or float32; C is 3 for RGB, else 1.
+        Arrays (C, height, width), uint8 or float32; C is 3 for RGB, else 1. Several for a TIFF of
+        several pages.
+
+    Raises:
+        Unfit: the content is damaged, animated, or of another kind.
+        RuntimeError: pillow is missing.
     """
-    if image.mode not in ("L", "RGB", "F"):
-        return None
+    pillow, turn = require(where, "PIL.Image"), require(where, "PIL.ImageOps").exif_transpose
+    pages = []
+    try:
+        with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "TIFF":
+                raise Unfit("hold single images", str(frames))
+            for page in range(frames):
+                image.seek(page)
+                _check_kind(image, content)
+                pages.append(_planes(turn(image)))
+    except Unfit:
+        raise
+    except Exception as error:  # pillow lets many kinds through: OSError, struct.error, zlib.error
+        raise Unfit(_READABLE, error_line(error)) from None
+    return pages
+
+
+def _planes(image: Any) -> np.ndarray:
+    """The numbers of a pillow image of mode L, RGB or F, (C, height, width)."""
     values = np.asarray(image)
     planes = values.transpose(2, 0, 1) if values.ndim == 3 else values[np.newaxis]
     return np.ascontiguousarray(planes)
 
 
+def _check_kind(image: Any, content: bytes) -> None:
+    """Refuses what is not read number by number; the file says so, the mode of pillow does not."""
+    got = ""
+    if image.mode not in ("L", "RGB", "F"):
+        got = f"mode {image.mode}"
+    elif "transparency" in image.info:
+        got = f"mode {image.mode} with a transparent colour"
+    elif image.format == "PNG" and content[24] != 8:
+        got = f"{content[24]} bits a channel"
+    elif image.format == "BMP" and content[28] not in (8, 24, 32):
+        got = f"{content[28]} bits a pixel"
+    elif image.format == "TIFF":
+        bits, kinds = set(image.tag_v2.get(258, (1,))), set(image.tag_v2.get(339, (1,)))
+        if (bits, kinds) != (({32}, {3}) if image.mode == "F" else ({8}, {1})):
+            got = f"{' and '.join(map(str, sorted(bits)))} bits a channel of sample format "
+            got += " and ".join(map(str, sorted(kinds)))
+    elif image.format == "PPM" and image.mode != "F" and _top_level(content) != 255:
+        got = f"levels 0 to {_top_level(content)}"
+    if got:
+        raise Unfit(_KINDS, got)
+
+
+def _top_level(content: bytes) -> int:
+    """The highest level that a PGM or PPM file declares."""
+    head = re.match(rb"P\d(?:\s+|#[^\n]*\n)+" + 2 * rb"\d+(?:\s+|#[^\n]*\n)+" + rb"(\d+)", content)
+    return int(head[1]) if head else -1
+
+
 def decode_image(spec: str, value: Any, name: str) -> np.ndarray:
-    """One encoded image as numbers, turned as its EXIF data say.
+    """One encoded image as numbers, as `decode_pages` reads it.
 
     Args:
         spec: of the data set, for messages.
@@ -43,10 +114,9 @@ def decode_image(spec: str, value: Any, name: str) -> np.ndarray:
         Shape (C, height, width), uint8 or float32.
 
     Raises:
-        ValueError: there is no image, or it is damaged, of several frames or of another mode.
+        ValueError: there is no image, or it is damaged, of several pages or of another kind.
         RuntimeError: pillow is missing.
     """
-    pillow, exif = require("open_source", "PIL.Image"), require("open_source", "PIL.ImageOps")
     data = value.get("bytes") if value else None
     path = str(value.get("path") or "") if value else ""
     there = data is not None or path
@@ -57,19 +127,15 @@ def decode_image(spec: str, value: Any, name: str) -> np.ndarray:
                 data = file.read()
         elif data is None:
             data = Path(path).read_bytes()
-        with pillow.open(io.BytesIO(data)) as image:
-            frames, mode = getattr(image, "n_frames", 1), image.mode
-            image.load()
-            exif.exif_transpose(image, in_place=True)
-            values = image_values(image)
-    except Exception as error:  # pillow lets many kinds through: OSError, struct.error, zlib.error
-        got = f"{name}: {error_line(error)}"
-        raise refusal(spec, "hold images that can be read", got) from None
-    check_set(spec, frames == 1, "hold single images", f"{frames} in {name}")
-    rule = "hold 8-bit grey (L), RGB or floating grey (F) images (convert others first)"
-    check_set(spec, values is not None, rule, f"mode {mode} in {name}")
-    assert values is not None
-    return values
+    except Exception as error:  # of the file system, the hub, the network
+        raise refusal(spec, _READABLE, f"{name}: {error_line(error)}") from None
+    try:
+        pages = decode_pages(data)
+    except Unfit as error:
+        got = f"{name}: {error.got}" if error.rule == _READABLE else f"{error.got} in {name}"
+        raise refusal(spec, error.rule, got) from None
+    check_set(spec, len(pages) == 1, "hold single images", f"{len(pages)} in {name}")
+    return pages[0]
 
 
 def image_rows(

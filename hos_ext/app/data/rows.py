@@ -90,6 +90,7 @@ def array_rows(
     kept = kept_dtype(spec, array.dtype)
     check_set(spec, array.ndim >= 2, "have shape (n, *dims)", array.shape)
     check_set(spec, array.size, "not be empty", f"shape {array.shape}")
+    check_layout(spec, array.shape[1:], f"shape {array.shape}")
 
     def tensor(values: np.ndarray, name: Callable[[int], str]) -> Tensor:
         return finite(spec, torch.from_numpy(np.array(values, dtype=kept)), name)
@@ -116,6 +117,25 @@ def refusal(spec: str, rule: str, got: object) -> ValueError:
 def check_set(spec: str, condition: object, rule: str, got: object) -> None:
     """Raises `refusal` where the condition is false; see `checks.check`."""
     check("open_source", condition, f"{spec} must {rule}", got)
+
+
+def channels_last(dims: tuple[int, ...]) -> bool:
+    """Whether samples of these dims look like pictures (height, width, C) in place of (C, ...).
+
+    Pictures have 1, 3 or 4 channels: the last axis is of one of these lengths, the first is not,
+    and height and width are 4 or more.
+    """
+    channels = (1, 3, 4)
+    if len(dims) != 3 or dims[2] not in channels or dims[0] in channels:
+        return False
+    return min(dims[:2]) >= 4
+
+
+def check_layout(spec: str, dims: tuple[int, ...], got: str) -> None:
+    """Refuses pictures with channels last, which would train as `height` channels."""
+    rule = "hold pictures as (n, C, height, width)"
+    way = "with channels last (numpy.moveaxis(array, -1, 1) brings them to the front)"
+    check_set(spec, not channels_last(tuple(dims)), rule, f"{got} {way}")
 
 
 def error_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_int
-from .rows import CHUNK_VALUES, Request, Rows, check_set
+from .rows import CHUNK_VALUES, Request, Rows, check_layout, check_set
 from .scaling import Scaling, root_mean_square, standardise, statistics_rows
 from .splits import Parts, batch_rows, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
@@ -150,6 +150,7 @@ def source_of_stream(
     example = examples.decode(found[0])
     filled = example.ndim > 0 and example.size > 0
     check_set(spec, filled, "not be empty", f"shape {example.shape} in {examples.name(0)}")
+    check_layout(spec, example.shape, f"shape {example.shape} in {examples.name(0)}")
     found += itertools.islice(head, statistics_rows(example.shape) - 1)
     head.close()
     numbers, raw = examples.read(found, example)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check, require
+from ...checks import check
 from .. import data
-from ..data.images import image_values
+from ..data import arrays, images
+from ..data.images import Unfit
+from ..data.rows import channels_last
 from .units import to_data_units
-
-_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 class Samples(NamedTuple):
@@ -39,8 +38,8 @@ def read_files(
     """Images and arrays, noisy, as samples in data units.
 
     Args:
-        files: .png, .jpg or .tiff (8-bit grey or RGB, or floating grey; every page is a sample), or
-            .npy or .npz with one array: a sample (*dims), or several (n, *dims).
+        files: images as the data sources read them (`data.images.decode_pages`), every page of a
+            .tiff a sample; or .npy or .npz with one array: a sample (*dims), or several (n, *dims).
         shape: dims of one sample. (1, height, width) and (height, width) are taken for each other.
         scaling, sigma, std, units: as in `to_data_units`, which says how units are judged.
 
@@ -63,36 +62,31 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The samples (n, *shape) of a file."""
     check("denoise", path.is_file(), "file must exist", path)
     try:
-        raw = _read_images(path) if path.suffix.lower() in _IMAGES else _read_array(path)
-    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raw = _numbers(path)
+    except OSError as error:
+        raise ValueError(f"denoise: {path} must be a file that can be read, got: {error}") from None
+    except Unfit as error:
         raise ValueError(
             f"denoise: {path} must be a whole image, .npy or .npz, got: {error}"
         ) from None
     return _as_rows(path, raw, shape)
 
 
-def _read_images(path: Path) -> np.ndarray:
-    """All pages, (n, channels, height, width)."""
-    pillow = require("denoise", "PIL.Image")
-    sequence = require("denoise", "PIL.ImageSequence")
-    pages = []
-    with pillow.open(path) as image:
-        for page in sequence.Iterator(image):
-            values = image_values(page)
-            if values is None:
-                raise ValueError(f"mode {page.mode}, neither 8-bit grey, RGB nor floating grey")
-            pages.append(values)
-    return np.stack(pages)
-
-
-def _read_array(path: Path) -> np.ndarray:
-    content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
-        return content
-    with content:
-        if len(content.files) != 1:
-            raise ValueError(f"the arrays {', '.join(content.files)}, not one")
-        array: np.ndarray = content[content.files[0]]
+def _numbers(path: Path) -> np.ndarray:
+    """All that a file holds, by the readers of the data sources: one array, or (pages, C, H, W)."""
+    if path.suffix.lower() in images.ENDINGS:
+        pages = images.decode_pages(path.read_bytes(), "denoise")
+        kinds = sorted({f"{page.shape} {page.dtype}" for page in pages})
+        if len(kinds) > 1:
+            raise Unfit("hold pages of one shape and kind", " and ".join(kinds))
+        return np.stack(pages)
+    known = ", ".join((*images.ENDINGS, *arrays.ENDINGS))
+    check(
+        "denoise", path.suffix.lower() in arrays.ENDINGS, f"{path} must end in {known}", path.name
+    )
+    array, names = arrays.load_arrays(path)
+    if array is None:
+        raise Unfit("hold one array", f"the arrays {', '.join(names)}")
     return array
 
 
@@ -104,7 +98,10 @@ def _as_rows(path: Path, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
             return raw.reshape(1, *shape)
         if raw.ndim == len(dims) + 1 and raw.shape[1:] == dims and len(raw):
             return raw.reshape(-1, *shape)
-    raise ValueError(f"denoise: {path} must hold samples {shape}, got shape {raw.shape}")
+    got = f"shape {raw.shape}"
+    if any(channels_last(tuple(dims)) for dims in (raw.shape, raw.shape[1:])):
+        got += " with channels last (numpy.moveaxis(array, -1, -3) brings them to the front)"
+    raise ValueError(f"denoise: {path} must hold samples {shape}, got {got}")
 
 
 def _check_values(path: Path, rows: np.ndarray, levels: int) -> None:

@@ -9,16 +9,14 @@ import numpy as np
 
 from ....checks import require
 from ..files import files_of
-from ..images import decode_image, image_rows
+from ..images import ENDINGS, decode_image, image_rows
 from ..registry import register_source
 from ..rows import Request, Rows
 from ..streams import Examples, examples_of
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
-
 
 def _files(request: Request) -> list[Path]:
-    return files_of(request, _ENDINGS, folders=True)
+    return files_of(request, ENDINGS, folders=True)
 
 
 def _stream(request: Request) -> Examples:

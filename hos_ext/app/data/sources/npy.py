@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from ....checks import check
+from ..arrays import ENDINGS, load_arrays
 from ..files import files_of
+from ..images import Unfit
 from ..registry import register_source
-from ..rows import Request, Rows, array_rows, error_line, refusal
+from ..rows import Request, Rows, array_rows, refusal
 
 
 def _files(request: Request) -> list[Path]:
-    return files_of(request, (".npy", ".npz"))
+    return files_of(request, ENDINGS)
 
 
 @register_source("npy", "PATH", files=_files, column=True)
@@ -25,20 +27,11 @@ def open_npy(request: Request) -> Rows:
 
 
 def _load(spec: str, path: Path, column: str | None) -> np.ndarray:
-    names: list[str] = []
     try:
-        with path.open("rb") as file:
-            if path.suffix == ".npz":
-                content = np.load(file, allow_pickle=False)
-                names = content.files
-                column = names[0] if column is None and len(names) == 1 else column
-                array = content[column] if column in names else np.empty(0)
-            else:
-                array = np.lib.format.open_memmap(path, mode="r")  # no pickle is read
-    except Exception as error:  # numpy, zipfile and zlib have kinds of their own
-        rule = "hold a whole .npy or .npz file of numbers (no objects: no pickle is read)"
-        raise refusal(spec, rule, error_line(error)) from None
+        array, names = load_arrays(path, column)
+    except Unfit as error:
+        raise refusal(spec, error.rule, error.got) from None
     known = f"one of the arrays {names}" if names else "None for an .npy file"
-    fits = column in names or not (column or names)
-    check("open_source", fits, f"column must be {known} of {path}", repr(column))
+    check("open_source", array is not None, f"column must be {known} of {path}", repr(column))
+    assert array is not None
     return array
