@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code, see `errors`. What went wrong is one line on stderr, as is what may be.
     """
-    lines, warnings.formatwarning = warnings.formatwarning, _warning_line
+    lines = warnings.formatwarning
+    warnings.formatwarning = _warning_line  # type: ignore[assignment]
     try:
         typer = require("cli", "typer")
         command = typer.main.get_command(_application(typer))

@@ -42,7 +42,7 @@ def load_arrays(path: Path, column: str | None = None) -> tuple[np.ndarray | Non
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             names = list(content.files)
             column = names[0] if column is None and len(names) == 1 else column
-            if column not in names:
+            if column is None or column not in names:
                 return None, names
             _check_size(content.zip, column)
             return content[column], names
