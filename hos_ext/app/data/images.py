@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +15,17 @@ import numpy as np
 import torch
 
 from ...checks import require
-from .rows import Request, Rows, alike, check_set, error_line, finite, refusal
+from .rows import LIMIT, Request, Rows, alike, check_set, error_line, finite, refusal
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM")
+# How pillow calls pixels that it hands on as they are stored. `L;I` is 8-bit grey whose file says
+# that 0 is white; R, G and B are planes.
+_EXACT = {
+    "L": ("L", "L;I"),
+    "RGB": ("RGB", "R", "G", "B", "BGR", "BGRX"),
+    "F": ("F;32F", "F;32BF", "F;32NF"),
+}
 _KINDS = "hold 8-bit grey (L), RGB or floating grey (F) images (convert others first)"
 _READABLE = "hold images that can be read"
 
@@ -52,12 +61,18 @@ def decode_pages(content: bytes, where: str = "open_source") -> list[np.ndarray]
     pillow, turn = require(where, "PIL.Image"), require(where, "PIL.ImageOps").exif_transpose
     pages = []
     try:
+        _check_png(content)
         with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            frames, size = getattr(image, "n_frames", 1), 0
+            if image.format in ("JPEG", "MPO"):
+                frames = 1
             if frames > 1 and image.format != "TIFF":
                 raise Unfit("hold single images", str(frames))
             for page in range(frames):
                 image.seek(page)
+                size += math.prod(image.size) * (3 if image.mode == "RGB" else 4)
+                if page and size > LIMIT:  # many pages may be one place of a file
+                    raise Unfit(f"hold pages of at most {LIMIT} bytes", f"{frames} pages")
                 _check_kind(image, content)
                 pages.append(_planes(turn(image)))
     except Unfit:
@@ -92,8 +107,33 @@ def _check_kind(image: Any, content: bytes) -> None:
             got += " and ".join(map(str, sorted(kinds)))
     elif image.format == "PPM" and image.mode != "F" and _top_level(content) != 255:
         got = f"levels 0 to {_top_level(content)}"
+    if not got and image.info.get("scale", 1) != 1:  # of a floating PNM file
+        got = f"mode {image.mode} in units of {image.info['scale']:g}"
+    if not got and image.format == "TIFF" and image.tag_v2.get(338):  # ExtraSamples
+        got = f"mode {image.mode} with further channels"
+    for tile in image.tile:  # none of WebP, which has 8 bits
+        kind = tile.args[0] if isinstance(tile.args, tuple) else tile.args
+        if not got and kind not in _EXACT[image.mode]:
+            got = f"mode {image.mode} stored as {kind}"
     if got:
         raise Unfit(_KINDS, got)
+
+
+def _check_png(data: bytes) -> None:
+    """Raises where the sum of a part is wrong: pillow does not look at those of the pixels."""
+    view, place = memoryview(data), 8
+    if bytes(view[:8]) != b"\x89PNG\r\n\x1a\n":
+        return
+    while place < len(view):
+        size, kind = int.from_bytes(view[place : place + 4], "big"), bytes(view[place + 4 :][:4])
+        end = place + 8 + size
+        stored = bytes(view[end : end + 4])
+        if len(stored) < 4 or zlib.crc32(view[place + 4 : end]) != int.from_bytes(stored, "big"):
+            raise OSError(f"part {kind!r} of the .png is truncated or damaged")
+        if kind == b"IEND":
+            return
+        place = end + 4
+    raise OSError("the .png is truncated")
 
 
 def _top_level(content: bytes) -> int:
