@@ -174,6 +174,24 @@ def test_a_stopped_run_is_resumed_to_the_same_model(
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
+def test_force_replaces_a_run_once_in_a_launch(tmp_path, capsys, monkeypatch):
+    """torchrun does not count the starts that a host causes which comes or goes."""
+    forced = ["train", "--out", str(tmp_path), *SMALL, "--force"]
+    assert cli.run(forced) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    capsys.readouterr()
+    assert cli.run(forced) == 2
+    assert "--force on several hosts must come with a --rdzv-id of this" in _one_line(capsys)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert cli.run(forced) == 0
+    capsys.readouterr()
+    before = (tmp_path / "metrics.json").read_bytes()
+    assert cli.run(forced) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
 def test_continue_of_a_finished_run_does_nothing_and_says_so(run_folder, capsys):
     before = (run_folder / "metrics.json").read_bytes()
     assert cli.run(["train", "--out", str(run_folder), *SMALL, "--continue"]) == 0

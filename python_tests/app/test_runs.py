@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -457,6 +458,30 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=": ") as caught:
         runs.read_run(tmp_path)
     assert str(caught.value).startswith(message.format(tmp_path, tmp_path))
+
+
+def test_a_run_goes_on_with_another_timeout_and_from_before_there_was_one(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    assert runs.prepare(SMALL | {"timeout": 9}, out, resume=True).options["timeout"] == 9
+    content = runs.read_run(out)
+    del content["options"]["timeout"]
+    runs.write_json(out / "run.json", content)
+    assert runs.prepare(SMALL, out, resume=True).options["timeout"] == 600
+
+
+def test_a_launch_knows_the_run_that_it_has_begun(tmp_path, monkeypatch):
+    assert not runs.begun_by_launch(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default
+    runs.write_json(tmp_path / "run.json", runs.prepare(SMALL, tmp_path).facts)
+    assert not runs.begun_by_launch(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    runs.write_json(tmp_path / "run.json", runs.prepare(SMALL, tmp_path, resume=True).facts)
+    assert runs.begun_by_launch(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert not runs.begun_by_launch(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert runs.begun_by_launch(tmp_path)
 
 
 def test_load_run_names_what_is_missing(whole, tmp_path):

@@ -752,6 +752,56 @@ def test_a_step_that_does_not_fit_says_what_to_lower(source, failure):
     )
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]"
+                ":42: Connection reset by peer. This is typically caused by a remote worker"
+            ),
+            "Read error [10.0.0.2]:42: Connection reset by peer.",
+        ),
+        (
+            torch.distributed.DistStoreError("wait timeout after 7000ms"),
+            "wait timeout after 7000ms",
+        ),
+    ],
+)
+def test_a_process_that_is_lost_is_named_with_the_step_and_the_checkpoint(
+    source, tmp_path, failure, told
+):
+    model, calls = build(), []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 4:
+            raise failure
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(training.Lost) as error:
+        run(source, model=model, out=tmp_path, save_every=2, log_every=12, timeout=7)
+    assert str(error.value) == (
+        "train: every process must answer within timeout 7 s, got none from another at step 4; "
+        f"last checkpoint: {tmp_path}/checkpoints/step-00000002 (step 2) ({told}); what stopped "
+        "first is in the log of that process"
+    )
+
+
+@pytest.mark.parametrize("timeout", [5, 600, 1800])  # the last two are defaults of accelerate
+def test_the_time_that_processes_wait_is_told_to_accelerate(source, monkeypatch, timeout):
+    import accelerate
+
+    def told(**options):
+        (handler,) = options["kwargs_handlers"]
+        raise ConnectionError(handler.to_kwargs()["timeout"].total_seconds())
+
+    monkeypatch.setattr(accelerate, "Accelerator", told)
+    with pytest.raises(ConnectionError) as error:
+        run(source, timeout=timeout)
+    assert error.value.args[0] == pytest.approx(timeout, abs=0.001)
+
+
 def test_other_failures_of_the_model_are_left_alone(source):
     model = build()
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...checks import check
 from .. import runs, training
 from ..options import FOLDER, OPTIONS, Option, read_config
 from .common import Force, console, program
@@ -90,8 +91,13 @@ def train(
         given = {} if config is None else read_config(config)
         given |= {name: value for name, value in typed.items() if value is not None}
         folder = out or Path(given.get("out") or default_out(given))
-        # torchrun starts a killed rank again with the same command line.
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        rule = (
+            "--force on several hosts must come with a --rdzv-id of this launch alone (a host that "
+            "comes or goes starts all again, and the run would be replaced once more)"
+        )
+        check("train", not force or hosts == 1 or runs.launch_name(), rule, "none")
+        again = runs.begun_by_launch(folder)
         job = runs.prepare(given, folder, force=force and not again, resume=go_on or again)
     if job.resume and runs.finished(folder, job.options["steps"]):
         say_finished(folder)

@@ -206,6 +206,7 @@ OPTIONS: dict[str, Option] = {
     "tf32": Option(bool, False, TRAINING, "TF32 on NVIDIA GPUs: faster, three digits."),
     "recompute": Option(bool, False, TRAINING, "Gradient checkpointing: less memory, more time."),
     "device": _of_training("device"),
+    "timeout": _of_training("timeout"),
     "seed": _of_training("seed"),
     "save_every": _of_training("save_every", panel=FOLDER),
     "keep": _of_training("keep", panel=FOLDER),

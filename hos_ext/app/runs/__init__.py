@@ -4,17 +4,27 @@ A finished run holds run.json (options, facts of the data, versions), checkpoint
 training.png and, written last, metrics.json.
 """
 
-from .facts import json_text, open_data, read_run, scaling_of, write_json
+from .facts import (
+    begun_by_launch,
+    json_text,
+    launch_name,
+    open_data,
+    read_run,
+    scaling_of,
+    write_json,
+)
 from .loading import finished, info, load_run
 from .work import PARTS, Run, fit, prepare
 
 __all__ = [
     "PARTS",
     "Run",
+    "begun_by_launch",
     "finished",
     "fit",
     "info",
     "json_text",
+    "launch_name",
     "load_run",
     "open_data",
     "prepare",

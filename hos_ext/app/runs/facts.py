@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,27 @@ def describe(source: data.Source) -> dict[str, Any]:
         "n_validation": len(source.validation),
         "n_test": len(source.test),
     }
+
+
+def launch_name() -> str | None:
+    """The --rdzv-id of torchrun, where it has one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def begun_by_launch(folder: Path) -> bool:
+    """Whether the launch that started this process has begun the run in the folder before.
+
+    torchrun starts processes again with the same command line: after a failure, which it counts,
+    and when a host comes or goes, which it does not count.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return True
+    try:
+        begun = read_run(folder).get("launch")
+    except (ValueError, OSError):  # none there, or another process is replacing it
+        return False
+    return begun is not None and begun == launch_name()
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from ...checks import check
 from ...nn import files as pretrained
 from .. import data, evaluation, plots, training
 from ..options import FORMAT, build_model, complete, training_options
-from .facts import alike, describe, read_run, refuse_changes, versions, write_json
+from .facts import alike, describe, launch_name, read_run, refuse_changes, versions, write_json
 
 # What a run leaves in its folder.
 PARTS = ("run.json", "checkpoints", "logs", "model", "training.png", "metrics.json")
@@ -69,10 +69,14 @@ def prepare(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": versions(),
     }
+    if name := launch_name():
+        facts["launch"] = name
     if there and resume:
         stored = read_run(out)
         longer = options["decay"] == "constant" and options["steps"] > stored["options"]["steps"]
         same = {"steps": stored["options"]["steps"]} if longer else {}
+        # How long a process waits changes no number; a run may be older than the option.
+        same["timeout"] = stored["options"].get("timeout")
         refuse_changes("options", stored["options"], options | same)
         refuse_changes("data", stored["data"], facts["data"])
     storage.check_writable(out)

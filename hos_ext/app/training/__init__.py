@@ -6,7 +6,7 @@
 
 from .checkpoints import History, list_checkpoints
 from .engine import Trained, train
-from .faults import NotFinite, OutOfMemory, Stopped
+from .faults import Lost, NotFinite, OutOfMemory, Stopped
 from .launch import is_main
 from .options import OBJECTIVE, TrainingOptions, check_options
 from .precision import check_precision
@@ -15,6 +15,7 @@ from .trackers import Reporter
 __all__ = [
     "OBJECTIVE",
     "History",
+    "Lost",
     "NotFinite",
     "OutOfMemory",
     "Reporter",

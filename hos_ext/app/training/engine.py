@@ -33,7 +33,7 @@ from .checkpoints import (
     named,
     save_checkpoint,
 )
-from .faults import Stopped, bad_rows, catch_signals, check_finite, name_memory
+from .faults import Stopped, bad_rows, catch_signals, check_finite, name_lost, name_memory
 from .launch import check_starts, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
@@ -92,6 +92,7 @@ def train(
         NotFinite: names the step, the term, the samples and their noise levels, and the last
             checkpoint.
         OutOfMemory: says what to lower.
+        Lost: another process stopped, or did not answer within options.timeout.
         Stopped: SIGTERM or SIGINT came (one process): the step was finished and saved.
         OSError: out cannot be written to, or the disk is full.
         RuntimeError: an extra is missing; processes that see different checkpoints.
@@ -115,13 +116,15 @@ def train(
         check_plain(options.objective, facts)
         run.start_from(folder, resume)
     start, steps = run.step, options.steps
-    check_starts(start)
+    with name_lost(options.timeout, run.place):
+        check_starts(start)
     if start >= steps:
         return run.trained(start)
     if folder is not None and accelerator.is_main_process:
         storage.check_writable(folder)
         storage.remove_leftovers(folder)
     with (
+        name_lost(options.timeout, run.place),
         run.on_devices(),
         progress_bar(progress and accelerator.is_main_process, start, steps) as show,
         catch_signals(accelerator.num_processes == 1) as received,
@@ -279,6 +282,10 @@ class _Training:
             )
         self.accelerator.wait_for_everyone()
         self.kept = checkpoint_path(folder, self.step)
+
+    def place(self) -> str:
+        """The step that it has come to and its last checkpoint, in words."""
+        return f"at step {self.step}; last checkpoint: {named(self.kept)}"
 
     def trained(self, start: int) -> Trained:
         """What `train` returns, for a run that started after step `start`."""

@@ -1,16 +1,18 @@
-"""What ends a training early: numbers that are not finite, memory, signals."""
+"""What ends a training early: numbers that are not finite, memory, signals, lost processes."""
 
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from .batches import Batch
 from .checkpoints import named
@@ -30,6 +32,10 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.signal = number
+
+
+class Lost(RuntimeError):
+    """Another process stopped, or did not answer in time. The last checkpoint is from before."""
 
 
 def bad_rows(losses: Tensor, batch: Batch) -> str:
@@ -104,4 +110,25 @@ def name_memory(size: int, batch_size: int, place: torch.device) -> Iterator[Non
             f"train: a step must fit in the memory of {place}, got {size} samples at a time "
             f"(batch_size {batch_size}): raise accumulate, or lower batch_size, rank or the size "
             "of the model, or turn gradient checkpointing on"
+        ) from error
+
+
+@contextmanager
+def name_lost(timeout: int, at: Callable[[], str]) -> Iterator[None]:
+    """Inside, what gloo and NCCL say of another process is a `Lost` that says where and what to do.
+
+    Args:
+        timeout: of the training.
+        at: says when it happened, and which checkpoint is the last.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error).strip()
+        if not isinstance(error, dist.DistError) and "gloo" not in told:
+            raise
+        told = re.sub(r"^\[[^]]*\] ", "", told.splitlines()[0]).partition(" This is typically")[0]
+        raise Lost(
+            f"train: every process must answer within timeout {timeout} s, got none from another "
+            f"{at()} ({told}); what stopped first is in the log of that process"
         ) from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...checks import check, require
+from .faults import name_lost
 from .options import TrainingOptions
 
 
@@ -28,6 +30,7 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
         ValueError: a launcher or an earlier training of this process asked for something else, or
             batch_size cannot be split.
         RuntimeError: accelerate is missing, or the processes form no group.
+        Lost: another process did not come.
     """
     accelerate = require("train", "accelerate")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -41,18 +44,23 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
     if cpu and launched > 1:
         # gloo that connects all at once has been seen to wait for ever after an elastic restart.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    accelerator = accelerate.Accelerator(
-        # Told so, it makes a group of CPU processes; not told, each would train alone.
-        cpu=cpu,
-        mixed_precision=options.mixed_precision,
-        # As a plugin: accelerate launch puts a number of its own into the environment, which wins
-        # over the plain argument.
-        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
-            num_steps=options.accumulate, sync_with_dataloader=False
-        ),
-        log_with=tracker,
-        project_dir=None if out is None else str(out),
-    )
+    # The microsecond is for accelerate, which drops a value that is its default for another
+    # backend: gloo would then wait for half an hour.
+    wait = timedelta(seconds=options.timeout, microseconds=1)
+    with name_lost(options.timeout, lambda: "at the start"):
+        accelerator = accelerate.Accelerator(
+            # Told so, it makes a group of CPU processes; not told, each would train alone.
+            cpu=cpu,
+            mixed_precision=options.mixed_precision,
+            # As a plugin: accelerate launch puts a number of its own into the environment, which
+            # wins over the plain argument.
+            gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
+                num_steps=options.accumulate, sync_with_dataloader=False
+            ),
+            kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=wait)],
+            log_with=tracker,
+            project_dir=None if out is None else str(out),
+        )
     world, parts, rows = accelerator.num_processes, options.accumulate, options.batch_size
     rule = "the processes of the launcher must form one group"
     got = f"{launched} processes and a group of {world}"

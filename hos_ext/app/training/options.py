@@ -55,7 +55,8 @@ class TrainingOptions:
     """What a training does. Checked when it is made.
 
     A run goes on from a checkpoint with the same options, but for those of devices and files
-    (accumulate, device, save_every, keep, log_every, tracker). With decay "constant", steps may
+    (accumulate, device, timeout, save_every, keep,
+    log_every, tracker). With decay "constant", steps may
     become more.
 
     Raises:
@@ -142,6 +143,12 @@ class TrainingOptions:
         metadata=_about(
             "auto (a GPU if there is one) or cpu.", partial(one_of, known=("auto", "cpu"))
         ),
+    )
+    # accelerate's own default is half an hour for gloo. The first process measures the curve and
+    # writes checkpoints while the others wait: seconds, on the disks and networks that were tried.
+    timeout: int = field(
+        default=600,
+        metadata=_about("Seconds that a process waits for the others; then it stops.", check_count),
     )
     save_every: int = field(default=500, metadata=_about("Steps between checkpoints.", check_count))
     keep: int = field(default=3, metadata=_about("Checkpoints kept.", check_count))
