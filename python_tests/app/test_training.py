@@ -897,7 +897,7 @@ def test_dropout_is_refused(source):
         (
             "ACCELERATE_USE_FSDP",
             "true",
-            r"^train: the launcher must use data parallelism .*, got ACCELERATE_USE_FSDP: not ",
+            r"^train: the launcher must .*, got ACCELERATE_USE_FSDP: its parts of weights cannot be ",
         ),
         (
             "ACCELERATE_USE_DEEPSPEED",
@@ -915,6 +915,25 @@ def test_what_a_launcher_asks_for_beside_is_refused(source, monkeypatch, name, v
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         run(source)
+
+
+def test_a_model_spread_over_processes_is_refused(source, tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(build(), mesh=mesh)
+        message = (
+            r"^train: model must hold its weights whole in every process \(no fully_shard\), got "
+            r"parts of "
+        )
+        with pytest.raises(ValueError, match=message):
+            run(source, model=model)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_processes_that_do_not_form_a_group_are_refused(source, monkeypatch):

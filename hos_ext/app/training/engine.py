@@ -34,7 +34,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .faults import Stopped, bad_rows, catch_signals, check_finite, name_lost, name_memory
-from .launch import check_starts, open_accelerator
+from .launch import check_starts, check_whole, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
 from .progress import progress_bar
@@ -102,6 +102,7 @@ def train(
         >>> trained = train(model, data.open_source("digits"), options, out="runs/mine")
     """
     refuse_dropout("train", model)
+    check_whole(model)
     accelerator = open_accelerator(options, out)
     check_precision(
         options.objective,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...checks import check, require
 from .faults import name_lost
@@ -70,10 +71,23 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
     return accelerator
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuses a model whose weights `fully_shard` has spread over processes."""
+    spread = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    rule = "model must hold its weights whole in every process (no fully_shard)"
+    check("train", not spread, rule, lambda: f"parts of {spread[0]}")
+
+
 def _check_launcher(asked: str) -> None:
     """Refuses by name what a launcher asks for beside data parallelism."""
-    for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        got = f"ACCELERATE_USE_{flag}: not supported until it has been tested"
+    untested = "it has not been tested"
+    # Tried with fully_shard: the moving average cannot be taken of parts (torch: mixed Tensor and
+    # DTensor), the first process alone measures and writes. On CPUs accelerate trains by DDP
+    # without a word.
+    shards = "its parts of weights cannot be averaged, measured or saved by one process"
+    reasons = {"FSDP": shards, "DEEPSPEED": untested, "MEGATRON_LM": untested}
+    for flag, reason in (reasons | {"PARALLELISM_CONFIG": untested}).items():
+        got = f"ACCELERATE_USE_{flag}: {reason}"
         rule = "the launcher must use data parallelism (DDP)"
         check("train", not _is_on(f"ACCELERATE_USE_{flag}"), rule, got)
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", asked)
