@@ -8,8 +8,13 @@ A public function checks its arguments once; what it calls trusts them. Every me
     check_tensor(where, "factor", factor, like=x, shape=(len(x), size, "r"))
     check_shape(where, "x", x, ("B", "C", "*dims"))                       a letter fits any length
     check_samples(where, "x", x), check_like(where, "score", score, x)    (B, *dims), and as x
+    check_low_rank(where, factor, sign, x)                                (B, D, r) and (r,)
     check_int, check_count, check_number, one_of                          numbers and names
     positive(where, "sigma", sigma, x), per_sample(...)                   shaped to broadcast
+    check_flag(where, central=central, ...)                               True or False, no other
+    check_callable(where, "model", model)
+    device_of, dtype_of, path_of                                          what torch and files take
+    with said_by(where, "normal"): ...                                    its errors name `where`
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import importlib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -89,6 +95,80 @@ def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
     return value
+
+
+def check_flag(where: str, **flags: object) -> None:
+    """True or False: the truth of another value is not asked for."""
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{where}: {name} must be True or False, got {show(value)}")
+
+
+def check_callable(where: str, name: str, value: object) -> None:
+    """Something to call: a function, a module."""
+    if not callable(value):
+        raise TypeError(f"{where}: {name} must be callable, got {type(value).__name__}")
+
+
+def path_of(where: str, name: str, value: object) -> Path:
+    """A path, from a Path or a text that is not empty."""
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{where}: {name} must be a path, got {type(value).__name__}")
+    check(where, value != "" and "\0" not in str(value), f"{name} must be a path", repr(value))
+    return Path(value)
+
+
+def dtype_of(
+    where: str, name: str, value: object, dtypes: Sequence[torch.dtype] = FLOATING
+) -> torch.dtype:
+    """A dtype, one of some; torch's default for None."""
+    if value is None:
+        value = torch.get_default_dtype()
+    allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{where}: {name} must be a dtype ({allowed}), got {show(value)}")
+    check(where, value in dtypes, f"{name} must be {allowed}", value)
+    return value
+
+
+def device_of(where: str, name: str, value: object) -> torch.device:
+    """A device that is here; torch's default for None."""
+    if value is None:
+        return torch.empty(0).device
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{where}: {name} must be a device or its name, got {show(value)}")
+    try:
+        device = torch.device(value)
+        if device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(
+            f"{where}: {name} must be a device of this machine, got {str(value)!r}"
+        ) from None
+    return device
+
+
+class said_by:
+    """A context in which the errors of another public function name this one, and its arguments.
+
+    Args:
+        where: the function that the user called.
+        inner: the one that it calls, and which checks.
+        names: what the arguments of inner are called here.
+    """
+
+    def __init__(self, where: str, inner: str, **names: str) -> None:
+        self.where, self.inner, self.names = where, f"{inner}: ", names
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ValueError, TypeError, RuntimeError)) and error.args:
+            text = str(error.args[0])
+            if text.startswith(self.inner):
+                name, space, rule = text[len(self.inner) :].partition(" ")
+                error.args = (f"{self.where}: {self.names.get(name, name)}{space}{rule}",)
 
 
 # -------------------------------------------------------------------------------------- tensors
@@ -166,6 +246,33 @@ def check_like(where: str, name: str, value: Tensor, x: Tensor) -> None:
     check_tensor(where, name, value, like=x, shape=tuple(x.shape))
 
 
+def check_low_rank(
+    where: str, factor: Any, sign: Any, x: Tensor, *, because: str = ""
+) -> Tensor | None:
+    """U (B, D, r) with the batch of x (B, *dims), or None; gives sign (r,) of +-1 in x's dtype.
+
+    The factor of one sample does not stand for all. sign may have any real dtype; None is all +1.
+    """
+    rank = 0
+    if factor is not None:
+        check_tensor(where, "factor", factor, like=x)
+        shape = (*x.shape[:1], x.shape[1:].numel(), "r")
+        check_tensor(where, "factor", factor, shape=shape, because=because)
+        rank = factor.shape[2]
+    if sign is None:
+        return None
+    check_kind(where, "sign", sign, Tensor)
+    check_shape(where, "sign", sign, (rank,))
+    check(where, sign.layout is torch.strided, "sign must be strided", sign.layout)
+    check(where, sign.device == x.device, f"sign must be on {x.device}", sign.device)
+    check(where, not sign.is_complex(), "sign must be real", sign.dtype)
+    signs = sign.detach().to(x.dtype)
+    units = (signs.abs() == 1).all()
+    check(where, not sign.is_meta, "sign must hold values", "a meta tensor")
+    check(where, bool(units), "sign must hold +1 and -1 only", lambda: sign.tolist())
+    return signs
+
+
 # -------------------------------------------------------------------- numbers, one or one a sample
 
 
@@ -181,20 +288,27 @@ def check_level(
 ) -> Any:
     """The same, or any finite number; the values of a tensor are for the kernels to judge."""
     if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{where}: {name} must be floating, got {value.dtype}")
+        if not value.dtype.is_floating_point or value.layout is not torch.strided:
+            rule, got = "floating", str(value.dtype)
+            if value.layout is not torch.strided:
+                rule, got = "strided", str(value.layout)
+            raise ValueError(f"{where}: {name} must be {rule}, got {got}")
         _check_rows(where, name, value, (rows,), like, f"() or ({rows},)")
         if value.requires_grad:
             raise ValueError(f"{where}: {name} must not require grad, got requires_grad=True")
         return value
     if value.__class__ is not float and (
-        isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt))
+        isinstance(value, bool)
+        or not isinstance(
+            value, (float, int, np.floating, np.integer, torch.SymFloat, torch.SymInt)
+        )
     ):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
-    if not ((value > 0 if positive else value > -math.inf) and value < math.inf):
+    number = as_float(value) if isinstance(value, (int, np.floating, np.integer)) else value
+    if not ((number > 0 if positive else number > -math.inf) and number < math.inf):
         rule = "positive and finite" if positive else "finite"
         raise ValueError(f"{where}: {name} must be {rule}, got {value}")
-    return value
+    return number
 
 
 def _check_rows(
@@ -230,6 +344,8 @@ def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Te
         _check_rows(where, name, value, rows, like, str(rows))
     elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+    elif isinstance(value, int):
+        value = as_float(value)
     column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     _check_all(where, column.isfinite(), f"{name} must be finite", column)
     return column if column.dim() == 0 else column.reshape(-1, *[1] * (like.dim() - 1))
@@ -243,20 +359,38 @@ def positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tens
 
 
 def _check_all(where: str, good: Tensor, rule: str, values: Tensor) -> None:
+    check(where, not good.is_meta, rule.replace("must", "must have values and", 1), "none (meta)")
     check(where, bool(good.all()), rule, lambda: values[~good].flatten()[0].item())
+
+
+def as_float(value: Any) -> float:
+    """A real number as a float; an int beyond all floats is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_number(where: str, name: str, value: object, *, positive: bool = True) -> float:
     """A finite number, positive or at least not negative; a 0-d tensor counts as a number."""
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{where}: {name} must be a number, got {kind}")
-    number = float(value)
+    number = as_float(value)
     fine = 0 < number < math.inf or (number == 0 and not positive)
     check(where, fine, f"{name} must be finite and {'> 0' if positive else '>= 0'}", f"{number:g}")
     return number
+
+
+def range_of(where: str, name: str, value: object) -> tuple[float, float]:
+    """(low, high) with 0 < low <= high; a tuple, a list, an array of numpy."""
+    pair = isinstance(value, (tuple, list, np.ndarray)) and len(value) == 2
+    check(where, pair, f"{name} must be (low, high)", lambda: show(value), TypeError)
+    low, high = (check_number(where, name, v) for v in value)  # type: ignore[attr-defined]
+    check(where, low <= high, f"{name} must be (low, high), low <= high", lambda: show(value))
+    return low, high
 
 
 def check_int(where: str, name: str, value: Any, limit: int) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from .checks import check, check_like, check_tensor, positive
+from .checks import check, check_callable, check_like, check_low_rank, check_tensor, positive
 
 
 class Scores(NamedTuple):
@@ -50,7 +50,8 @@ class Scores(NamedTuple):
         check_tensor(where, "scaled_score", score)
         check_tensor(where, "c", self.c, like=score, shape=tuple(score.shape))
         s = positive(where, "sigma", sigma, score)
-        factor = _scaled_factor(where, self.factor, score, 1 / s)
+        check_low_rank(where, self.factor, self.sign, score)
+        factor = None if self.factor is None else self.factor * (1 / s).reshape(-1, 1, 1)
         return UnscaledScores(score / s, (self.c - 1) / s.square(), factor, self.sign)
 
 
@@ -89,7 +90,8 @@ class UnscaledScores(NamedTuple):
         check_tensor(where, "score", self.score)
         check_tensor(where, "diag", self.diag, like=self.score, shape=tuple(self.score.shape))
         s = positive(where, "sigma", sigma, self.score)
-        factor = _scaled_factor(where, self.factor, self.score, s)
+        check_low_rank(where, self.factor, self.sign, self.score)
+        factor = None if self.factor is None else self.factor * s.reshape(-1, 1, 1)
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
@@ -233,19 +235,12 @@ def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> 
         >>> model_scores("f", lambda x, sigma: Scores(-x, x), x, torch.tensor(1.0)).scaled_score
         tensor([[-1., -1.]])
     """
+    check_callable(where, "model", model)
     scores = model(x, sigma)
     kind = type(scores).__name__
     check(where, isinstance(scores, Scores), "model must return Scores", kind, TypeError)
     check_like(where, "scaled_score from model", scores.scaled_score, x)
     return scores
-
-
-def _scaled_factor(where: str, factor: Tensor | None, like: Tensor, times: Tensor) -> Tensor | None:
-    """factor times a value of `positive`."""
-    if factor is None:
-        return None
-    check_tensor(where, "factor", factor, like=like)
-    return factor * times.reshape(-1, 1, 1)
 
 
 # ------------------------------------------------------------------------------ Tweedie's formula

@@ -236,7 +236,10 @@ WRONG_DTYPE = [
         v=DOUBLE,
     ),
     *refuses(
-        DRAWS, ValueError, "dtype must be a floating type, got torch.int64", dtype=torch.int64
+        DRAWS,
+        ValueError,
+        "dtype must be float32, float64, float16, bfloat16, got torch.int64",
+        dtype=torch.int64,
     ),
     *refuses(
         [*DRAWS, *STEPS],

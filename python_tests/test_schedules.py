@@ -321,7 +321,7 @@ def test_tables_come_as_any_array():
         ),
         (
             lambda: VP().drift(torch.ones(3, 2), torch.full((2,), 0.5)),
-            "VP.drift: beta must be a float or have shape (3,), got (2,)",
+            "VP.drift: t must be a float or have shape (3,), got (2,)",
         ),
         (
             lambda: VE().t_of_sigma(0.0),
@@ -346,24 +346,24 @@ def test_tables_come_as_any_array():
         (
             lambda: from_alphas_cumprod([0.9, 0.0]),
             (
-                "DiscreteVP: alphas_cumprod must lie in (0, 1), where alpha > 0 and sigma > 0, "
-                "got 0.0 at 1"
+                "from_alphas_cumprod: alphas_cumprod must lie in (0, 1), where alpha > 0 and "
+                "sigma > 0, got 0.0 at 1"
             ),
         ),
         (
             lambda: from_alphas_cumprod([0.9, 0.5, 0.5]),
-            "DiscreteVP: alphas_cumprod must decrease, got 0.5 after 0.5 at 2",
+            "from_alphas_cumprod: alphas_cumprod must decrease, got 0.5 after 0.5 at 2",
         ),
         (
             lambda: from_alphas_cumprod([1e-3, math.nextafter(1e-3, 0)]),
             (
-                "DiscreteVP: alphas_cumprod must decrease, got 0.0009999999999999998 after 0.001 "
-                "at 1"
+                "from_alphas_cumprod: alphas_cumprod must decrease, got 0.0009999999999999998 after "
+                "0.001 at 1"
             ),
         ),
         (
             lambda: from_alphas_cumprod([0.9]),
-            "DiscreteVP: alphas_cumprod must have shape (N,), N >= 2, got (1,)",
+            "from_alphas_cumprod: alphas_cumprod must have shape (N,), N >= 2, got (1,)",
         ),
         (
             lambda: DiscreteVP(torch.tensor([0.9, 0.8])),

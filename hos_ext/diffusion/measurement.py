@@ -13,7 +13,7 @@ from ..checks import check, check_kind, check_number, check_samples, check_tenso
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_ADJOINT, Key
-from ..tweedie.posterior import Posterior
+from ..tweedie.posterior import Posterior, check_posterior
 
 # A matrix (m, D), a boolean mask of shape dims, or (A x, A^T y) on batches.
 Measurement: TypeAlias = Tensor | tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -114,6 +114,7 @@ def _check_adjoint(where: str, problem: Problem) -> None:
 def moments_of(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
     """Mean and covariance, the latter finite and not negative."""
     mean, covariance = check_kind(where, "posterior", posterior, Posterior)
+    check_posterior(where, posterior)
     diag, factor, of = covariance.diag, covariance.factor, "of the posterior covariance"
     for part, value in (("diagonal part", diag), ("factor", factor)):
         # A finite sum shows it too, several times faster.

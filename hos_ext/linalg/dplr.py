@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_int, check_kind, check_shape, check_tensor, per_sample
+from ..checks import check, check_int, check_low_rank, check_shape, check_tensor, per_sample
 from ..ops.noise import draw_normal
 from ..random import STREAM_POSTERIOR, Key, fresh_seed
 from . import woodbury
@@ -60,11 +60,7 @@ class DPLR:
         check("DPLR", usable, "diag must have shape (B, D), D >= 1", tuple(diag.shape))
         if factor is None:
             factor = diag.new_empty((*diag.shape, 0))
-        check_tensor("DPLR", "factor", factor, like=diag)
-        shape = (*diag.shape, "r")
-        check_tensor("DPLR", "factor", factor, shape=shape, because=" like diag")
-        if sign is not None:
-            sign = _checked_sign(sign, factor)
+        sign = check_low_rank("DPLR", factor, sign, diag, because=" like diag")
         self.diag = diag
         self.factor = factor
         self.sign = sign
@@ -353,14 +349,3 @@ class DPLR:
 def _whitened_eigh(diag: Tensor, factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """`low_rank_eigh` of U / sqrt(d)."""
     return low_rank_eigh(factor / diag.sqrt().unsqueeze(-1), sign)
-
-
-def _checked_sign(sign: Tensor, factor: Tensor) -> Tensor:
-    """sign in the dtype of factor."""
-    check_kind("DPLR", "sign", sign, Tensor)
-    check_shape("DPLR", "sign", sign, tuple(factor.shape[2:]))
-    check("DPLR", sign.device == factor.device, f"sign must be on {factor.device}", sign.device)
-    sign = sign.detach().to(factor.dtype)
-    units = bool((sign.abs() == 1).all())
-    check("DPLR", units, "sign must hold +1 and -1 only", lambda: sign.tolist())
-    return sign

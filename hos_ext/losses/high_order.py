@@ -21,14 +21,18 @@ from torch.func import jvp
 
 from ..checks import (
     check,
+    check_callable,
     check_count,
+    check_flag,
     check_samples,
     check_tensor,
     per_sample,
     positive,
     refuse_dropout,
     refuse_half,
+    show,
 )
+from ..ops._checks import check_key
 from ..ops.noise import draw_normal
 from ..random import STREAM_DIRECTION, STREAM_TRAINING, Key
 from ..tweedie.moments import bell, is_dense
@@ -68,6 +72,7 @@ def hermite(
         tensor([[ 2., 18.]])
     """
     where = "hermite"
+    check_flag(where, diagonal=diagonal)
     check_samples(where, "noise", noise)
     check_count(where, "k", k)
     if directions is not None:
@@ -279,21 +284,27 @@ def order_k_matching_loss(
         tensor(-2.)
     """
     where = "order_k_matching_loss"
+    check_callable(where, "model", model)
+    check_flag(where, variance_reduction=variance_reduction, scale_free=scale_free)
     check_samples(where, "x0", x0)
     s, a = positive(where, "sigma", sigma, x0), per_sample(where, "alpha", alpha, x0)
     check_reduction(where, reduction)
-    directional = form == "directional"
+    directional = isinstance(form, str) and form == "directional"
     rule = "form must be 'dense', 'diagonal' or 'directional'"
-    check(where, directional or form in ("dense", "diagonal"), rule, f"{form!r}")
+    known = isinstance(form, str) and form in ("dense", "diagonal", "directional")
+    check(where, known, rule, lambda: show(form))
     check_count(where, "n_directions", n_directions)
     rule = f"n_directions must be 1 for form {form!r}"
     check(where, directional or n_directions == 1, rule, n_directions)
     check_count(where, "k", k)
     rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
-    check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: lower)
+    check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: repr(lower))
+    if lower is not None:
+        check_callable(where, "lower", lower)
+    check_key(where, seed, offset, first, x0)
     if noise is not None:
         rule = "seed must be None where nothing is drawn"
-        check(where, directional or seed is None, rule, seed)
+        check(where, directional or seed is None, rule, lambda: show(seed))
         check_tensor(where, "noise", noise, like=x0, shape=tuple(x0.shape))
     if variance_reduction:
         _check_vr_order(where, k)

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, check_int, check_number
+from ..checks import (
+    check,
+    check_first,
+    check_int,
+    check_number,
+    check_samples,
+    range_of,
+    said_by,
+)
+from ..ops._checks import check_counter
 from ..ops.noise import uniform
 from ..random import STREAM_TIME, Key
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
-from .score_matching import Objective, score_matching_loss
+from .score_matching import Objective, check_objective, score_matching_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,18 +73,19 @@ class ScoreMatchingLoss(nn.Module):
         known = sorted(Objective.__annotations__)
         for name in sorted(options.keys() - known):
             raise TypeError(f"{where}: options must be of {', '.join(known)}, got {name}")
+        check_objective(where, **options)
         if schedule is not None:
             check_schedule(where, schedule)
         self.alpha = check_number(where, "alpha", alpha)
         fixed = isinstance(sigma, (int, float))
-        check(where, alpha == 1 or fixed, "alpha must be 1 but with a fixed sigma", alpha)
+        check(where, self.alpha == 1 or fixed, "alpha must be 1 but with a fixed sigma", alpha)
         rule = "exactly one of sigma and schedule must be given"
         got = "neither" if sigma is None else "both"
         check(where, (sigma is None) != (schedule is None), rule, got)
         if isinstance(sigma, tuple):
-            rising = len(sigma) == 2 and sigma[0] < sigma[1]
+            sigma = range_of(where, "sigma", sigma)
+            rising = sigma[0] < sigma[1]
             check(where, rising, "sigma must be a float or (low, high)", sigma)
-            sigma = (check_number(where, "sigma", sigma[0]), check_number(where, "sigma", sigma[1]))
         elif sigma is not None:
             sigma = check_number(where, "sigma", sigma)
         check_int(where, "seed", seed, 2**63)
@@ -105,15 +115,23 @@ class ScoreMatchingLoss(nn.Module):
         Raises:
             TypeError, ValueError: what `score_matching_loss` raises.
         """
+        where = "ScoreMatchingLoss"
+        check_samples(where, "x0", x0)
+        if step is not None:
+            check_counter(where, "step", step, 2**56, x0.device)
         if first is None:
             spread = torch.distributed.is_available() and torch.distributed.is_initialized()
             first = torch.distributed.get_rank() * len(x0) if spread else 0
+        check_first(where, first, x0.shape)
         key = Key(self.seed, self.step.clone() if step is None else step, first)
         if self.training and step is None:
             self.step += 1
         sigma, alpha = self._levels(x0, key)
         draws: dict[str, Any] = key._asdict()
-        loss: Tensor = score_matching_loss(model, x0, sigma, alpha=alpha, **draws, **self.options)
+        with said_by(where, "score_matching_loss"):
+            loss: Tensor = score_matching_loss(
+                model, x0, sigma, alpha=alpha, **draws, **self.options
+            )
         return loss
 
     def _levels(self, x0: Tensor, key: Key) -> tuple[Tensor | float, Tensor | float]:

@@ -6,15 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, show
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 def check_reduction(where: str, reduction: object) -> None:
     """One of the three names."""
-    known = reduction in ("mean", "sum", "none")
-    check(where, known, "reduction must be 'mean', 'sum' or 'none'", f"{reduction!r}")
+    known = isinstance(reduction, str) and reduction in ("mean", "sum", "none")
+    check(where, known, "reduction must be 'mean', 'sum' or 'none'", lambda: show(reduction))
 
 
 def reduced(loss: Tensor, reduction: Reduction) -> Tensor:

@@ -8,13 +8,27 @@ of Meng et al. 2021.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import HALF, Shape, check, check_level, fits, refuse_dropout, refuse_half
+from ..checks import (
+    HALF,
+    Shape,
+    as_float,
+    check,
+    check_callable,
+    check_flag,
+    check_level,
+    fits,
+    refuse_dropout,
+    refuse_half,
+    show,
+)
+from ..ops._checks import check_key
 from ..ops._operator import functorch_active, is_plain
 from ..ops.noise import draw_normal
 from ..random import STREAM_TRAINING, Key
@@ -160,9 +174,21 @@ def score_matching_loss(
         torch.Size([8])
     """
     where = _WHERE
-    _check_objective(gamma, first_order, centred, detach_score)
-    check_reduction(where, reduction)
-    _check_batch(x0, sigma, alpha, noise, seed)
+    check_callable(where, "model", model)
+    check_objective(
+        where,
+        gamma=gamma,
+        variance_reduction=variance_reduction,
+        first_order=first_order,
+        diagonal=diagonal,
+        scale_free=scale_free,
+        detach_score=detach_score,
+        centred=centred,
+        reduction=reduction,
+    )
+    check_flag(where, return_terms=return_terms)
+    sigma, alpha = _check_batch(x0, sigma, alpha, noise, seed)
+    check_key(where, seed, offset, first, x0)
     with_clean = variance_reduction or first_order == "vr"
     with_minus = variance_reduction or first_order == "antithetic"
     if with_clean:
@@ -322,48 +348,65 @@ def _column(value: Tensor | float, x: Tensor) -> Tensor | float:
 # ------------------------------------------------------------------------------------- the border
 
 
-def _check_objective(gamma: Any, first_order: str, centred: bool, detach_score: bool) -> None:
-    where = _WHERE
-    fine = first_order in ("antithetic", "vr", "plain")
+def check_objective(
+    where: str,
+    *,
+    gamma: Any = 1.0,
+    first_order: Any = "antithetic",
+    detach_score: Any = True,
+    centred: Any = False,
+    reduction: Any = "mean",
+    **flags: Any,
+) -> None:
+    """What is fitted; the flags among it are True or False."""
+    check_flag(where, detach_score=detach_score, centred=centred, **flags)
+    named = isinstance(first_order, str) and first_order in ("antithetic", "vr", "plain")
     rule = "first_order must be 'antithetic', 'vr' or 'plain'"
-    check(where, fine, rule, f"{first_order!r}")
+    check(where, named, rule, lambda: show(first_order))
     number = isinstance(gamma, (float, int)) and not isinstance(gamma, bool)
     check(where, number, "gamma must be a float", type(gamma).__name__, TypeError)
     check(where, gamma >= 0, "gamma must be at least 0", gamma)
+    check(where, as_float(gamma) < math.inf, "gamma must be finite", gamma)
     fine = detach_score or not centred
     check(where, fine, "detach_score must be True with centred", detach_score)
+    check_reduction(where, reduction)
 
 
 def _check_batch(
     x0: Tensor, sigma: Any, alpha: Any, noise: Tensor | None, seed: Tensor | int | None
-) -> None:
+) -> tuple[Tensor | float, Tensor | float]:
+    """sigma and alpha, as numbers of Python where they are numbers."""
     where = _WHERE
     check(where, isinstance(x0, Tensor), "x0 must be a Tensor", type(x0).__name__, TypeError)
     fine, rule = x0.dim() > 1 and x0.is_floating_point(), "x0 must be floating point of shape"
     check(where, fine, f"{rule} (B, *dims)", lambda: f"{x0.dtype} of shape {tuple(x0.shape)}")
-    _check_level("sigma", sigma, x0, positive=True)
-    _check_level("alpha", alpha, x0, positive=False)
+    levels = (
+        _check_level("sigma", sigma, x0, positive=True),
+        _check_level("alpha", alpha, x0, positive=False),
+    )
     if noise is None:
-        return
-    check(where, seed is None, "seed must be None where noise is given", seed)
+        return levels
+    check(where, seed is None, "seed must be None where noise is given", lambda: show(seed))
     kind = type(noise).__name__
     check(where, isinstance(noise, Tensor), "noise must be a Tensor", kind, TypeError)
     if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
         want, got = ((tuple(t.shape), t.dtype, t.device) for t in (x0, noise))
         rule = "noise must have shape {}, dtype {} and device {} like x0".format(*want)
         raise ValueError(f"{where}: {rule}, got {', '.join(map(str, got))}")
+    return levels
 
 
-def _check_level(name: str, value: Any, x0: Tensor, *, positive: bool) -> None:
+def _check_level(name: str, value: Any, x0: Tensor, *, positive: bool) -> Any:
     """sigma and alpha: a float or `(B,)`, without gradient, positive or finite; read on the CPU."""
-    check_level(_WHERE, name, value, x0.shape[0], x0, positive=positive)
+    value = check_level(_WHERE, name, value, x0.shape[0], x0, positive=positive)
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_plain(value):
-        return
+        return value
     if torch.compiler.is_compiling() or functorch_active():
-        return
+        return value
     good = value.isfinite() & (value > 0) if positive else value.isfinite()
     rule = f"{name} must be {'positive and finite' if positive else 'finite'}"
     check(_WHERE, good.all(), rule, lambda: value[~good].flatten()[0].item())
+    return value
 
 
 def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bool) -> None:

@@ -12,7 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check, check_like, check_shape
+from ..checks import (
+    FLOATING,
+    check,
+    check_flag,
+    check_level,
+    check_like,
+    check_number,
+    check_shape,
+    check_tensor,
+    device_of,
+    one_of,
+    path_of,
+    said_by,
+    show,
+)
 from ..scores import Scores
 from .weights import HOLD, WEIGHTS, arguments_of, check_folder, read_weights, write_weights
 
@@ -67,18 +81,12 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         name = self.class_name
-        many = isinstance(dims, Sequence)
-        check(name, many, "dims must be a sequence of sizes", f"{dims!r}", TypeError)
-        fine = dims and all(n >= 1 for n in dims)
-        check(name, fine, "dims must be positive sizes", tuple(dims))
-        for size in dims:
-            check_size(name, "dims", size)
+        check_flag(name, constrained=constrained, given_score=given_score)
+        check_sizes(name, "dims", dims)
         check_size(name, "rank", rank, least=0)
-        fine = 0 < sigma_data < math.inf
-        check(name, fine, "sigma_data must be positive and finite", sigma_data)
-        check(name, 0 <= c_min < math.inf, "c_min must be at least 0 and finite", c_min)
-        fine = trunk in ("separate", "shared")
-        check(name, fine, "trunk must be 'separate' or 'shared'", f"{trunk!r}")
+        sigma_data = check_number(name, "sigma_data", sigma_data)
+        c_min = check_number(name, "c_min", c_min, positive=False)
+        one_of(name, "trunk", trunk, ("separate", "shared"))
         self.dims = tuple(dims)
         self.rank = rank
         self.sigma_data = sigma_data
@@ -189,7 +197,8 @@ class Network(nn.Module):
 
     def save_pretrained(self, folder: Path | str, **extra: Any) -> str:
         """Writes config.json and model.safetensors, as `save_model` does. Returns the folder."""
-        write_weights(folder, self.saved_config(), self.state_dict(), extra)
+        path = path_of(f"{self.class_name}.save_pretrained", "folder", folder)
+        write_weights(path, self.saved_config(), self.state_dict(), extra)
         return str(folder)
 
     @classmethod
@@ -201,10 +210,13 @@ class Network(nn.Module):
         Raises:
             ValueError: the folder holds a model of another class, or what `load_model` refuses.
         """
-        config, state = read_weights(folder)
-        name, got = cls.class_name, config["_class_name"]
-        rule = f"folder must hold {name}"
-        check(f"{name}.from_pretrained", got == name, rule, f"{got} in {folder}")
+        name = cls.class_name
+        where = f"{name}.from_pretrained"
+        folder, device = path_of(where, "folder", folder), device_of(where, "device", device)
+        with said_by(where, "load_model"):
+            config, state = read_weights(folder)
+        got, rule = config["_class_name"], f"folder must hold {name}"
+        check(where, got == name, rule, f"{got} in {folder}")
         return cls.from_weights(folder, config, state, device=device)
 
     @classmethod
@@ -243,6 +255,7 @@ def noise_level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) 
     """Constants of the noise level in the dtype of x, computed in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(sigma, Tensor):
+        check_tensor(name, "sigma", sigma, dtypes=FLOATING)
         if sigma.shape not in ((), x.shape[:1]):
             raise ValueError(
                 f"{name}: sigma must be a float or have shape ({x.shape[0]},), "
@@ -252,8 +265,8 @@ def noise_level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) 
         check(name, here, f"sigma must be on {x.device} like x", sigma.device)
         value = sigma.to(wide).expand(x.shape[0])
     else:
-        check(name, 0 < sigma < math.inf, "sigma must be positive and finite", sigma)
-        value = torch.full((x.shape[0],), sigma, dtype=wide, device=x.device)
+        number = check_level(name, "sigma", sigma, x.shape[0], x, positive=True)
+        value = torch.full((x.shape[0],), number, dtype=wide, device=x.device)
     variance = value.square() + sigma_data**2
     inverse_std = variance.rsqrt()
     return NoiseLevel(
@@ -275,8 +288,18 @@ def c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
     return c_min + functional.softplus(raw + square.expm1().log())
 
 
+def check_sizes(name: str, what: str, values: Any) -> None:
+    """A sequence of sizes."""
+    many = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    check(name, many, f"{what} must be a sequence of sizes", lambda: show(values), TypeError)
+    for size in values:
+        check_size(name, what, size, least=0)
+    check(name, values and min(values) > 0, f"{what} must be positive sizes", tuple(values))
+
+
 def check_size(name: str, what: str, value: int, *, least: int = 1) -> None:
     """An int of at least `least`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    check(name, whole, f"{what} must be an int", f"{value!r}", TypeError)
+    check(name, whole, f"{what} must be an int", lambda: show(value), TypeError)
     check(name, value >= least, f"{what} must be at least {least}", value)
+    check(name, value < 2**31, f"{what} must be below 2**31", value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import device_of, path_of
 from .head import SecondOrderHead
 from .mlp import MLP
 from .unet import UNet
@@ -79,6 +80,8 @@ def load_model(
     Example:
         See `save_model`.
     """
+    folder = path_of("load_model", "folder", folder)
+    device = device_of("load_model", "device", device)
     config, state = read_weights(folder)
     model = _CLASSES[config["_class_name"]]
     return model.from_weights(folder, config, state, device=device), config

@@ -17,7 +17,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, check_like, positive
+from ..checks import (
+    check,
+    check_callable,
+    check_flag,
+    check_kind,
+    check_like,
+    check_samples,
+    device_of,
+    path_of,
+    positive,
+    said_by,
+)
 from ..ops._operator import functorch_active
 from ..scores import ScoreModel, Scores
 from .base import Network
@@ -64,9 +75,11 @@ def register_score_reader(kind: str, reader: str) -> None:
         >>> from hos_ext.nn import register_score_reader
         >>> register_score_reader("mine", "my_package.scores:read")
     """
-    module, _, function = reader.partition(":")
+    where = "register_score_reader"
+    check_kind(where, "kind", kind, str)
+    module, _, function = check_kind(where, "reader", reader, str).partition(":")
     rule = "reader must be 'module:function'"
-    check("register_score_reader", module and function, rule, f"{reader!r}")
+    check(where, module and function, rule, f"{reader!r}")
     _READERS[kind] = reader
 
 
@@ -110,8 +123,8 @@ class SecondOrderHead(nn.Module):
     def __init__(self, score_model: ScoreModel, head: nn.Module, *, scaled: bool = True) -> None:
         super().__init__()
         where = "SecondOrderHead"
-        got = type(score_model).__name__
-        check(where, callable(score_model), "score_model must be callable", got, TypeError)
+        check_flag(where, scaled=scaled)
+        check_callable(where, "score_model", score_model)
         got = type(head).__name__
         check(where, isinstance(head, nn.Module), "head must be a module", got, TypeError)
         given = getattr(head, "given_score", True)
@@ -158,6 +171,7 @@ class SecondOrderHead(nn.Module):
             TypeError, ValueError: what score_model and the head raise, or the score does not fit x.
         """
         where = "SecondOrderHead"
+        check_samples(where, "x", x)
         # Not under autocast: it stays as it is, and the head learns beside the score it will see.
         with (
             torch.autocast(x.device.type, enabled=False),
@@ -207,8 +221,9 @@ class SecondOrderHead(nn.Module):
             ValueError: the folder holds another first-order model. Likewise what `save_model`
                 raises.
         """
+        folder = path_of("SecondOrderHead.save_pretrained", "folder", folder)
         config = self.config
-        fingerprint, place = config["first_order"], Path(folder) / _SCORE_FOLDER
+        fingerprint, place = config["first_order"], folder / _SCORE_FOLDER
         if fingerprint is not None:
             score_model: Any = self.first_order
             read = _reader(place, fingerprint)
@@ -239,7 +254,12 @@ class SecondOrderHead(nn.Module):
                 was trained with, or score_model is missing or given where the folder has one.
             RuntimeError: safetensors or diffusers is missing.
         """
-        config, state = read_weights(folder)
+        where = "SecondOrderHead.from_pretrained"
+        folder, device = path_of(where, "folder", folder), device_of(where, "device", device)
+        if score_model is not None:
+            check_callable(where, "score_model", score_model)
+        with said_by(where, "load_model"):
+            config, state = read_weights(folder)
         return cls.from_weights(folder, config, state, score_model=score_model, device=device)
 
     @classmethod

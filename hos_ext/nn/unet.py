@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check, require
-from .base import KINK, Network, NoiseLevel, check_size
+from ..checks import check, require, show
+from .base import KINK, Network, NoiseLevel, check_size, check_sizes
 
 # What diffusers takes as act_fn, without "relu".
 _UNET_ACTIVATIONS = ("silu", "swish", "mish", "gelu")
@@ -237,7 +237,8 @@ def _padded(body: nn.Module, image: Tensor, timestep: Tensor, multiples: tuple[i
 
 
 def _check_shape(dims: Sequence[int], spatial: int) -> None:
-    check("UNet", spatial in (1, 2), "spatial must be 1 or 2", f"{spatial!r}")
+    known = isinstance(spatial, int) and spatial in (1, 2)
+    check("UNet", known, "spatial must be 1 or 2", lambda: show(spatial))
     rule = "(C, H, W) or (H, W)" if spatial == 2 else "(C, T) or (T,) for spatial=1"
     check("UNet", len(dims) in (spatial, spatial + 1), f"dims must be {rule}", tuple(dims))
 
@@ -248,7 +249,8 @@ def _check_channels(
     check_size("UNet", "norm_num_groups", groups)
     for name, each in (("channels", channels), ("head_channels", head_channels)):
         if each is not None:
-            fine = each and each[0] % 2 == 0 and all(n >= 1 and n % groups == 0 for n in each)
+            check_sizes("UNet", name, each)
+            fine = each[0] % 2 == 0 and all(n % groups == 0 for n in each)
             rule = f"{name} must be multiples of norm_num_groups = {groups}, the first even"
             check("UNet", fine, rule, tuple(each))
     if head_channels is not None:

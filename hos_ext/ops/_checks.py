@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, Shape, check, check_int, check_tensor, show
+from ..checks import FLOATING, Shape, check, check_first, check_int, check_tensor, show
 from . import _native
 from ._operator import is_readable
 
@@ -41,6 +41,14 @@ def check_counter(where: str, name: str, value: Any, limit: int, device: torch.d
         check(where, value.device == device, f"{name} must be on {device}", value.device)
     elif limit < 2**63 and is_readable(value):
         check_int(where, name, int(value), limit)  # a seed may be any 64 bits
+
+
+def check_key(where: str, seed: Any, offset: Any, first: Any, x: Tensor) -> None:
+    """Where the noise of x begins, looked at whether it is drawn or not; a seed may be None."""
+    if seed is not None:
+        check_counter(where, "seed", seed, 2**64, x.device)
+    check_counter(where, "offset", offset, 2**56, x.device)
+    check_first(where, first, x.shape)
 
 
 def check_out(

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check, check_first, check_int
+from ..checks import check, check_first, check_int, device_of, dtype_of
 from ..random import Key, fresh_seed
 from . import _native, reference
 from ._checks import check_counter
 from ._operator import LIBRARY, functorch_active, needs_library, outside_transforms, vmap_active
+
+_MOST = 2**48  # bytes that a process can address
 
 
 def normal(
@@ -61,6 +63,7 @@ def normal(
         >>> torch.equal(z[2:], hos_ext.normal((2, 3), seed=1, stream=64, first=2))
         True
     """
+    dtype, device = _kind("normal", dtype, device)
     return _draw("normal", False, shape, seed, offset, first, stream, dtype, device)
 
 
@@ -96,6 +99,7 @@ def uniform(
         >>> bool((u > 0).all() and (u < 1).all())
         True
     """
+    dtype, device = _kind("uniform", dtype, device)
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
 
 
@@ -147,14 +151,11 @@ def _draw(
     offset: Tensor | int,
     first: int,
     stream: int,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Checks, and goes to the plain version, to torch.library or straight to the kernel."""
-    dtype = dtype or torch.get_default_dtype()
-    device = torch.empty(0).device if device is None else torch.device(device)
     shape = _checked_shape(where, shape)
-    check(where, dtype in FLOATING, "dtype must be a floating type", dtype)
     check_counter(where, "seed", seed, 2**64, device)
     check_counter(where, "offset", offset, 2**56, device)
     check_first(where, first, shape)
@@ -173,6 +174,11 @@ def _draw(
     return _kernel(uniform, shape, seed, offset, first, stream, dtype, device)
 
 
+def _kind(where: str, dtype: Any, device: Any) -> tuple[torch.dtype, torch.device]:
+    """Of the result, as the user asks for it."""
+    return dtype_of(where, "dtype", dtype), device_of(where, "device", device)
+
+
 def _checked_shape(where: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or any(
         isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in shape
@@ -180,6 +186,8 @@ def _checked_shape(where: str, shape: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{where}: shape must be a sequence of ints, got {shape!r}")
     shape = tuple(shape)
     check(where, not any(n < 0 for n in shape), "shape must not be negative", shape)
+    if any(n >= _MOST for n in shape):  # no test of the product: it may be symbolic
+        raise ValueError(f"{where}: shape must have sizes below 2**48, got {shape}")
     return shape
 
 

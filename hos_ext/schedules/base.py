@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_count, check_int, check_kind, check_tensor, per_sample
+from ..checks import (
+    WIDE,
+    as_float,
+    check,
+    check_count,
+    check_int,
+    check_kind,
+    check_tensor,
+    dtype_of,
+    per_sample,
+    said_by,
+)
 from ..random import STREAM_TIME
 
 Time = TypeVar("Time", bound=float | Tensor)
@@ -68,8 +79,10 @@ class Schedule(ABC):
 
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """-(beta(t) / 2) x. x (B, *dims), float32 or float64; t a float or (B,)."""
-        check_tensor(f"{self._name()}.drift", "x", x)
-        return -per_sample(f"{self._name()}.drift", "beta", self.beta(t), x) / 2 * x
+        where = f"{self._name()}.drift"
+        check_tensor(where, "x", x)
+        beta = self._at("drift", self._beta, t)
+        return -per_sample(where, "t", beta, x) / 2 * x
 
     def t_of_sigma(self, sigma: Time) -> Time:
         """The time at which `sigma(t)` is the given one; to rounding, within [t_min, t_max].
@@ -139,17 +152,20 @@ class Schedule(ABC):
         Raises:
             TypeError, ValueError: an argument out of range or of the wrong kind.
         """
-        check_int(f"{self._name()}.sample_t", "n", n, 2**63)
-        u = ops.uniform(
-            (n,),
-            seed=seed,
-            offset=offset,
-            first=first,
-            stream=STREAM_TIME,
-            dtype=torch.float64,  # 2^-32 steps: float32 would round some to 0 and 1
-            device=device,
-        )
-        return self._quantile(u).to(dtype or torch.get_default_dtype())
+        where = f"{self._name()}.sample_t"
+        check_int(where, "n", n, 2**63)
+        dtype = dtype_of(where, "dtype", dtype, WIDE)
+        with said_by(where, "uniform", shape="n"):
+            u = ops.uniform(
+                (n,),
+                seed=seed,
+                offset=offset,
+                first=first,
+                stream=STREAM_TIME,
+                dtype=torch.float64,  # 2^-32 steps: float32 would round some to 0 and 1
+                device=device,
+            )
+        return self._quantile(u).to(dtype)
 
     # The formulas: float64 tensor in, float64 tensor out.
 
@@ -208,10 +224,11 @@ def _checked(where: str, name: str, value: float | Tensor, low: float, high: flo
         rule = f"{name} must be a float or a Tensor"
         fits = real and not isinstance(value, bool)
         check(where, fits, rule, type(value).__name__, TypeError)
-        value = torch.tensor(float(value), dtype=torch.float64)
+        value = torch.tensor(as_float(value), dtype=torch.float64)
     if not torch.compiler.is_compiling():
         ends = value.new_tensor([low, high])
         good = (value >= ends[0]) & (value <= ends[1])
+        check(where, not good.is_meta, f"{name} must hold values", "a meta tensor")
         rule = f"{name} must be in [{low:g}, {high:g}]"
         check(where, bool(good.all()), rule, lambda: f"{value[~good].flatten()[0]:g}")
     # Apple's GPUs have no float64.
@@ -231,7 +248,7 @@ def number(schedule: Schedule, name: str) -> float:
     value: float = getattr(schedule, name)
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     check(where, real, f"{name} must be a float", type(value).__name__, TypeError)
-    check(where, math.isfinite(value), f"{name} must be finite", value)
+    check(where, math.isfinite(as_float(value)), f"{name} must be finite", value)
     return value
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check, check_tensor
+from ..checks import check, check_tensor, said_by
 from .preserving import Preserving
 
 
@@ -106,13 +106,16 @@ def from_alphas_cumprod(
         0.5
     """
     try:
+        if isinstance(alphas_cumprod, np.ndarray):
+            alphas_cumprod = alphas_cumprod.copy()  # torch takes no negative strides
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         kind = type(alphas_cumprod).__name__
         raise TypeError(
             f"from_alphas_cumprod: alphas_cumprod must be an array of numbers, got {kind}"
         ) from None
-    return DiscreteVP(table.detach().clone())
+    with said_by("from_alphas_cumprod", "DiscreteVP"):
+        return DiscreteVP(table.detach().clone())
 
 
 def _cubic(coefficients: Tensor, p: Tensor) -> Tensor:

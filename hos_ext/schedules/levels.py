@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_int, range_of, said_by
 from ..random import STREAM_SIGMA
 
 
@@ -25,14 +26,20 @@ def draw_sigma(
         offset: second key, such as the training step.
         first: global index of row 0.
 
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of its range.
+
     Example:
         >>> from hos_ext.schedules import draw_sigma
         >>> sigma = draw_sigma(1000, (0.01, 1.0), seed=0)
         >>> bool(sigma.min() >= 0.01), bool(sigma.max() <= 1.0)
         (True, True)
     """
-    low, high = map(math.log, sigma_range)
-    u = ops.uniform(
-        (n,), seed=seed, offset=offset, first=first, stream=STREAM_SIGMA, dtype=torch.float64
-    )
+    where = "draw_sigma"
+    check_int(where, "n", n, 2**63)
+    low, high = (math.log(level) for level in range_of(where, "sigma_range", sigma_range))
+    with said_by(where, "uniform", shape="n"):
+        u = ops.uniform(
+            (n,), seed=seed, offset=offset, first=first, stream=STREAM_SIGMA, dtype=torch.float64
+        )
     return (low + (high - low) * u).exp().float()

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check, check_like, check_tensor, one_of, positive
+from ..checks import check, check_like, check_tensor, one_of, positive, said_by
 from ..linalg.dplr import DPLR
 from ..linalg.jacobian import ScoreHessian
 from .posterior import posterior_mean
@@ -106,7 +106,7 @@ def x0_from_score(
     """E[x0 | x] = (x + sigma^2 s1) / alpha: `posterior_mean` under its name in diffusion.
 
     Args:
-        x, score, sigma, alpha: as `posterior_mean`, which names them in errors.
+        x, score, sigma, alpha: as `posterior_mean`.
 
     Returns:
         Shape (B, *dims). Units of the data.
@@ -117,7 +117,8 @@ def x0_from_score(
         >>> x0_from_score(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), sigma=2.0)
         tensor([[1.]])
     """
-    return posterior_mean(x, score, sigma, alpha)
+    with said_by("x0_from_score", "posterior_mean"):
+        return posterior_mean(x, score, sigma, alpha)
 
 
 def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:

@@ -23,11 +23,14 @@ from torch.func import jacrev, vmap
 
 from ..checks import (
     check,
+    check_callable,
     check_count,
+    check_flag,
     check_like,
     check_samples,
     check_tensor,
     positive,
+    said_by,
 )
 from ..scores import tweedie_covariance, tweedie_mean
 
@@ -151,6 +154,7 @@ def moments_from_cumulants(cumulants: list[Tensor], *, central: bool = False) ->
         [tensor([[1.]]), tensor([[3.]])]
     """
     where = "moments_from_cumulants"
+    check_flag(where, central=central)
     mean = _first_order(where, "cumulants", cumulants)
     dense = is_dense(where, "cumulants", cumulants, mean, False)
     if central:
@@ -216,7 +220,10 @@ def posterior_moments(
         >>> posterior_moments(x, [-x / 8, torch.full((1, 1), -0.125)], sigma=2.0)
         [tensor([[1.]]), tensor([[3.]])]
     """
-    cumulants = posterior_cumulants(x, scores, sigma, alpha, directions=directions)
+    where = "posterior_moments"
+    check_flag(where, central=central)
+    with said_by(where, "posterior_cumulants"):
+        cumulants = posterior_cumulants(x, scores, sigma, alpha, directions=directions)
     return moments_from_cumulants(cumulants, central=central)
 
 
@@ -257,6 +264,7 @@ def moment_recurrence(
     where = "moment_recurrence"
     check_samples(where, "x", x)
     check_count(where, "order", order)
+    check_callable(where, "score_fn", score_fn)
     check_like(where, "score_fn(x)", score_fn(x), x)
     flat = x.flatten(1)
     s, a = (

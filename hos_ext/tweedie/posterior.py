@@ -28,10 +28,12 @@ from ..checks import (
     check,
     check_kind,
     check_like,
+    check_low_rank,
     check_number,
     check_samples,
     check_tensor,
     positive,
+    said_by,
 )
 from ..linalg.dplr import DPLR
 from ..scores import Scores, tweedie_mean
@@ -79,7 +81,7 @@ class Posterior(NamedTuple):
             TypeError: level is not a number.
             ValueError: level is not in (0, 1).
         """
-        where = "Posterior.credible_interval"
+        where = _checked("Posterior.credible_interval", self)
         number = check_number(where, "level", level)
         check(where, number < 1, "level must be in (0, 1)", f"{number:g}")
         quantile = math.sqrt(2) * torch.erfinv(torch.tensor(number, dtype=torch.float64)).item()
@@ -101,7 +103,8 @@ class Posterior(NamedTuple):
             TypeError: index is neither an int nor a tuple of ints.
             ValueError: index is outside the sample.
         """
-        flat = _flat_index("Posterior.correlation", index, tuple(self.mean.shape[1:]))
+        where = _checked("Posterior.correlation", self)
+        flat = _flat_index(where, index, tuple(self.mean.shape[1:]))
         diag, factor, sign = self.covariance.diag, self.covariance.factor, self.covariance.sign
         row = factor[:, flat] if sign is None else factor[:, flat] * sign
         covariance = (factor @ row.unsqueeze(-1)).squeeze(-1)
@@ -113,12 +116,14 @@ class Posterior(NamedTuple):
 
     def sample(self, n: int, *, seed: int | None = None, offset: int = 0, first: int = 0) -> Tensor:
         """n draws of N(mean, covariance). Shape (n, B, *dims); arguments as `DPLR.sample`."""
-        draws = self.covariance.sample(n, seed=seed, offset=offset, first=first)
+        with said_by(_checked("Posterior.sample", self), "DPLR.sample"):
+            draws = self.covariance.sample(n, seed=seed, offset=offset, first=first)
         return self.mean + draws.reshape(n, *self.mean.shape)
 
     def principal_components(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues (B, k) of the covariance and their eigenvectors (B, D, k)."""
-        return self.covariance.eigh(k)
+        with said_by(_checked("Posterior.principal_components", self), "DPLR.eigh"):
+            return self.covariance.eigh(k)
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """log N(x0; mean, covariance), natural logarithm.
@@ -133,7 +138,7 @@ class Posterior(NamedTuple):
         Raises:
             ValueError: x0 does not fit, or a finite covariance is not positive definite.
         """
-        where = "Posterior.log_prob"
+        where = _checked("Posterior.log_prob", self)
         check_tensor(where, "x0", x0, like=self.mean, shape=tuple(self.mean.shape))
         diag, factor, sign = self.covariance.diag, self.covariance.factor, self.covariance.sign
         finite = diag.isfinite().all(-1) & factor.isfinite().flatten(1).all(-1)
@@ -155,7 +160,8 @@ class Posterior(NamedTuple):
 
     def recalibrated(self, scale: float | Tensor) -> Posterior:
         """The posterior with its covariance times scale: a float or (B,), > 0."""
-        positive("Posterior.recalibrated", "scale", scale, self.mean)
+        where = _checked("Posterior.recalibrated", self)
+        positive(where, "scale", scale, self.mean)
         return Posterior(self.mean, self.covariance.scale(scale))
 
     def to_distribution(self) -> LowRankMultivariateNormal:
@@ -165,7 +171,7 @@ class Posterior(NamedTuple):
             ValueError: the covariance has a sign -1 or a diagonal part that is not positive, which
                 that class cannot hold.
         """
-        where = "Posterior.to_distribution"
+        where = _checked("Posterior.to_distribution", self)
         diag, sign = self.covariance.diag, self.covariance.sign
         plus = sign is None or not bool((sign < 0).any())
         check(where, plus, "signs must all be +1", lambda: None if sign is None else sign.tolist())
@@ -176,6 +182,28 @@ class Posterior(NamedTuple):
         if self.covariance.rank == 0:  # that class needs a column
             factor = torch.zeros_like(diag).unsqueeze(-1)
         return LowRankMultivariateNormal(self.mean.flatten(1), factor, diag)
+
+
+def _checked(where: str, self: Posterior) -> str:
+    """Gives back the name; the two fields fit each other."""
+    check_posterior(where, self, "")
+    return where
+
+
+def check_posterior(where: str, posterior: Posterior, prefix: str = "posterior.") -> None:
+    """A mean (B, *dims) and a covariance (B, D, D) of its dtype and on its device.
+
+    A posterior is a record that anyone may fill, so whoever takes one looks at it.
+    """
+    mean, covariance = posterior
+    check_samples(where, f"{prefix}mean", mean)
+    check_kind(where, f"{prefix}covariance", covariance, DPLR)
+    parts = (getattr(covariance, "diag", None), getattr(covariance, "factor", None))
+    whole = all(isinstance(part, Tensor) for part in parts)
+    check(where, whole, f"{prefix}covariance must be whole", "a DPLR that was changed", TypeError)
+    check_low_rank(where, covariance.factor, covariance.sign, covariance.diag)
+    size = (len(mean), mean.shape[1:].numel())
+    check_tensor(where, f"{prefix}covariance", covariance.diag, like=mean, shape=size)
 
 
 def posterior(
@@ -216,12 +244,12 @@ def posterior(
     where = "posterior"
     check_kind(where, "scores", scores, Scores)
     check_samples(where, "x", x)
+    check(where, x.shape[1:].numel() > 0, "x must have entries", tuple(x.shape))
     check_like(where, "scores.scaled_score", scores.scaled_score, x)
     check_like(where, "scores.c", scores.c, x)
     s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
-    if scores.factor is not None:
-        check_tensor(where, "factor", scores.factor, like=x)
-    kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+    sign = check_low_rank(where, scores.factor, scores.sign, x)
+    kappa = DPLR.of(scores.c.flatten(1), scores.factor, sign)
     return Posterior((x + s * scores.scaled_score) / a, covariance_from_kappa(kappa, s, a))
 
 
@@ -344,10 +372,10 @@ def posterior_covariance(
     """
     where = "posterior_covariance"
     check_samples(where, "diag", diag)
+    check(where, diag.shape[1:].numel() > 0, "diag must have entries", tuple(diag.shape))
     s, a = positive(where, "sigma", sigma, diag), positive(where, "alpha", alpha, diag)
-    if factor is not None:
-        check_tensor(where, "factor", factor, like=diag)
-    kappa = noise_covariance(DPLR(diag.flatten(1), factor, sign), s)
+    sign = check_low_rank(where, factor, sign, diag)
+    kappa = noise_covariance(DPLR.of(diag.flatten(1), factor, sign), s)
     return covariance_from_kappa(kappa, s, a)
 
 
@@ -386,8 +414,10 @@ def second_moment(
     """
     check_samples("second_moment", "x", x)
     check_like("second_moment", "diag", diag, x)
-    mean = posterior_mean(x, score, sigma, alpha).flatten(1)
-    covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
+    with said_by("second_moment", "posterior_mean"):
+        mean = posterior_mean(x, score, sigma, alpha).flatten(1)
+    with said_by("second_moment", "posterior_covariance"):
+        covariance = posterior_covariance(diag, factor, sigma, alpha, sign=sign)
     return covariance + DPLR.of(torch.zeros_like(mean), mean.unsqueeze(-1))
 
 

@@ -19,7 +19,7 @@ from ..checks import check, check_kind, check_number, check_shape, check_tensor
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key
-from ..tweedie.posterior import Posterior
+from ..tweedie.posterior import Posterior, check_posterior
 
 _BAND = 1.959964  # normal quantile of a two-sided 95%
 
@@ -284,6 +284,7 @@ def _scale(where: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
 def _residual(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tensor:
     """x0 - m in float64, flat (B, D), after checking the arguments."""
     mean = check_kind(where, "posterior", posterior, Posterior).mean
+    check_posterior(where, posterior)
     shape, because = tuple(mean.shape), " like posterior.mean"
     check_tensor(where, "x0", x0, like=mean, shape=shape, because=because)
     check(where, len(shape) > 1 and shape[0] > 0, "x0 must have shape (B, *dims), B >= 1", shape)

@@ -274,7 +274,7 @@ def test_mlp_defaults_are_the_papers_widths():
         ({"depth": 0}, "MLP: depth must be at least 1, got 0"),
         ({"head_width": 0}, "MLP: head_width must be at least 1, got 0"),
         ({"head_depth": 0}, "MLP: head_depth must be at least 1, got 0"),
-        ({"trunk": "both"}, "MLP: trunk must be 'separate' or 'shared', got 'both'"),
+        ({"trunk": "both"}, "MLP: trunk must be one of 'separate', 'shared', got 'both'"),
         (
             {"activation": "relu"},
             (
@@ -282,10 +282,10 @@ def test_mlp_defaults_are_the_papers_widths():
                 "(twice differentiable: at a kink variance reduction fails), got 'relu'"
             ),
         ),
-        ({"sigma_data": 0.0}, "MLP: sigma_data must be positive and finite, got 0.0"),
-        ({"sigma_data": math.inf}, "MLP: sigma_data must be positive and finite, got inf"),
-        ({"c_min": -1.0}, "MLP: c_min must be at least 0 and finite, got -1.0"),
-        ({"c_min": math.nan}, "MLP: c_min must be at least 0 and finite, got nan"),
+        ({"sigma_data": 0.0}, "MLP: sigma_data must be finite and > 0, got 0"),
+        ({"sigma_data": math.inf}, "MLP: sigma_data must be finite and > 0, got inf"),
+        ({"c_min": -1.0}, "MLP: c_min must be finite and >= 0, got -1"),
+        ({"c_min": math.nan}, "MLP: c_min must be finite and >= 0, got nan"),
     ],
 )
 def test_mlp_refuses_bad_options(options, message):
@@ -339,7 +339,7 @@ def test_mlp_leaves_dtypes_to_autocast():
             "UNet: dims must be (C, T) or (T,) for spatial=1, got (1, 3, 4)",
         ),
         ({"spatial": 3}, "UNet: spatial must be 1 or 2, got 3"),
-        ({"trunk": "both"}, "UNet: trunk must be 'separate' or 'shared', got 'both'"),
+        ({"trunk": "both"}, "UNet: trunk must be one of 'separate', 'shared', got 'both'"),
         ({"layers_per_block": 0}, "UNet: layers_per_block must be at least 1, got 0"),
         ({"norm_num_groups": 0}, "UNet: norm_num_groups must be at least 1, got 0"),
         (
@@ -394,7 +394,7 @@ def test_mlp_leaves_dtypes_to_autocast():
         ),
         (
             {"channels": ()},
-            "UNet: channels must be multiples of norm_num_groups = 4, the first even, got ()",
+            "UNet: channels must be positive sizes, got ()",
         ),
         (
             {"dropout": 0.1},

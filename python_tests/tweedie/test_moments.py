@@ -367,12 +367,12 @@ ERRORS = {
     "sigma": (
         lambda: posterior_moments(X, [S1], 0.0),
         ValueError,
-        "posterior_cumulants: sigma must be positive, got 0.0",
+        "posterior_moments: sigma must be positive, got 0.0",
     ),
     "alpha": (
         lambda: posterior_moments(X, [S1], 1.0, -1.0),
         ValueError,
-        "posterior_cumulants: alpha must be positive, got -1.0",
+        "posterior_moments: alpha must be positive, got -1.0",
     ),
     "noise_sigma": (
         lambda: noise_cumulants([S1], torch.ones(2, dtype=F64)),

@@ -349,7 +349,7 @@ def test_negative_variances_are_shown_not_hidden() -> None:
         got.log_prob(x)
     with pytest.raises(ValueError, match=r"covariance must be positive, got -0.25$"):
         got.to_distribution()
-    with pytest.raises(ValueError, match=r"^DPLR.sample: diag must be >= 0, got -0.25$"):
+    with pytest.raises(ValueError, match=r"^Posterior.sample: diag must be >= 0, got -0.25$"):
         got.sample(1)
 
 
@@ -444,7 +444,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X, Scores(X, X, torch.ones(2, 4, 1)), 1.0),
             ValueError,
-            "DPLR: factor must have shape (2, 3, r) like diag, got (2, 4, 1)",
+            "posterior: factor must have shape (2, 3, r), got (2, 4, 1)",
         ),
         (
             lambda: posterior(X.half(), Scores(X.half(), X.half()), 1.0),

@@ -1,0 +1,118 @@
+"""The words: one rule for the low-rank part in all that take one, and the checks of `checks`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from hos_ext import DPLR, Scores, UnscaledScores, checks, posterior
+from hos_ext.losses import ScoreMatchingLoss, hermite, score_matching_loss
+from hos_ext.nn import MLP, SecondOrderHead
+from hos_ext.tweedie import moments_from_cumulants, posterior_covariance, second_moment
+
+B, D, R = 3, 4, 2
+X = torch.linspace(-1, 1, B * D).reshape(B, D)
+C = X.abs() + 0.5
+TAKERS = {
+    "Scores.unscaled": lambda f, s, sigma: Scores(X, C, f, s).unscaled(sigma),
+    "UnscaledScores.scaled": lambda f, s, sigma: UnscaledScores(X, C, f, s).scaled(sigma),
+    "posterior": lambda f, s, sigma: posterior(X, Scores(X, C, f, s), sigma),
+    "posterior_covariance": lambda f, s, sigma: posterior_covariance(C, f, sigma, sign=s),
+    "second_moment": lambda f, s, sigma: second_moment(X, X, C, f, sigma, sign=s),
+}
+
+
+@pytest.mark.parametrize("sigma", [0.5, torch.full((B,), 0.5)], ids=["float", "row"])
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_factor_has_the_batch_of_the_samples(name, sigma):
+    """One factor for all rows is written out; the same whether sigma is one number or one a row."""
+    factor = torch.ones(B, D, R)
+    TAKERS[name](factor, torch.tensor([1.0, -1.0]), sigma)
+    for wrong in (factor[:1], factor[0], factor[:, :, 0], factor[:, :1], factor[None]):
+        rule = f"{name}: factor must have shape ({B}, {D}, r), got {tuple(wrong.shape)}"
+        with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+            TAKERS[name](wrong, None, sigma)
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_sign_is_one_for_each_column(name):
+    factor = torch.ones(B, D, R)
+    for wrong, rule in (
+        ("abc", "sign must be a Tensor, got str"),
+        (torch.ones(1), "sign must have shape (2,), got (1,)"),
+        (torch.tensor([1.0, 0.5]), "sign must hold +1 and -1 only, got [1.0, 0.5]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(f'{name}: {rule}')}$"):
+            TAKERS[name](factor, wrong, 0.5)
+    with pytest.raises(ValueError, match=r"sign must have shape \(0,\), got \(2,\)$"):
+        TAKERS[name](None, torch.ones(2), 0.5)  # columns that are not there
+
+
+def _model(x, sigma):
+    return Scores(-x, torch.ones_like(x))
+
+
+FLAGS = {
+    "score_matching_loss": (
+        lambda **k: score_matching_loss(_model, X, 0.5, noise=X, **k),
+        "variance_reduction diagonal scale_free detach_score centred return_terms",
+    ),
+    "ScoreMatchingLoss": (
+        lambda **k: ScoreMatchingLoss(0.5, **k),
+        "variance_reduction diagonal scale_free detach_score centred",
+    ),
+    "hermite": (lambda **k: hermite(X, 2, **k), "diagonal"),
+    "moments_from_cumulants": (lambda **k: moments_from_cumulants([X], **k), "central"),
+    "MLP": (lambda **k: MLP((2,), 1, **k), "constrained given_score"),
+    "SecondOrderHead": (
+        lambda **k: SecondOrderHead(_model, MLP((2,), 1, given_score=True), **k),
+        "scaled",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_are_true_or_false(name):
+    """The text "False" is true to Python, and an array has no truth."""
+    call, flags = FLAGS[name]
+    for flag in flags.split():
+        for wrong in ("False", 1, None, torch.tensor([True, False])):
+            with pytest.raises(TypeError, match=f"^{name}: {flag} must be True or False, got "):
+                call(**{flag: wrong})
+
+
+def test_a_device_is_here_and_named():
+    assert checks.device_of("f", "device", "cpu") == torch.device("cpu")
+    assert checks.device_of("f", "device", None) == torch.empty(0).device
+    for wrong in ("cuda:77", "abc", torch.device("cuda", 77)):
+        with pytest.raises(ValueError, match="^f: device must be a device of this machine, got '"):
+            checks.device_of("f", "device", wrong)
+    with pytest.raises(TypeError, match=r"^f: device must be a device or its name, got \[\]$"):
+        checks.device_of("f", "device", [])
+
+
+def test_errors_of_an_inner_function_are_said_by_the_outer_one():
+    with pytest.raises(TypeError, match=r"^outer: n must be, got 1$") as caught:  # noqa: SIM117
+        with checks.said_by("outer", "inner", shape="n"):
+            raise TypeError("inner: shape must be, got 1")
+    assert caught.traceback  # the place is not lost
+    with pytest.raises(ValueError, match=r"^another: shape$"):  # noqa: SIM117
+        with checks.said_by("outer", "inner", shape="n"):
+            raise ValueError("another: shape")
+
+
+def test_huge_ints_are_no_floats():
+    assert checks.as_float(10**400) == float("inf")
+    assert checks.as_float(-(10**400)) == -float("inf")
+    for call in (checks.positive, checks.per_sample):
+        with pytest.raises(ValueError, match="^f: sigma must be finite, got inf$"):
+            call("f", "sigma", 10**400, X)
+
+
+def test_meta_tensors_hold_no_values_to_check():
+    with pytest.raises(ValueError, match=r"^f: sigma must .*got "):
+        checks.positive("f", "sigma", torch.ones(B, device="meta"), X)
+    with pytest.raises(ValueError, match=r"^DPLR: sign must "):
+        DPLR(X, torch.ones(B, D, R), torch.ones(R, device="meta"))
