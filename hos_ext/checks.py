@@ -124,11 +124,12 @@ def dtype_of(
     """A dtype, one of some; torch's default for None."""
     if value is None:
         value = torch.get_default_dtype()
+    if isinstance(value, torch.dtype) and value in dtypes:
+        return value
     allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{where}: {name} must be a dtype ({allowed}), got {show(value)}")
-    check(where, value in dtypes, f"{name} must be {allowed}", value)
-    return value
+    raise ValueError(f"{where}: {name} must be {allowed}, got {value}")
 
 
 def device_of(where: str, name: str, value: object) -> torch.device:
@@ -359,7 +360,9 @@ def positive(where: str, name: str, value: float | Tensor, like: Tensor) -> Tens
 
 
 def _check_all(where: str, good: Tensor, rule: str, values: Tensor) -> None:
-    check(where, not good.is_meta, rule.replace("must", "must have values and", 1), "none (meta)")
+    if good.is_meta:
+        rule = rule.replace("must", "must have values and", 1)
+        raise ValueError(f"{where}: {rule}, got a meta tensor")
     check(where, bool(good.all()), rule, lambda: values[~good].flatten()[0].item())
 
 

@@ -357,8 +357,8 @@ def test_tables_come_as_any_array():
         (
             lambda: from_alphas_cumprod([1e-3, math.nextafter(1e-3, 0)]),
             (
-                "from_alphas_cumprod: alphas_cumprod must decrease, got 0.0009999999999999998 after "
-                "0.001 at 1"
+                "from_alphas_cumprod: alphas_cumprod must decrease, "
+                "got 0.0009999999999999998 after 0.001 at 1"
             ),
         ),
         (

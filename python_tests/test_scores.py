@@ -87,7 +87,7 @@ def test_a_device_is_here_and_named():
     assert checks.device_of("f", "device", "cpu") == torch.device("cpu")
     assert checks.device_of("f", "device", None) == torch.empty(0).device
     for wrong in ("cuda:77", "abc", torch.device("cuda", 77)):
-        with pytest.raises(ValueError, match="^f: device must be a device of this machine, got '"):
+        with pytest.raises(ValueError, match=r"^f: device must be a device of this machine, got '"):
             checks.device_of("f", "device", wrong)
     with pytest.raises(TypeError, match=r"^f: device must be a device or its name, got \[\]$"):
         checks.device_of("f", "device", [])
@@ -107,7 +107,7 @@ def test_huge_ints_are_no_floats():
     assert checks.as_float(10**400) == float("inf")
     assert checks.as_float(-(10**400)) == -float("inf")
     for call in (checks.positive, checks.per_sample):
-        with pytest.raises(ValueError, match="^f: sigma must be finite, got inf$"):
+        with pytest.raises(ValueError, match=r"^f: sigma must be finite, got inf$"):
             call("f", "sigma", 10**400, X)
 
 
