@@ -128,6 +128,24 @@ def test_distort_is_a_function_of_seed_offset_and_row(digits):
     assert not torch.equal(whole, data.distort(grey, seed=2, offset=5))
 
 
+def test_distort_turns_shears_scales_and_shifts_by_its_own_stream():
+    """The value at a place is that of the smooth blob it came from, by six normals of stream 18."""
+    n, size = 40, 64
+    place = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+
+    def blob(x, y):
+        return 1e6 * (-((x - 0.25).square() / 0.06 + (y + 0.2).square() / 0.1)).exp()
+
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    bent = data.distort(blob(x, y).expand(n, -1, -1), seed=7, offset=2, first=5, levels=1_000_001)
+    drawn = ops.normal((n, 6), seed=7, offset=2, first=5, stream=18, dtype=torch.float64)
+    spread = torch.tensor([0.105, 0.08, 0.06, 0.06, 0.075, 0.075], dtype=torch.float64)
+    angle, shear, wide, high, right, down = (drawn * spread).T.reshape(6, n, 1, 1)
+    from_x = wide.exp() * angle.cos() * x + (shear - angle.sin()) * y + right
+    from_y = angle.sin() * x + high.exp() * angle.cos() * y + down
+    assert (bent - blob(from_x, from_y))[:, 10:-10, 10:-10].abs().max() < 1e4  # bicubic: 7e3
+
+
 def test_distort_refuses_other_shapes():
     with pytest.raises(
         ValueError,
@@ -255,6 +273,8 @@ def test_augment_flips_half_of_the_rows():
     mirrored = (out == raw.flip(-1)).flatten(1).all(1)
     assert ((out == raw).flatten(1).all(1) ^ mirrored).all()
     assert 160 < mirrored.sum() < 240
+    u = ops.uniform((400,), seed=2, offset=9, stream=19, dtype=torch.float32)
+    assert torch.equal(mirrored, u < 0.5)
     assert torch.equal(out[100:], data.augment(raw[100:], "flip", first=100, **options))
     assert data.augment(raw, "none", **options) is raw
 
@@ -493,6 +513,11 @@ def test_a_pattern_or_a_folder_of_parquet_files_is_one_set(tmp_path):
     _parquet(tmp_path / "data" / "train-0.parquet", images[:12])
     for target in ("data", "data/train-*.parquet", "**/*.parquet"):
         assert np.array_equal(data.read_samples(f"parquet:{tmp_path / target}"), images)
+    more = _images(5, seed=2)
+    _parquet(tmp_path / "data" / "below" / "again" / "train-2.parquet", more)
+    for target in ("data", "**/*.parquet"):
+        found = data.read_samples(f"parquet:{tmp_path / target}")
+        assert sorted(map(bytes, found.numpy())) == sorted(map(bytes, [*images, *more]))
 
 
 def test_open_source_takes_a_test_set_of_its_own(tmp_path, no_cache):
@@ -509,6 +534,8 @@ def test_open_source_takes_a_test_set_of_its_own(tmp_path, no_cache):
         assert len(set(some.parts.test.tolist())) == 5
         stream = data.open_source(spec, test_spec=given, validation=4, streaming=True)
         assert torch.equal(stream.test, source.test)
+        few = data.open_source(spec, test_spec=given, validation=4, test=5, streaming=True)
+        assert torch.equal(few.test, source.test[:5])
     part = data.open_source(f"hf:{place}", split="train[:20]", validation=1)
     assert sorted(torch.cat(part.parts[:2]).tolist()) == list(range(20))
     inside = data.open_source(f"hf:{place}", split="test", validation=1, test=2)
@@ -687,6 +714,21 @@ def test_a_stream_never_trains_on_its_first_rows_and_visits_all_others(tmp_path,
     assert order[:33].tolist() != list(range(7, 40))
     assert not list(no_cache.rglob("*.arrow"))
     assert kind == "hf" or not no_cache.exists()
+
+
+def test_a_stream_holds_out_a_thousand_rows_unless_told_otherwise(tmp_path):
+    rows = np.arange(2020, dtype=np.float64).reshape(-1, 1)
+    places = []
+    for name in ("train", "test"):
+        column = pa.array(rows.tolist())
+        pq.write_table(pa.table({"values": column}), tmp_path / f"{name}.parquet")
+        places.append(f"parquet:{tmp_path / name}.parquet")
+    inside = data.open_source(places[0], column="values", streaming=True)
+    assert np.array_equal(inside.validation, rows[:1000])
+    assert np.array_equal(inside.test, rows[1000:2000])
+    options = {"validation": 3, "column": "values", "streaming": True}
+    beside = data.open_source(places[0], test_spec=places[1], **options)
+    assert np.array_equal(beside.test, rows[:1000])
 
 
 def test_a_resumed_stream_goes_on_as_before(tmp_path):

@@ -427,6 +427,9 @@ def test_only_a_constant_learning_rate_takes_more_steps(tmp_path):
     runs.fit(job)
     assert runs.read_run(tmp_path)["options"]["steps"] == 4
     assert runs.load_run(tmp_path)[1]["step"] == 4
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["train"]
+    # Of this process: two of the four steps were made before.
+    assert metrics["steps_per_second"] * metrics["seconds"] == pytest.approx(2)
     assert runs.finished(tmp_path)
 
 

@@ -20,6 +20,7 @@ from hos_ext.app import data, training
 from hos_ext.app.training import TrainingOptions, engine, precision
 from hos_ext.app.training.batches import draw_batch, gradient_variance, losses
 from hos_ext.app.training.precision import _tf32
+from hos_ext.app.training.progress import progress_bar
 from hos_ext.random import STREAM_TIME
 from hos_ext.scores import Scores
 
@@ -178,6 +179,36 @@ def test_the_gradient_variance_is_that_of_the_batch(source, rows):
     assert np.mean(estimates) == pytest.approx(spread, rel=0.1)
 
 
+def test_the_curve_gives_the_gradient_variance_of_a_whole_batch_of_many_parts(source):
+    """A part of four rows has four times the spread of the step's sixteen."""
+    steps, model = 30, build(rank=0)
+    options = {"steps": steps, "sigma_range": (0.3, 0.6), "augment": "none"}
+    gradients = []
+    for step in range(steps):
+        batch = draw_batch(source, TrainingOptions(**options, batch_size=16), step + 1, 0, 16)
+        loss = losses(model, batch, training.OBJECTIVE)[0].mean()
+        flat = [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
+        gradients.append(torch.cat(flat).double())
+    spread = torch.stack(gradients).var(0).sum().item()
+    still = options | {"learning_rate": 1e-12, "log_every": 1, "accumulate": 4}
+    history = run(source, model=model, **still).history
+    assert np.mean([row.gradient_variance for row in history]) == pytest.approx(spread, rel=0.3)
+
+
+def test_the_validation_loss_is_that_of_all_its_rows_at_once(source):
+    """It is taken in parts of 128 rows; each row has its own noise, and counts once."""
+    trained = run(source, steps=1, ema_decay=0.0)
+    x0 = source.scaling.forward(source.validation[:192], seed=0)
+    sigma = schedules.draw_sigma(len(x0), (0.1, 1.2), seed=0)
+    assert len(x0) > 128
+    whole, terms = score_matching_loss(
+        trained.model, x0, sigma, **training.OBJECTIVE, seed=0, return_terms=True
+    )
+    row = trained.history[-1]
+    assert row.validation == pytest.approx(whole.item(), rel=1e-5)
+    assert row.validation_first == pytest.approx(terms["first"].item(), rel=1e-5)
+
+
 def test_train_takes_batches_of_one_row(source):
     history = run(source, steps=2, batch_size=1).history
     assert len(history) == 2
@@ -294,6 +325,14 @@ def test_train_shows_loss_rate_and_time_left(source, capsys):
     assert "3/3" in shown
     for word in ("loss ", "steps/s", "left"):
         assert word in shown
+
+
+def test_no_rate_is_shown_before_a_step_is_made(capsys):
+    with progress_bar(True, 3, 10):
+        pass
+    shown = capsys.readouterr().out
+    assert "3/10" in shown
+    assert "loss nan 0.0 steps/s" in shown
 
 
 # ------------------------------------------------------------------------------------------- resume

@@ -60,8 +60,9 @@ def open_source(
         limit: bytes. A set is decoded at once where it fits, and row by row when needed where it
             does not: encoded images stay in memory (folder: on disk), .npy files are mapped.
         streaming: for hf:, parquet: and folder: too large for memory or disk. The first rows of
-            the stream are for validation and test (1000 each by default), the scale is that of at
-            most 8192 rows after them, and training goes through the rest with a shuffle buffer.
+            the stream are for validation and test (1000 each by default, also of a test
+            set of its own), the scale is that of at most 8192 rows after them, and training goes
+            through the rest with a shuffle buffer.
             Batches repeat for the same seed and files, but they are not those of streaming=False;
             to resume, or to go back, the stream is read from its beginning without decoding.
         buffer: rows in the shuffle buffer of a stream.
