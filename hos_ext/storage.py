@@ -66,12 +66,19 @@ def damage(path: Path) -> str | None:
     """What is wrong with a folder that `write_folder` wrote, in words; None if it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        there = {p.name for p in path.iterdir() if not p.name.startswith(".")} - {MANIFEST}
+        for name in sorted(there - manifest.keys()):
+            return f"{name} is not in {MANIFEST}"
         for name, mark in manifest.items():
+            if name != Path(name).name:
+                return f"{MANIFEST} names {name!r}, which is not in the folder"
+            if not (path / name).is_file():
+                return f"{name} is missing"
             if _mark(path / name) != mark:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
 

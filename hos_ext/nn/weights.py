@@ -109,7 +109,7 @@ def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
 def _parsed(text: bytes | str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

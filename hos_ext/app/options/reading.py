@@ -12,6 +12,7 @@ from ...checks import check, require
 from .table import OPTIONS
 
 FORMAT = "hos_ext run 1"  # of run.json
+_MOST_VALUES = 10_000  # in a file of options
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -35,17 +36,35 @@ def read_config(path: Path) -> dict[str, Any]:
         name = "tomli"
     module = require("read_config", name)
     broken = module.YAMLError if name == "yaml" else ValueError
-    text = path.read_text(encoding="utf-8")
+    raw = path.read_bytes()
     try:
+        text = raw.decode()
         content = module.safe_load(text) if name == "yaml" else module.loads(text)
-    except broken as error:
+    except (broken, ValueError, RecursionError) as error:
         kind = path.suffix[1:]
         raise ValueError(f"read_config: {path} must be whole {kind}, got: {error}") from error
+    rule = f"{path} must hold at most {_MOST_VALUES} values"
+    check("read_config", _few(content), rule, "more")
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        content = content["options"]
+        content = content.get("options")
     rule = f"{path} must hold options by name"
     check("read_config", isinstance(content, dict), rule, repr(content))
-    return read_options(content)
+    try:
+        return read_options(content)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{error} in {path}") from None
+
+
+def _few(content: Any) -> bool:
+    """Whether content can be shown: a few aliases of YAML stand for billions of values."""
+    left, count = [content], 0
+    while left and count <= _MOST_VALUES:
+        node = left.pop()
+        count += 1
+        if isinstance(node, dict | list):
+            inside = [*node, *node.values()] if isinstance(node, dict) else node
+            left += inside[: _MOST_VALUES + 1]
+    return count <= _MOST_VALUES
 
 
 def read_options(given: Mapping[str, Any]) -> dict[str, Any]:

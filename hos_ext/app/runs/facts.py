@@ -28,11 +28,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     check("run", path.is_file(), "folder must hold run.json", f"{folder} without it")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"run: folder must hold a whole run.json, got {path}: {error}") from None
     found = content.get("format") if isinstance(content, dict) else None
     rule = f"run.json must be of format {FORMAT!r}"
     check("run", found == FORMAT, rule, f"{found!r} in {path}")
+    for name in ("options", "data"):
+        there = isinstance(content.get(name), dict)
+        check("run", there, f"run.json must hold {name}", f"{path} without")
     return content
 
 

@@ -58,8 +58,19 @@ def finished(folder: Path, steps: int | None = None) -> bool:
     path = folder / "metrics.json"
     if not path.exists():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))["train"]["steps"]
-    return bool(done == (steps or read_run(folder)["options"]["steps"]))
+    done = _figures(path)["steps"]
+    return bool(done == (steps or read_run(folder)["options"].get("steps")))
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """What metrics.json says of training, with "steps"."""
+    try:
+        found = json.loads(path.read_bytes())["train"]
+        found["steps"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        got = f"{path}: {type(error).__name__} {error}"
+        raise ValueError(f"run: folder must hold a whole metrics.json, got {got}") from None
+    return dict(found)
 
 
 def info(folder: Path) -> dict[str, Any]:
@@ -76,6 +87,5 @@ def info(folder: Path) -> dict[str, Any]:
     state = "finished" if finished(folder) else "not finished"
     content = {"state": state, **facts, "checkpoints": checkpoints}
     if state == "finished":
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        content |= {"figures": metrics["train"]}
+        content |= {"figures": _figures(folder / "metrics.json")}
     return content

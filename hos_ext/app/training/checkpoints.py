@@ -169,23 +169,56 @@ def load_checkpoint(
                 f"train: {path} is damaged ({wrong}): going back to the one before", stacklevel=4
             )
             continue
+        return _restored(path, model, ema, optimizer, deciding)
+    return State.fresh()
+
+
+def _restored(
+    path: Path,
+    model: nn.Module,
+    ema: swa_utils.AveragedModel,
+    optimizer: Any,
+    deciding: dict[str, Any],
+) -> State:
+    """Loads a checkpoint whose files are those of its manifest, whoever wrote that."""
+    load_file = require("train", "safetensors.torch").load_file
+    try:
         state = json.loads((path / "state.json").read_bytes())
-        _check_same(path, state["options"], deciding)
-        load_file = require("train", "safetensors.torch").load_file
-        for module, name in ((model, "model"), (ema, "ema")):
-            weights = load_file(path / f"{name}.safetensors")
-            wanted = _trained_state(module)
-            kinds, wanted_kinds = (
-                {k: (v.shape, v.dtype) for k, v in each.items()} for each in (weights, wanted)
-            )
-            check("train", kinds == wanted_kinds, "model must be the one of the checkpoint", path)
-            module.load_state_dict(weights, strict=False)
+        before, history, sums = state["options"], state["history"], state["sums"]
+        found = State(state["step"], [History(*row) for row in history], sums, path)
+        weights = [load_file(path / f"{name}.safetensors") for name in ("model", "ema")]
         # On the CPU first: the device that it was saved from may be another's, or not there.
         moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+    except Exception as error:  # of json, safetensors, torch and the disk
+        raise _foreign(path, error) from None
+    rule, step = f"step must be that of {path}", found.step
+    check("train", type(step) is int and checkpoint_path(path.parent, step) == path, rule, step)
+    numbers = [*sums, *(v for row in found.history for v in row if v is not None)]
+    fine = len(sums) == len(State.fresh().sums) and all(type(v) in (int, float) for v in numbers)
+    check("train", fine, f"history and sums must be numbers in {path}", "others")
+    _check_same(path, before, deciding)
+    for module, loaded in zip((model, ema), weights, strict=True):
+        wanted = _trained_state(module)
+        kinds, wanted_kinds = (
+            {k: (v.shape, v.dtype) for k, v in each.items()} for each in (loaded, wanted)
+        )
+        check("train", kinds == wanted_kinds, "model must be the one of the checkpoint", path)
+    for module, loaded in zip((model, ema), weights, strict=True):
+        module.load_state_dict(loaded, strict=False)
+    try:
         optimizer.load_state_dict(moments)
-        history = [History(*row) for row in state["history"]]
-        return State(state["step"], history, state["sums"], path)
-    return State.fresh()
+        for weight, each in optimizer.state.items():
+            for name, value in each.items():  # torch does not compare them
+                if value.shape not in (weight.shape, ()):
+                    raise ValueError(f"{name} of shape {tuple(value.shape)}")
+    except Exception as error:  # of torch, which walks through what it was given
+        raise _foreign(path, error) from None
+    return found
+
+
+def _foreign(path: Path, error: Exception) -> ValueError:
+    line = " ".join(f"{type(error).__name__} {error}".split())[:300]
+    return ValueError(f"train: checkpoint must be one of this training, got {path}: {line}")
 
 
 def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> None:
