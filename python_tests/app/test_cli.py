@@ -788,3 +788,21 @@ def test_module_prints_build_info(capsys):
     runpy.run_module("hos_ext", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == list(build_info())
+
+
+def test_chains_say_that_another_process_did_not_come(monkeypatch):
+    asked = {}
+
+    def fail(backend, *, timeout):
+        asked.update(backend=backend, seconds=timeout.total_seconds())
+        raise torch.distributed.DistStoreError("wait timeout after 1800000ms")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    message = (
+        r"^sample: every process must answer within timeout 1800 s, got none from another while "
+        r"chains were shared out \(wait timeout after 1800000ms\); what stopped first is in the log"
+    )
+    with pytest.raises(training.Lost, match=message), results.ranks():
+        pytest.fail("there is no group")
+    assert asked == {"backend": "gloo", "seconds": 1800}

@@ -827,6 +827,20 @@ def test_a_process_that_is_lost_is_named_with_the_step_and_the_checkpoint(
     )
 
 
+def test_a_checkpoint_is_named_whose_writing_the_others_did_not_wait_for(
+    source, tmp_path, monkeypatch
+):
+    import accelerate
+
+    def fail(_):
+        raise torch.distributed.DistBackendError("connection closed")
+
+    monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", fail)
+    message = r"at step 2; last checkpoint: .*/step-00000002 \(step 2\) \(connection closed\)"
+    with pytest.raises(training.Lost, match=message):
+        run(source, out=tmp_path, save_every=2)
+
+
 @pytest.mark.parametrize("timeout", [5, 600, 1800])  # the last two are defaults of accelerate
 def test_the_time_that_processes_wait_is_told_to_accelerate(source, monkeypatch, timeout):
     import accelerate
@@ -936,7 +950,7 @@ def test_dropout_is_refused(source):
         (
             "ACCELERATE_USE_FSDP",
             "true",
-            r"^train: the launcher must .*, got ACCELERATE_USE_FSDP: its parts of weights cannot be ",
+            r"^train: the launcher must .*, got ACCELERATE_USE_FSDP: its parts of weights cannot",
         ),
         (
             "ACCELERATE_USE_DEEPSPEED",

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ from ...sampling.chains import Chains
 from ...sampling.methods import OzakiIsotropic, make_step, method_names
 from ...scores import Model, UnscaledScores
 from ...tweedie.posterior import posterior
-from .. import data, plots
+from .. import data, plots, training
 from ..evaluation.chains import refuse_diverged, scores_at
 from .files import npz
 
+# Seconds that a process waits for the slowest, its chains included. One that was killed is noticed
+# at once.
+_WAIT = 1800
 # Learned variances differ from entry to entry, which this step refuses.
 _UNFIT = (OzakiIsotropic.name, OzakiIsotropic.adjusted_name)
 
@@ -56,11 +60,12 @@ def ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with training.name_lost("sample", _WAIT, lambda: "while chains were shared out"):
+        dist.init_process_group("gloo", timeout=timedelta(seconds=_WAIT))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def run_chains_over_ranks(

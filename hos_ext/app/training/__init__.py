@@ -6,7 +6,7 @@
 
 from .checkpoints import History, list_checkpoints
 from .engine import Trained, train
-from .faults import Lost, NotFinite, OutOfMemory, Stopped
+from .faults import Lost, NotFinite, OutOfMemory, Stopped, name_lost
 from .launch import is_main
 from .options import OBJECTIVE, TrainingOptions, check_options
 from .precision import check_precision
@@ -26,5 +26,6 @@ __all__ = [
     "check_precision",
     "is_main",
     "list_checkpoints",
+    "name_lost",
     "train",
 ]

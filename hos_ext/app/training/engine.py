@@ -117,7 +117,7 @@ def train(
         check_plain(options.objective, facts)
         run.start_from(folder, resume)
     start, steps = run.step, options.steps
-    with name_lost(options.timeout, run.place):
+    with name_lost("train", options.timeout, run.place):
         check_starts(start)
     if start >= steps:
         return run.trained(start)
@@ -125,7 +125,7 @@ def train(
         storage.check_writable(folder)
         storage.remove_leftovers(folder)
     with (
-        name_lost(options.timeout, run.place),
+        name_lost("train", options.timeout, run.place),
         run.on_devices(),
         progress_bar(progress and accelerator.is_main_process, start, steps) as show,
         catch_signals(accelerator.num_processes == 1) as received,
@@ -264,6 +264,7 @@ class _Training:
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         """Writes a checkpoint, in the first process; the others wait for it."""
+        path = checkpoint_path(folder, self.step)
         if self.accelerator.is_main_process:
             content = {
                 "step": self.step,
@@ -281,8 +282,9 @@ class _Training:
                 self.options.keep,
                 self.kept,
             )
+            self.kept = path  # before the wait: it is there, whoever is lost
         self.accelerator.wait_for_everyone()
-        self.kept = checkpoint_path(folder, self.step)
+        self.kept = path
 
     def place(self) -> str:
         """The step that it has come to and its last checkpoint, in words."""

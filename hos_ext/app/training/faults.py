@@ -114,11 +114,12 @@ def name_memory(size: int, batch_size: int, place: torch.device) -> Iterator[Non
 
 
 @contextmanager
-def name_lost(timeout: int, at: Callable[[], str]) -> Iterator[None]:
+def name_lost(where: str, timeout: int, at: Callable[[], str]) -> Iterator[None]:
     """Inside, what gloo and NCCL say of another process is a `Lost` that says where and what to do.
 
     Args:
-        timeout: of the training.
+        where: the public function.
+        timeout: of the group of processes, in seconds.
         at: says when it happened, and which checkpoint is the last.
     """
     try:
@@ -129,6 +130,6 @@ def name_lost(timeout: int, at: Callable[[], str]) -> Iterator[None]:
             raise
         told = re.sub(r"^\[[^]]*\] ", "", told.splitlines()[0]).partition(" This is typically")[0]
         raise Lost(
-            f"train: every process must answer within timeout {timeout} s, got none from another "
+            f"{where}: every process must answer within timeout {timeout} s, got none from another "
             f"{at()} ({told}); what stopped first is in the log of that process"
         ) from error

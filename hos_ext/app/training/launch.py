@@ -48,7 +48,7 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
     # The microsecond is for accelerate, which drops a value that is its default for another
     # backend: gloo would then wait for half an hour.
     wait = timedelta(seconds=options.timeout, microseconds=1)
-    with name_lost(options.timeout, lambda: "at the start"):
+    with name_lost("train", options.timeout, lambda: "at the start"):
         accelerator = accelerate.Accelerator(
             # Told so, it makes a group of CPU processes; not told, each would train alone.
             cpu=cpu,
