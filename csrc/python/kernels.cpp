@@ -6,6 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(HOS_X86)
+#include <cpuid.h>
+#endif
+
 namespace hos {
 
 namespace baseline {
@@ -27,6 +31,17 @@ extern const Kernels table;
 
 namespace {
 
+#if defined(HOS_X86)
+// F16C and LZCNT, whose names __builtin_cpu_supports of Clang does not know.
+bool has_f16c_and_lzcnt() {
+  unsigned a = 0, b = 0, c = 0, d = 0, extended = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid(0x80000001, &a, &b, &extended, &d)) {
+    return false;
+  }
+  return (c >> 29 & 1) == 1 && (extended >> 5 & 1) == 1;
+}
+#endif
+
 const Kernels& choose() {
   const char* wish = std::getenv("HOS_CPU_LEVEL");
   const std::string name = wish == nullptr ? "" : wish;
@@ -37,7 +52,7 @@ const Kernels& choose() {
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                  __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt");
+                  has_f16c_and_lzcnt();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
