@@ -633,8 +633,9 @@ def test_vmap_without_noise_is_refused(name):
         ("mps", {}, "no native kernel exists for it: CPU and CUDA have one"),
         (
             "cuda",
-            {"build_info": lambda: {"cuda_built": False}},
-            "reinstall where nvcc is on PATH (HOS_CUDA=ON makes a missing nvcc an error)",
+            {"build_info": lambda: {"cuda_built": False, "cuda_reason": "no nvcc was found"}},
+            "it was built without CUDA kernels (no nvcc was found): reinstall where nvcc works "
+            "(HOS_CUDA=ON makes it an error if it does not)",
         ),
         (
             "cuda",
@@ -676,7 +677,7 @@ def test_unknown_cpu_level_is_named():
 
 def test_build_info_says_what_runs():
     info = hos_ext.build_info()
-    keys = "version compiler cpu_level openmp threads cuda_built cuda_archs torch"
+    keys = "version compiler cpu_level openmp threads cuda_built cuda_archs cuda_reason torch"
     assert set(info) == set(keys.split())
     assert info["torch"] == torch.__version__
     assert info["threads"] == torch.get_num_threads()

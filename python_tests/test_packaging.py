@@ -6,6 +6,7 @@ import fnmatch
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_build_info_has_the_promised_keys_and_kinds():
         "threads": int,
         "cuda_built": bool,
         "cuda_archs": str,
+        "cuda_reason": str,
         "torch": str,
     }
     info = hos_ext.build_info()
@@ -46,7 +48,7 @@ def test_build_info_has_the_promised_keys_and_kinds():
     assert info["cpu_level"] in {"baseline", "x86_v3", "x86_v4"}
     assert info["threads"] == torch.get_num_threads()
     assert info["torch"] == torch.__version__
-    assert bool(info["cuda_archs"]) == info["cuda_built"]
+    assert bool(info["cuda_archs"]) == info["cuda_built"] == (not info["cuda_reason"])
 
 
 def test_python_m_hos_ext_prints_build_info():
@@ -110,3 +112,66 @@ def test_raw_cells_stay_out_of_the_source_distribution():
     assert len(cells) > 5
     for cell in cells:
         assert any(fnmatch.fnmatch(cell, pattern) for pattern in settings["sdist"]["exclude"]), cell
+
+
+# ------------------------------------------------------------------------ what the build says of nvcc
+
+
+def configured(folder, nvcc, wish="AUTO", **options):
+    """What CMake says when it is configured with a compiler for CUDA, a script of these lines."""
+    cmake = shutil.which("cmake")
+    pybind11 = pytest.importorskip("pybind11")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    command = [cmake, "-S", str(ROOT), "-B", str(folder / "build"), f"-DHOS_CUDA={wish}"]
+    command += [
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    command += [f"-D{name}={value}" for name, value in options.items()]
+    env = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("CUDACXX", None)
+    if nvcc is not None:
+        script = folder / "nvcc"
+        script.write_text("#!/bin/sh\n" + nvcc)
+        script.chmod(0o755)
+        env["CUDACXX"] = str(script)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+REFUSES = """echo '/usr/include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! \
+gcc versions later than 11 are not supported!' >&2; exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "said"),
+    [
+        (REFUSES, "error: #error -- unsupported GNU version! gcc versions later than 11 are not"),
+        ("echo 'nvcc fatal   : Value c++17 is not defined for option std' >&2; exit 1\n", "nvcc fatal : Value c++17 is not defined"),
+        ("kill -SEGV $$\n", "it ended with "),
+    ],
+)  # fmt: skip
+def test_an_nvcc_that_does_not_work_is_quoted(tmp_path, nvcc, said):
+    """AUTO goes on without and says so; ON ends."""
+    code, text = configured(tmp_path, nvcc)
+    assert code == 0, text
+    assert "hos_ext builds without CUDA kernels: nvcc was found and does not work: " in text
+    assert said in text
+    code, text = configured(tmp_path, nvcc, "ON")
+    assert code != 0
+    assert "HOS_CUDA=ON needs a working nvcc, but nvcc was found and does not work: " in text
+    assert said in text
+    assert "put it on PATH" not in text
+
+
+def test_options_of_the_build_that_are_unknown_are_refused_by_name(tmp_path):
+    code, text = configured(tmp_path, None, "MAYBE")
+    assert code != 0
+    assert "HOS_CUDA must be AUTO, ON or OFF, got MAYBE" in text
+    code, text = configured(tmp_path, None, "OFF", HOS_CUDA_ARCHS="80;volta")
+    assert code != 0
+    assert "HOS_CUDA_ARCHS must be CMake's CUDA_ARCHITECTURES, such as 80-real;90, got" in text

@@ -44,9 +44,11 @@ py::dict build_info() {
 #if defined(HOS_CUDA)
   info["cuda_built"] = true;
   info["cuda_archs"] = HOS_CUDA_ARCHS;
+  info["cuda_reason"] = "";
 #else
   info["cuda_built"] = false;
   info["cuda_archs"] = "";
+  info["cuda_reason"] = HOS_CUDA_REASON;
 #endif
   return info;
 }

@@ -47,7 +47,9 @@ def has_kernels(device: torch.device) -> bool:
         return True
     if device.type == "cuda" and torch.version.hip is None:
         if not _C.build_info()["cuda_built"]:
-            cure = "reinstall where nvcc is on PATH (HOS_CUDA=ON makes a missing nvcc an error)"
+            reason = _C.build_info()["cuda_reason"]
+            cure = f"it was built without CUDA kernels ({reason}): reinstall where nvcc works "
+            cure += "(HOS_CUDA=ON makes it an error if it does not)"
         elif _C.cuda_driver_too_old() == 0:
             return True
         else:
@@ -184,7 +186,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict: version, compiler, cpu_level (the instruction set in use), openmp, threads,
-        cuda_built (bool), cuda_archs, and torch (its version).
+        cuda_built (bool), cuda_archs, cuda_reason (why there are no CUDA kernels, as the build
+        said; empty where there are), and torch (its version).
 
     Example:
         >>> hos_ext.build_info()["version"] == hos_ext.__version__
