@@ -91,12 +91,18 @@ class Density(ABC):
     def posterior_mean(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
         """E[x0 | alpha x0 + sigma z = x] at the noisy x (B, D). Shape (B, D). Units of the data."""
         sigma, alpha = self._levels("posterior_mean", sigma, alpha)
-        return self._posterior_mean(self._points("posterior_mean", x), sigma, alpha)
+        wide = self._points("posterior_mean", x).double()
+        return self._in_float64()._posterior_mean(wide, sigma, alpha).to(x.dtype)
 
     def posterior_covariance(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
         """Cov[x0 | alpha x0 + sigma z = x] at the noisy x (B, D). Shape (B, D, D). Units data^2."""
         sigma, alpha = self._levels("posterior_covariance", sigma, alpha)
-        return self._posterior_covariance(self._points("posterior_covariance", x), sigma, alpha)
+        wide = self._points("posterior_covariance", x).double()
+        return self._in_float64()._posterior_covariance(wide, sigma, alpha).to(x.dtype)
+
+    def _in_float64(self: Law) -> Law:
+        """Posteriors are computed so: sums cancel, at a large sigma or a small one."""
+        return self if self._tensors()[0].dtype == torch.float64 else self.to(dtype=torch.float64)
 
     # ----------------------------------------------------------------------------- what it defines
 
@@ -129,17 +135,16 @@ class Density(ABC):
     @abstractmethod
     def _noisy(self: Law, sigma: float, alpha: float) -> Law: ...
 
-    # By Tweedie's formula in float64, since its sum cancels at a large sigma; a density with closed
-    # forms puts them here instead.
+    # In float64. By Tweedie's formula, whose sum cancels at a large sigma; every density here has
+    # moments that do not, and puts them here instead.
 
     def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        wide, noisy = x.double(), self.to(dtype=torch.float64)._noisy(sigma, alpha)
-        return tweedie_mean(wide, noisy._score(wide), sigma, alpha).to(x.dtype)
+        return tweedie_mean(x, self._noisy(sigma, alpha)._score(x), sigma, alpha)
 
     def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        wide, noisy = x.double(), self.to(dtype=torch.float64)._noisy(sigma, alpha)
-        identity = torch.eye(self.dim, dtype=wide.dtype, device=wide.device)
-        return tweedie_covariance(noisy._hessian(wide), identity, sigma, alpha).to(x.dtype)
+        hessian = self._noisy(sigma, alpha)._hessian(x)
+        identity = torch.eye(self.dim, dtype=x.dtype, device=x.device)
+        return tweedie_covariance(hessian, identity, sigma, alpha)
 
     # -------------------------------------------------------------------------------------- checks
 

@@ -36,8 +36,16 @@ class _Derivatives(NamedTuple):
     third: Tensor
 
 
+class _Noisy(NamedTuple):
+    """The same of a logistic with noise at y, and the law of its clean value t given y."""
+
+    derivatives: _Derivatives
+    shift: Tensor  # E[t] - location
+    variance: Tensor
+
+
 class _LogisticMixture(Density):
-    """What both mixtures share: parameters, noise, and posteriors by Tweedie's formula."""
+    """What both mixtures share: parameters, noise, and posteriors by the moments of quadrature."""
 
     def __init__(
         self, weights: Tensor, locations: Tensor, scales: Tensor, *, noise_std: float = 0.0
@@ -69,6 +77,21 @@ class _LogisticMixture(Density):
         noise_std = math.hypot(alpha * self.noise_std, sigma)
         locations, scales = alpha * self.locations, alpha * self.scales
         return type(self)(self.weights, locations, scales, noise_std=noise_std)
+
+    def _posterior_parts(
+        self, x: Tensor, sigma: float, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log density of each part at x, and mean and variance of x0 within it, in float64.
+
+        Not by Tweedie's formula, which cancels at a large sigma. x0 is a logistic t / alpha with
+        noise of its own, which is normal given t and x.
+        """
+        own, total = self.noise_std, math.hypot(alpha * self.noise_std, sigma)
+        found = _noisy_logistic(x, alpha * self.locations, alpha * self.scales, total)
+        rest, gain = (sigma / total) ** 2, alpha * (own / total) ** 2
+        mean = rest * (self.locations + found.shift / alpha) + gain * x
+        variance = (rest / alpha) ** 2 * found.variance + (own * sigma / total) ** 2
+        return found.derivatives.log_prob, mean, variance
 
 
 class ProductLogisticMixture(_LogisticMixture):
@@ -122,6 +145,19 @@ class ProductLogisticMixture(_LogisticMixture):
 
     def _third(self, x: Tensor) -> Tensor:
         return _space_diagonal(self._coordinates(x).third)
+
+    def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        return self._posterior_moments(x, sigma, alpha)[0]
+
+    def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        return torch.diag_embed(self._posterior_moments(x, sigma, alpha)[1])
+
+    def _posterior_moments(self, x: Tensor, sigma: float, alpha: float) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each coordinate, (B, D)."""
+        parts = self._posterior_parts(x.unsqueeze(-1), sigma, alpha)
+        r = (self._log_weights + parts[0]).softmax(-1)
+        mean = (r * parts[1]).sum(-1)
+        return mean, (r * (parts[2] + (parts[1] - mean.unsqueeze(-1)).square())).sum(-1)
 
     def _coordinates(self, x: Tensor) -> _Derivatives:
         """log of each coordinate's density and its derivatives, each (B, D)."""
@@ -191,6 +227,20 @@ class JointLogisticMixture(_LogisticMixture):
         within = _space_diagonal(weighted_mean(r, parts.third))
         return weighted_third_moment(r, c) + symmetrise_third(mixed.movedim(1, -1)) + within
 
+    def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        parts = self._posterior_parts(x.unsqueeze(-2), sigma, alpha)
+        return weighted_mean(self._responsibilities(parts[0]), parts[1])
+
+    def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
+        log_prob, mean, variance = self._posterior_parts(x.unsqueeze(-2), sigma, alpha)
+        r = self._responsibilities(log_prob)
+        within = torch.diag_embed(weighted_mean(r, variance))
+        return within + weighted_covariance(r, mean)
+
+    def _responsibilities(self, log_prob: Tensor) -> Tensor:
+        """(B, K), from the log density of each coordinate in each part, (B, K, D)."""
+        return (self._log_weights + log_prob.sum(-1)).softmax(-1)
+
     def _parts(self, x: Tensor) -> _Derivatives:
         """log of each part's coordinate densities and their derivatives, each (B, K, D)."""
         return _logistic(x.unsqueeze(-2), self.locations, self.scales, self.noise_std)
@@ -198,7 +248,7 @@ class JointLogisticMixture(_LogisticMixture):
     def _weighted(self, x: Tensor) -> tuple[Tensor, _Derivatives]:
         """The responsibilities (B, K), and the parts' derivatives."""
         parts = self._parts(x)
-        return (self._log_weights + parts.log_prob.sum(-1)).softmax(-1), parts
+        return self._responsibilities(parts.log_prob), parts
 
 
 # ---------------------------------------------------------------- one coordinate, with noise
@@ -208,11 +258,9 @@ def _logistic(x: Tensor, location: Tensor, scale: Tensor, noise_std: float) -> _
     """log density and three derivatives of Logistic(location, scale) + N(0, noise_std^2) at x."""
     if noise_std == 0:
         return _clean_logistic(x, location, scale)
-    shape = (x.shape[0], *location.shape)
-    y, m, s = (v.expand(shape).flatten().double() for v in (x, location, scale))
-    return _Derivatives(
-        *(v.reshape(shape).to(x.dtype) for v in _noisy_logistic(y, m, s, noise_std))
-    )
+    wide = (v.double() for v in (x, location, scale))
+    found = _noisy_logistic(*wide, noise_std).derivatives
+    return _Derivatives(*(v.to(x.dtype) for v in found))
 
 
 def _clean_logistic(x: Tensor, location: Tensor, scale: Tensor) -> _Derivatives:
@@ -225,31 +273,71 @@ def _clean_logistic(x: Tensor, location: Tensor, scale: Tensor) -> _Derivatives:
     return _Derivatives(log_prob, -slope, hessian_diag, -hessian_diag * slope)
 
 
-def _noisy_logistic(y: Tensor, m: Tensor, s: Tensor, noise_std: float) -> _Derivatives:
-    """A logistic convolved with N(0, noise_std^2) at flat float64 y, by the trapezoid rule.
+def _noisy_logistic(y: Tensor, m: Tensor, s: Tensor, noise_std: float) -> _Noisy:
+    """A logistic convolved with N(0, noise_std^2) at float64 y, by the trapezoid rule.
 
-    The noisy density is a continuous mixture of the clean one shifted, so its derivatives are
-    `_mixture` of the clean derivatives over p(t | y): no division by the noise, no cancellation.
     The integrand is analytic within pi s of the real axis: steps of s / 3 and 0.8 noise_std leave
     relative errors near 1e-13; its tails are cut where they have fallen by exp(-36).
     """
-    if y.numel() == 0:
-        return _Derivatives(y, y, y, y)
-    low, high = _quadrature_range(y, m, s, noise_std)
-    steps = (high - low) / (s / 3).clamp(max=0.8 * noise_std)
-    n = 2 + int(steps.nan_to_num(posinf=0).max())  # points that are not finite give NaN below
-    grid = torch.linspace(0, 1, n, dtype=y.dtype, device=y.device)
-    rows = max(1, 2**16 // n)  # a chunk stays in cache
+    shape = torch.broadcast_shapes(y.shape, m.shape)
+    y, m, s = (v.expand(shape).flatten() for v in (y, m, s))
     columns = []
-    for start in range(0, y.numel(), rows):
-        chunk = slice(start, start + rows)
-        y_, m_, s_, low_, high_ = (v[chunk].unsqueeze(-1) for v in (y, m, s, low, high))
-        t = low_ + (high_ - low_) * grid
-        log_step = ((high_ - low_) / (n - 1)).log()
-        clean = _clean_logistic(t, m_, s_)
-        log_kernel = -((y_ - t) / noise_std).square() / 2 - LOG_2PI / 2 - math.log(noise_std)
-        columns.append(_mixture(clean._replace(log_prob=clean.log_prob + log_kernel + log_step)))
-    return _Derivatives(*(torch.cat(v) for v in zip(*columns, strict=True)))
+    if y.numel() > 0:
+        low, high = _quadrature_range(y, m, s, noise_std)
+        steps = (high - low) / (s / 3).clamp(max=0.8 * noise_std)
+        n = 2 + int(steps.nan_to_num(posinf=0).max())  # points that are not finite give NaN below
+        grid = torch.linspace(0, 1, n, dtype=y.dtype, device=y.device)
+        rows = max(1, 2**16 // n)  # a chunk stays in cache
+        for start in range(0, y.numel(), rows):
+            chunk = slice(start, start + rows)
+            y_, m_, s_, low_, high_ = (v[chunk].unsqueeze(-1) for v in (y, m, s, low, high))
+            t = low_ + (high_ - low_) * grid
+            log_step = ((high_ - low_) / (n - 1)).log()
+            clean = _clean_logistic(t, m_, s_)
+            log_kernel = -((y_ - t) / noise_std).square() / 2 - LOG_2PI / 2 - math.log(noise_std)
+            clean = clean._replace(log_prob=clean.log_prob + log_kernel + log_step)
+            columns.append(_noisy_values(clean, t, y_, m_, noise_std))
+    values = [torch.cat(v) for v in zip(*columns, strict=True)] or [y] * 6
+    values = [v.reshape(shape) for v in values]
+    return _Noisy(_Derivatives(*values[:4]), *values[4:])
+
+
+def _noisy_values(
+    clean: _Derivatives, t: Tensor, y: Tensor, m: Tensor, noise_std: float
+) -> tuple[Tensor, ...]:
+    """log density and three derivatives at y, E[t | y] - m and Var[t | y], from points t (B, n).
+
+    The noisy density is a continuous mixture of the clean one shifted: its derivatives are
+    `_mixture` of the clean derivatives over p(t | y). It is also one of normal laws, so that they
+    are cumulants of t over powers of the noise. Each sum cancels where its terms are large: the
+    first at noise above the scale, the second below. The one with the smaller terms is taken.
+    """
+    shifted = _mixture(clean)
+    r = clean.log_prob.softmax(-1)
+    shift = (r * (t - m)).sum(-1)
+    centred = (t - m) - shift.unsqueeze(-1)
+    away = (t - y) / noise_std**2
+    variance = (r * centred.square()).sum(-1)
+    score = (r * away).sum(-1)
+    slope = clean.score - shifted.score.unsqueeze(-1)
+    cube = (centred / noise_std**2) ** 3
+    pairs = (
+        (shifted.score, (r * clean.score.abs()).sum(-1), score, (r * away.abs()).sum(-1)),
+        (
+            shifted.hessian_diag,
+            (r * (clean.hessian_diag.abs() + slope.square())).sum(-1),
+            (variance / noise_std**2 - 1) / noise_std**2,
+            (variance / noise_std**2 + 1) / noise_std**2,
+        ),
+        (
+            shifted.third,
+            (r * (clean.third + slope * (3 * clean.hessian_diag + slope.square())).abs()).sum(-1),
+            (r * cube).sum(-1),
+            (r * cube.abs()).sum(-1),
+        ),
+    )
+    chosen = (torch.where(ours < theirs, b, a) for a, theirs, b, ours in pairs)
+    return shifted.log_prob, *chosen, shift, variance
 
 
 @torch.no_grad()

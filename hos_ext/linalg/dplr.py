@@ -203,18 +203,27 @@ class DPLR:
         check_tensor(where, "b", b, like=self.diag)
         batch, size = self.diag.shape
         check_shape(where, "b", b, (batch, size), (batch, size, "k"))
-        zeros, rule = (self.diag == 0).sum(-1), "the matrix must be nonsingular"
+        size = self.diag.detach().abs()
+        zeros, rule = (size == 0).sum(-1), "the matrix must be nonsingular"
         few = bool((zeros <= self.rank).all())
         check(where, few, rule, lambda: f"{zeros.max()} zeros on the diagonal at rank {self.rank}")
-        out, info = woodbury.solve(self.parts, b.unsqueeze(-1) if b.dim() == 2 else b)
-        regular = not bool(info.any())
+        parts, columns = self.parts, b.unsqueeze(-1) if b.dim() == 2 else b
+        if bool(((size > 0) & (size < 4 * torch.finfo(self.dtype).tiny)).any()):
+            parts, columns = self._wide_parts(), columns.double()  # whose inverse is finite
+        out, info = woodbury.solve(parts, columns)
+        regular, out = not bool(info.any()), out.to(self.dtype)
         check(where, regular, rule, lambda: f"a singular one at batch {int(info.nonzero()[0])}")
         return out.squeeze(-1) if b.dim() == 2 else out
 
     def logdet(self) -> Tensor:
         """log det M by the determinant lemma. Shape (B,); as `torch.logdet`: -inf where det M is
-        zero, NaN where it is negative. Small d are handled as in `solve`."""
-        return woodbury.logdet(self.parts)
+        zero, NaN where it is negative. Small d are handled as in `solve`. Computed in float64: the
+        inverse of a subnormal float32 overflows."""
+        return woodbury.logdet(self._wide_parts()).to(self.dtype)
+
+    def _wide_parts(self) -> Parts:
+        """`parts` in float64."""
+        return Parts(*(t.double() for t in self.parts))
 
     def is_positive_definite(self) -> Tensor:
         """Whether every eigenvalue is > 0, by counting (no eigenvalue is computed). Shape (B,)."""
@@ -271,8 +280,7 @@ class DPLR:
         # With V S V^T = Q diag(lam) Q^T the root of I + V S V^T is I + Q (sqrt(1 + lam) - 1) Q^T.
         # lam comes in float64: where it is near -1, float32 would leave no digit of the root.
         root, sign = self.diag.sqrt(), self.parts.sign
-        wide = (t.detach().double() for t in self.parts)
-        basis, lam = _whitened_eigh(*wide)
+        basis, lam = _whitened_eigh(*(t.detach() for t in self._wide_parts()))
         slack = 64 * torch.finfo(self.dtype).eps * lam.abs().amax(-1, keepdim=True)
         fine, rule = not bool((lam < -1 - slack).any()), "the matrix must be positive semidefinite"
         check("DPLR.sample", fine, rule, "a negative eigenvalue")

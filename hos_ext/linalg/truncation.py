@@ -27,8 +27,9 @@ def truncated(
     With the eigenpairs V diag(l) V^T and R = A - V diag(l) V^T:
         "isotropic"  V diag(l - rest) V^T + rest I, rest = tr R / (D - k): keeps the eigenpairs;
         "diagonal"   V diag(l) V^T + diag(R): keeps the variance of each entry instead.
-    rest and the entries of diag(R) are kept above a floor. What it adds to entries the others lose,
-    as far as they can. Pairs with l < rest count to the rest.
+    rest and the entries of diag(R) are kept above a floor. What it adds to entries the others lose;
+    if they have not enough, rest is "isotropic", and the pairs lose what is left. Pairs with
+    l < rest count to the rest. At k = D there is no remainder: with all l > 0 the result is A.
 
     Args:
         values: l, descending. Shape (B, k).
@@ -63,18 +64,28 @@ def truncated(
         lambda: f"a trace of {float(trace.min()):g}",
     )
     least = floor * trace / size
-    if remainder == "diagonal":
-        raised = torch.maximum(rest, least)
-        # What the floor added is taken from the other entries, as far as they have it.
-        spare = (raised - least).sum(-1, keepdim=True)
-        share = (total - size * least).clamp_min(0) / spare.where(spare > 0, 1.0)
-        return DPLR.of(least + (raised - least) * share, vectors * _root(values.clamp_min(0)))
     # The level at which sum_i max(l_i, level) + (D - k) level is the trace: the least of those
     # that keep the j leading pairs alone.
     kept = torch.cat([torch.zeros_like(total), values.cumsum(-1)], -1)[:, :size]
     others = torch.arange(size, size - kept.shape[-1], -1, device=rest.device)
-    level = torch.maximum(((trace - kept) / others).amin(-1, keepdim=True), least)
-    return DPLR.of(level.expand(-1, size), vectors * _root((values - level).clamp_min(0)))
+    level = ((trace - kept) / others).amin(-1, keepdim=True)
+    if values.shape[-1] == size:
+        least = least.minimum(level.where(level > 0, least))
+    held, level = level >= least, torch.maximum(level, least)
+    weight = (values - level).clamp_min(0)
+    # What the floor added to the rest the pairs lose.
+    share = (trace - size * level) / weight.sum(-1, keepdim=True)
+    weight = weight * share.where(~held & (share > 0) & (share < 1), 1.0)
+    diag = level.expand(-1, size)
+    if remainder == "diagonal":
+        raised = torch.maximum(rest, least)
+        # What the floor added is taken from the other entries, if they have it.
+        spare = (raised - least).sum(-1, keepdim=True)
+        share = (total - size * least) / spare.where(spare > 0, 1.0)
+        enough = total > size * least if values.shape[-1] < size else torch.zeros_like(held)
+        diag = torch.where(enough, least + (raised - least) * share, diag)
+        weight = torch.where(enough, values.clamp_min(0), weight)
+    return DPLR.of(diag, vectors * _root(weight))
 
 
 def _root(values: Tensor) -> Tensor:
