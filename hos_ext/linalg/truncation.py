@@ -22,14 +22,15 @@ def truncated(
     floor: float = 1e-2,
     where: str = "truncated",
 ) -> DPLR:
-    """A covariance A of rank k plus a remainder. The trace stays that of A.
+    """A covariance A of rank k plus a remainder. The trace stays that of A, but for a floor.
 
     With the eigenpairs V diag(l) V^T and R = A - V diag(l) V^T:
         "isotropic"  V diag(l - rest) V^T + rest I, rest = tr R / (D - k): keeps the eigenpairs;
         "diagonal"   V diag(l) V^T + diag(R): keeps the variance of each entry instead.
     rest and the entries of diag(R) are kept above a floor. What it adds to entries the others lose;
-    if they have not enough, rest is "isotropic", and the pairs lose what is left. Pairs with
-    l < rest count to the rest. At k = D there is no remainder: with all l > 0 the result is A.
+    where they have not enough, the remainder is "isotropic" at the floor, which adds to the trace.
+    Pairs with l < rest count to the rest. At k = D there is no remainder: the result is A if all l
+    are positive.
 
     Args:
         values: l, descending. Shape (B, k).
@@ -71,18 +72,14 @@ def truncated(
     level = ((trace - kept) / others).amin(-1, keepdim=True)
     if values.shape[-1] == size:
         least = least.minimum(level.where(level > 0, least))
-    held, level = level >= least, torch.maximum(level, least)
-    weight = (values - level).clamp_min(0)
-    # What the floor added to the rest the pairs lose.
-    share = (trace - size * level) / weight.sum(-1, keepdim=True)
-    weight = weight * share.where(~held & (share > 0) & (share < 1), 1.0)
-    diag = level.expand(-1, size)
+    level = torch.maximum(level, least)
+    diag, weight = level.expand(-1, size), (values - level).clamp_min(0)
     if remainder == "diagonal":
         raised = torch.maximum(rest, least)
         # What the floor added is taken from the other entries, if they have it.
         spare = (raised - least).sum(-1, keepdim=True)
         share = (total - size * least) / spare.where(spare > 0, 1.0)
-        enough = total > size * least if values.shape[-1] < size else torch.zeros_like(held)
+        enough = (total > size * least) & (values.shape[-1] < size)
         diag = torch.where(enough, least + (raised - least) * share, diag)
         weight = torch.where(enough, values.clamp_min(0), weight)
     return DPLR.of(diag, vectors * _root(weight))

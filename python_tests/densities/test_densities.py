@@ -269,6 +269,82 @@ def test_posterior_covariance_of_logistics_survives_a_large_sigma() -> None:
     assert float(covariance) == pytest.approx((0.1 * math.pi) ** 2 / 3, rel=3e-4)
 
 
+LEVELS = [(300.0, 1.0), (3e3, 1.0), (1e5, 1.0), (1e5, 0.01), (30.0, 1e-4), (1.0, 3.0), (0.01, 0.5)]
+
+
+def summed(sigma: float, alpha: float, own: float, x: float) -> tuple[float, float]:
+    """Mean and variance of x0 given x, for two logistics with noise of their own, by one sum."""
+    w, m, s = (torch.tensor(v, dtype=F64) for v in ([0.3, 0.7], [-1.0, 1.7], [0.4, 0.8]))
+    total = math.hypot(alpha * own, sigma)
+    low, high = max(-45.0, (x - 12 * total) / alpha), min(45.0, (x + 12 * total) / alpha)
+    c = torch.linspace(low, high, 200_001, dtype=F64).unsqueeze(-1)
+    u = (c - m) / s
+    prior = (w / s * torch.sigmoid(u) * torch.sigmoid(-u)).sum(-1)
+    c = c.squeeze(-1)
+    p = prior * (-(((x - alpha * c) / total) ** 2) / 2).exp()
+    p = p / p.sum()
+    mean = float(p @ c)
+    variance = float(p @ (c - mean) ** 2)
+    rest = (sigma / total) ** 2
+    return (
+        rest * mean + alpha * (own / total) ** 2 * x,
+        rest**2 * variance + (own * sigma / total) ** 2,
+    )
+
+
+@pytest.mark.parametrize("own", [0.0, 0.5])
+@pytest.mark.parametrize(("sigma", "alpha"), LEVELS)
+def test_posterior_moments_of_logistics_keep_their_digits(
+    sigma: float, alpha: float, own: float
+) -> None:
+    w, m, s = (torch.tensor([v], dtype=F64) for v in ([0.3, 0.7], [-1.0, 1.7], [0.4, 0.8]))
+    product = ProductLogisticMixture(w, m, s, noise_std=own)
+    joint = JointLogisticMixture(w[0], m.mT.contiguous(), s.mT.contiguous(), noise_std=own)
+    for x in (0.4 * alpha, 0.4 * alpha + 1.5 * sigma):
+        mean, variance = summed(sigma, alpha, own, x)
+        at = torch.tensor([[x]], dtype=F64)
+        for law in (product, joint):
+            assert float(law.posterior_mean(at, sigma, alpha)) == pytest.approx(mean, rel=1e-10)
+            got = law.posterior_covariance(at, sigma, alpha)
+            assert float(got) == pytest.approx(variance, rel=1e-10)
+            single = law.to(dtype=torch.float32)
+            found = single.posterior_covariance(at.float(), sigma, alpha)
+            assert found.dtype == torch.float32
+            assert float(found) == pytest.approx(variance, rel=1e-4 if sigma > 0.1 else 1e-2)
+            # Tweedie's formula the other way round: scores of the noisy law.
+            noisy = law.noisy(sigma, alpha)
+            score = (alpha * mean - x) / sigma**2
+            assert float(noisy.score(at)) == pytest.approx(score, rel=1e-9, abs=1e-9 / sigma)
+            if sigma > alpha:
+                curvature = (alpha**2 * variance / sigma**2 - 1) / sigma**2
+                assert float(noisy.hessian_diag(at)) == pytest.approx(curvature, rel=1e-12)
+
+
+def test_posterior_covariance_of_joint_logistics_has_both_parts_at_a_large_sigma() -> None:
+    d = density("joint_logistic", dim=2)
+    at = torch.tensor([[2e5, -1e5]], dtype=F64)
+    got = d.posterior_covariance(at, 1e6)[0]
+    # The noise says next to nothing: the law of the data.
+    between = d.locations - d.weights @ d.locations
+    within = (d.weights.unsqueeze(-1) * d.scales.square()).sum(0) * math.pi**2 / 3
+    want = within.diag() + (between * d.weights.unsqueeze(-1)).T @ between
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "gaussian_mixture"])
+@pytest.mark.parametrize(("sigma", "alpha"), [(1e-6, 1.0), (1e-3, 1e-3), (1e5, 1.0), (300.0, 0.01)])
+def test_posteriors_of_float32_parameters_are_those_of_float64(
+    kind: str, sigma: float, alpha: float
+) -> None:
+    single = density(kind).to(dtype=torch.float32)
+    wide = single.to(dtype=F64)
+    x = (alpha * points(4, scale=1.0) + sigma).float()
+    for method in ("posterior_mean", "posterior_covariance"):
+        got = getattr(single, method)(x, sigma, alpha)
+        want = getattr(wide, method)(x.double(), sigma, alpha)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-30)
+
+
 # ---------------------------------------------------------------------------------------- sampling
 
 
@@ -294,6 +370,19 @@ def test_samples_have_the_densitys_moments_and_scores(kind: str, noise: float) -
     for zero in (score, psi):
         ratio = zero.mean(0) / (zero.std(0) / math.sqrt(n)).clamp(min=1e-12)
         assert bool((ratio.abs() < 4.5).all()), ratio.tolist()
+
+
+@pytest.mark.parametrize("kind", ["product_logistic", "joint_logistic"])
+def test_draws_of_logistics_in_float32_reach_the_tails(kind: str) -> None:
+    # u in float32 would end at 2^-24: no draw beyond 16.7 scales, and 16.7 once in 1.7e7.
+    one, n = torch.ones(1, 1), 3_000_000
+    make = ProductLogisticMixture if kind == "product_logistic" else JointLogisticMixture
+    d = make(one if kind == "product_logistic" else one[0], 0 * one, one)
+    draws = d.sample(n, seed=4)[:, 0]
+    assert draws.dtype == torch.float32
+    assert len(draws.unique()) > 0.85 * n  # float32 has fewer values of u
+    wide = d.to(dtype=F64).sample(n, seed=4)[:, 0]
+    torch.testing.assert_close(draws.double(), wide, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

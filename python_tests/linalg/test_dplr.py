@@ -226,6 +226,91 @@ def test_logdet_of_a_singular_or_negative_matrix_is_that_of_torch() -> None:
     torch.testing.assert_close(flipped.logdet(), torch.tensor([9.0], dtype=F64).log())
 
 
+@pytest.mark.parametrize("small", [2e-38, 1e-39, 1e-44])
+@pytest.mark.parametrize("sign", [None, [1, -1]])
+def test_subnormal_diagonals_have_a_determinant_and_a_solution(
+    small: float, sign: list[int] | None
+) -> None:
+    factor = torch.tensor([[[1.0, 0.0], [0.5, 0.0], [0.0, 1e-3], [0.0, 0.0]]])
+    diag = torch.tensor([[small, small, 1.0, 2.0]])
+    m = DPLR(diag, factor, None if sign is None else torch.tensor(sign))
+    # A block of two: small * (small + 1.25); one of one, 1 +- 1e-6; and 2.
+    last = 1.0 + (1e-6 if sign is None else -1e-6)
+    d = diag.double()[0, 0].item()
+    want = np.log(d) + np.log(d + 1.25) + np.log(last) + np.log(2.0)
+    assert m.logdet().item() == pytest.approx(want, rel=1e-6)
+    assert DPLR(diag).logdet().item() == pytest.approx(2 * np.log(d) + np.log(2.0), rel=1e-6)
+    # [[small + 1, 1/2], [1/2, 1 + 1/4]] to (1, 1/2): (1, 0). float32 solves it, whatever is small.
+    one = DPLR(torch.tensor([[small, 1.0, 1.0, 2.0]]), factor, m.sign)
+    x = one.solve(torch.tensor([[1.0, 0.5, 1.0, 2.0]]))[0].double()
+    wanted = torch.tensor([1.0, 0.0, 1 / last, 1.0], dtype=F64)
+    torch.testing.assert_close(x, wanted, rtol=1e-5, atol=1e-5)
+    every = torch.full((1, 4), small)
+    assert DPLR(every, factor[..., :1]).logdet().item() == pytest.approx(
+        3 * np.log(every[0, 0].item()) + np.log(1.25), rel=1e-6
+    )
+
+
+def test_positive_definiteness_is_counted_in_float64() -> None:
+    # diag(1, 1) - (1 - 2^-24) e e^T on the first entry: 1e-7 is left, and float32 counts none.
+    near = torch.tensor([[[1 - 2.0**-24], [0.0]]])
+    m = DPLR(torch.ones(1, 2), near, torch.tensor([-1]))
+    assert 0 < dense(m)[0, 0, 0] < 2e-7
+    assert m.is_positive_definite().all()
+    small = DPLR(torch.tensor([[1.0, 1e-12]]), torch.tensor([[[3e3], [1e-6]]]), torch.tensor([1]))
+    assert small.is_positive_definite().all()
+    factor = torch.randn(50, 20, 6, generator=torch.Generator().manual_seed(0))
+    length = torch.linalg.matrix_norm(factor, 2)[:, None, None]
+    for gap in (-3e-6, 3e-6):  # of the largest eigenvalue from 1, on either side
+        edge = DPLR(torch.ones(50, 20), factor / length * (1 - gap) ** 0.5, -torch.ones(6))
+        want = torch.linalg.eigvalsh(dense(edge))[:, 0] > 0
+        assert torch.equal(edge.is_positive_definite(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_draws_are_made_of_eigenvalues_down_to_minus_one(dtype: torch.dtype) -> None:
+    # Rounding puts some below -1: they are zeros, and not refused.
+    generator = torch.Generator().manual_seed(0)
+    for size, rank in ((3, 1), (6, 3), (20, 5), (30, 30)):
+        basis = torch.randn(40, size, rank, generator=generator, dtype=F64)
+        unit = torch.linalg.qr(basis)[0].to(dtype)
+        root = 0.5 + torch.rand(40, size, 1, generator=generator, dtype=dtype)
+        m = DPLR(root.square().squeeze(-1), root * unit, -torch.ones(rank, dtype=dtype))
+        draws = m.sample(8, seed=0)
+        along = ((draws / root.squeeze(-1)).permute(1, 0, 2) @ unit).abs().max()
+        assert along < 100 * torch.finfo(dtype).eps ** 0.5
+        outside = DPLR(m.diag, m.factor * 1.001, m.sign)
+        message = r"^DPLR.sample: the matrix must be positive semidefinite, got a negative eig"
+        with pytest.raises(ValueError, match=message):
+            outside.sample(1, seed=0)
+
+
+def test_scale_by_zeros_beside_numbers_of_either_sign() -> None:
+    m = matrix(sign=[1, -1, 1, -1])
+    for a in ([0.0, 2.0, 0.0], [0.0, -2.0, -0.0], [0.0, 0.0, 0.0], [-1.0, 0.0, -3.0]):
+        value = torch.tensor(a, dtype=F64)
+        got = dense(m.scale(value))
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, dense(m) * value[:, None, None], rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match=r"^DPLR.scale: a must have one sign over the batch, got"):
+        m.scale(torch.tensor([1.0, 0.0, -1.0], dtype=F64))
+
+
+def test_the_norm_of_a_matrix_that_cancels_is_zero_and_not_nan() -> None:
+    # d + U S U^T = 0: the three terms of its square are 1, -2 and 1, to rounding.
+    generator = torch.Generator().manual_seed(0)
+    column = torch.rand(200, 1, 1, generator=generator)
+    zero = DPLR(column.square().squeeze(-1), column, torch.tensor([-1]))
+    twice = torch.randn(200, 9, 1, generator=generator)
+    like = DPLR(torch.zeros(200, 9), torch.cat([twice, twice], -1), torch.tensor([1, -1]))
+    eye = torch.linalg.qr(torch.randn(200, 7, 7, generator=generator))[0]
+    minus = DPLR(torch.ones(200, 7), eye, -torch.ones(7))
+    for m in (zero, like, minus):
+        norm = m.frobenius_norm()
+        assert (norm >= 0).all()
+        assert norm.max() < 7 * 3e-3
+
+
 def test_singular_matrices_are_refused_by_solve() -> None:
     zero = torch.tensor([[0.0, 0.0, 1.0]], dtype=F64)
     with pytest.raises(

@@ -472,6 +472,23 @@ def test_low_rank_keeps_all_of_a_covariance_at_full_rank():
     hessian = ScoreHessian(lambda x: x * spectrum, torch.ones(2, 6).double())
     for k in (5, 6):
         assert_near(hessian.low_rank(k).dense(), spectrum.diag().repeat(2, 1, 1))
+    # The floor of a remainder that is not there adds nothing, and small eigenvalues are kept.
+    steep = torch.tensor([3.0, 1.0, 0.5, 0.1, 1e-3, 1e-5]).double()
+    for given in (spectrum, steep):
+        hessian = ScoreHessian(lambda x, given=given: x * given, torch.ones(2, 6).double())
+        for remainder in ("isotropic", "diagonal"):
+            matrix = hessian.low_rank(6, remainder=remainder)
+            assert_near(matrix.dense(), given.diag().repeat(2, 1, 1))
+            assert matrix.is_positive_definite().all()
+
+
+def test_a_floor_adds_no_variance_to_the_pairs_that_are_kept():
+    spectrum = torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0]).double()
+    hessian = ScoreHessian(lambda x: x * spectrum, torch.ones(1, 5).double())
+    least = 0.01 * spectrum.sum() / 5
+    for remainder in ("isotropic", "diagonal"):
+        matrix = hessian.low_rank(2, remainder=remainder)
+        assert_near(matrix.diagonal()[0], spectrum.maximum(least))
 
 
 @pytest.mark.parametrize(
