@@ -36,7 +36,10 @@ def _able():
 
 def _env():
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # torchrun 2.13 that is started anew on a host otherwise waits for the others for ever: they do
+    # not tell it again where their store is.
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return os.environ | store | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def _training(out, steps, save_every=20):
@@ -142,7 +145,7 @@ def stopping(count, how, folder):
     }
 
 
-def going_on(how, folder, steps=500, force=False):
+def going_on(how, folder, steps=1200, force=False):
     """One of two hosts goes and comes back: the other goes on alone, then both to the end."""
     out = folder / f"elastic-{how}"
     with Hosts(2) as hosts:
@@ -158,10 +161,18 @@ def going_on(how, folder, steps=500, force=False):
             hosts.join(1)
         else:
             started[1] = hosts.start(1, command, _env())
+        said = []
         for each in started:
-            told, _ = each.communicate(timeout=120)
-            assert each.returncode == 0, told
-        ends = {"gone": gone, "alone_at": alone, "alone_after_seconds": round(seconds, 1)}
+            said.append(each.communicate(timeout=240)[0])
+            assert each.returncode == 0, said
+        # The first process of all says so at each start: together, alone, together again.
+        starts = "".join(said).count(f" {steps} steps; to ")
+        ends = {
+            "starts": starts,
+            "gone": gone,
+            "alone_at": alone,
+            "alone_after_seconds": round(seconds, 1),
+        }
     difference = _difference(out, _alone(folder / f"undisturbed-{how}", steps))
     return {"how": how, **ends, "difference": difference}
 
