@@ -72,6 +72,9 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
     config = _config(path, metadata.get("config"))
     name, rule = config.get("_class_name"), f"a model of class {', '.join(CLASSES)}"
     check_folder(name in CLASSES, rule, f"{name!r} in {path}")
+    names = config.get("_extra", [])
+    known = isinstance(names, list) and all(isinstance(each, str) for each in names)
+    check_folder(known, "the names of further facts in _extra", f"{names!r} in {path}")
     return config, state
 
 
@@ -103,6 +106,8 @@ def _config(path: Path, text: str | None) -> dict[str, Any]:
 def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
     """What the class of a config is called with."""
     extra = config.get("_extra", [])
+    if not isinstance(extra, list):
+        return {}
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in extra}
 
 

@@ -10,10 +10,10 @@ huge ones, JSON given other values, a link or a file of another kind put in its 
 made again half of the time, so that they call the damage whole.
 
 "right" is what the whole file gives; "other" is other content where a format has no sums by which
-the damage could be known, and is bad for those that have. "refused" is a ValueError,
-TypeError, OSError or RuntimeError that names the file. Everything else is bad: another error, one that does not name the
-file, two readers of one file that disagree, memory above a bound, a crash, no end. Files are read
-in a worker process, which is started anew after a crash or when it does not answer.
+the damage could be known, and is bad for those that have. "refused" is a ValueError, TypeError,
+OSError or RuntimeError that names the file. Everything else is bad: another error, one that does
+not name the file, two readers of one file that disagree, memory above a bound, a crash, no end.
+Files are read in a worker process, which is started anew after a crash or when it does not answer.
 
 `file_fuzz.json` keeps the counts of all runs; the next run goes on from its last seed.
 """
@@ -168,6 +168,11 @@ def parquet(images: bool) -> Reader:
 def make_run(folder: Path) -> None:
     from hos_ext.app import cli
 
+    made = folder.parent / "info"
+    if (made / "metrics.json").exists():
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return
+
     words = ["train", "--data", "density:gaussian2d", "--out", str(folder), "--steps", "2"]
     words += ["--model", "mlp", "--width", "8", "--head-width", "8", "--rank", "1", "--depth", "2"]
     words += ["--tracker", "none", "--batch-size", "8", "--force"]
@@ -201,6 +206,13 @@ def read_run(folder: Path) -> Any:
     model, facts = runs.load_run(folder)
     state = [value.numpy() for value in model.state_dict().values()]
     return [*state, json.dumps(facts, sort_keys=True), repr(runs.scaling_of(facts))]
+
+
+def make_run_model(folder: Path) -> None:
+    make_run(folder)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "model":
+            shutil.rmtree(path)
 
 
 def read_info(folder: Path) -> Any:
@@ -265,8 +277,8 @@ READERS: dict[str, Reader] = {
     "parquet-images": parquet(True),
     "parquet-lists": parquet(False),
     "model": Reader(make_model, (read_model,)),
-    "run": Reader(make_run, (read_run,)),
     "info": Reader(make_run, (read_info,)),
+    "run": Reader(make_run_model, (read_run,)),
     "checkpoint": Reader(make_checkpoint, (read_checkpoint,)),
     "json": config("a.json", '{"steps": 5, "sigma": [0.1, 1.2], "model": "mlp", "data": "digits"}'),
     "yaml": config("a.yaml", "steps: 5\nsigma: [0.1, 1.2]\nmodel: mlp\nlearning-rate: 1e-3\n"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ...checks import check
 from ...nn import files as pretrained
 from .. import training
 from ..options import FORMAT
-from .facts import read_run
+from .facts import read_run, scaling_of
 
 
 def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -45,6 +46,14 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
     facts: Any = config.get("run")
     good = isinstance(facts, dict) and facts.get("format") == FORMAT
     check("load_run", good, "folder must hold the model of a run", f"{place} without its facts")
+    try:
+        low, high = facts["options"]["sigma"]
+        numbers = [low, high, facts["recalibration"], facts["data"]["std"], *facts["data"]["shape"]]
+        good = all(type(each) in (int, float) and 0 < each < math.inf for each in numbers)
+        scaling_of(facts)
+    except (KeyError, TypeError, ValueError):
+        good = False
+    check("load_run", good, "folder must hold the facts of a run", f"{place} with others")
     return model, facts
 
 
