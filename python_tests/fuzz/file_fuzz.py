@@ -699,13 +699,16 @@ def main() -> int:
     first = read_record()["next_seed"] if asked.first is None else asked.first
     counts: Counter[str] = Counter()
     by_reader: dict[str, Counter[str]] = {}
-    for answer in run(range(first, first + asked.files)):
-        kind = answer["kind"]
-        counts[kind] += 1
-        by_reader.setdefault(answer["case"].partition(":")[0], Counter())[kind] += 1
-        if kind in BAD:
-            print(f"--repeat {answer['seed']}  {kind}  {answer['case']}\n    {answer['said']}")
-            sys.stdout.flush()
+    try:
+        for answer in run(range(first, first + asked.files)):
+            kind = answer["kind"]
+            counts[kind] += 1
+            by_reader.setdefault(answer["case"].partition(":")[0], Counter())[kind] += 1
+            if kind in BAD:
+                print(f"--repeat {answer['seed']}  {kind}  {answer['case']}\n    {answer['said']}")
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass  # what was read counts
     if asked.first is None:
         keep(first, counts, by_reader)
     total = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
