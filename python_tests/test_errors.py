@@ -634,8 +634,10 @@ def test_vmap_without_noise_is_refused(name):
         (
             "cuda",
             {"build_info": lambda: {"cuda_built": False, "cuda_reason": "no nvcc was found"}},
-            "it was built without CUDA kernels (no nvcc was found): reinstall where nvcc works "
-            "(HOS_CUDA=ON makes it an error if it does not)",
+            (
+                "it was built without CUDA kernels (no nvcc was found): reinstall where nvcc works "
+                "(HOS_CUDA=ON makes it an error if it does not)"
+            ),
         ),
         (
             "cuda",

@@ -257,7 +257,7 @@ def main() -> int:
     mutants = [m for m in read_tables(asked.room) if asked.id in (None, m.id)]
     if asked.report:
         return report(mutants, read_results()) > 0
-    copy, start = Copy(asked.folder), time.monotonic()
+    copy, start = Copy(asked.folder.resolve()), time.monotonic()
     # The compiled mutants last, side by side: one build brings the last one's file back.
     for m in sorted(mutants, key=lambda m: (m.file.startswith("csrc/"), m.file)):
         if time.monotonic() - start > 60 * asked.minutes:
