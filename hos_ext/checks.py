@@ -267,7 +267,7 @@ def check_low_rank(
     check(where, sign.layout is torch.strided, "sign must be strided", sign.layout)
     check(where, sign.device == x.device, f"sign must be on {x.device}", sign.device)
     check(where, not sign.is_complex(), "sign must be real", sign.dtype)
-    signs = sign.detach().to(x.dtype)
+    signs: Tensor = sign.detach().to(x.dtype)
     units = (signs.abs() == 1).all()
     check(where, not sign.is_meta, "sign must hold values", "a meta tensor")
     check(where, bool(units), "sign must hold +1 and -1 only", lambda: sign.tolist())

@@ -151,7 +151,7 @@ gcc versions later than 11 are not supported!' >&2; exit 1
     ("nvcc", "said"),
     [
         (REFUSES, "error: #error -- unsupported GNU version! gcc versions later than 11 are not"),
-        ("echo 'nvcc fatal   : Value c++17 is not defined' >&2; exit 1\n", "fatal : Value c++17 is"),
+        ("echo 'nvcc fatal   : Value c++17 is not defined' >&2; exit 1\n", "fatal : Value c++17 "),
         ("kill -SEGV $$\n", "it ended with "),
     ],
 )  # fmt: skip

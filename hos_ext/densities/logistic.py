@@ -258,8 +258,7 @@ def _logistic(x: Tensor, location: Tensor, scale: Tensor, noise_std: float) -> _
     """log density and three derivatives of Logistic(location, scale) + N(0, noise_std^2) at x."""
     if noise_std == 0:
         return _clean_logistic(x, location, scale)
-    wide = (v.double() for v in (x, location, scale))
-    found = _noisy_logistic(*wide, noise_std).derivatives
+    found = _noisy_logistic(x.double(), location.double(), scale.double(), noise_std).derivatives
     return _Derivatives(*(v.to(x.dtype) for v in found))
 
 

@@ -42,7 +42,7 @@ def dense_change(where: str, matrix: Tensor) -> Change:
 def low_rank_change(where: str, factor: Tensor, sign: Tensor) -> Change:
     """The change of U diag(sign) U^T for U (B, D, r)."""
     still = factor.detach()
-    difference = _FirstOrder.apply(factor, where) - still
+    difference: Tensor = _FirstOrder.apply(factor, where) - still
 
     def change(w: Tensor) -> Tensor:
         across = sign.unsqueeze(-1) * (still.mT @ w)
@@ -103,7 +103,7 @@ def change_of_product(
 def _differences(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """Gamma for a and b that broadcast, in their dtype; computed in float64."""
     wide = torch.broadcast_tensors(a.double(), b.double())
-    x, y = (t.flatten(1) for t in wide)
+    x, y = wide[0].flatten(1), wide[1].flatten(1)
     gap = x - y
     near = gap.abs() <= _NEAR * torch.maximum(x.abs(), y.abs())
     far = (function(x) - function(y)) / gap.where(~near, 1.0)

@@ -203,12 +203,12 @@ class DPLR:
         check_tensor(where, "b", b, like=self.diag)
         batch, size = self.diag.shape
         check_shape(where, "b", b, (batch, size), (batch, size, "k"))
-        size = self.diag.detach().abs()
-        zeros, rule = (size == 0).sum(-1), "the matrix must be nonsingular"
+        length = self.diag.detach().abs()
+        zeros, rule = (length == 0).sum(-1), "the matrix must be nonsingular"
         few = bool((zeros <= self.rank).all())
         check(where, few, rule, lambda: f"{zeros.max()} zeros on the diagonal at rank {self.rank}")
         parts, columns = self.parts, b.unsqueeze(-1) if b.dim() == 2 else b
-        if bool(((size > 0) & (size < 4 * torch.finfo(self.dtype).tiny)).any()):
+        if bool(((length > 0) & (length < 4 * torch.finfo(self.dtype).tiny)).any()):
             parts, columns = self._wide_parts(), columns.double()  # whose inverse is finite
         out, info = woodbury.solve(parts, columns)
         regular, out = not bool(info.any()), out.to(self.dtype)

@@ -225,7 +225,8 @@ def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
     """
     basis, values, rest = spectrum
     if isinstance(spectrum, _Derived):
-        basis, values, rest = (None if t is None else t.detach() for t in spectrum)
+        basis, values = basis.detach(), values.detach()
+        rest = None if rest is None else rest.detach()
         value = spectrum_apply(Spectrum(basis, values, rest), function, v)
         columns = v.unsqueeze(-1)
         change = change_of_product(basis, values, rest, spectrum.change, function, columns)

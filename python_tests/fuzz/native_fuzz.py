@@ -192,8 +192,8 @@ def call_public(take: Bytes) -> None:
         wide = [t.detach().double() for t in (x, score, diag, noise)]
         compare(out, reference.ozaki_step(*wide[:3], 0.3, wide[3], "clamp"))
     elif which == 1:
-        wide = [t.detach().double() for t in (score, diag, factor, x)]
         out = ops.d2sm_loss(score, diag, factor, x, 0.7, reduction="none")
+        wide = [t.detach().double() for t in (score, diag, factor, x)]
         compare(out, ops.d2sm_loss(*wide, 0.7, reduction="none"))
     elif which == 2:
         v = tensor(take, (shape[0], size, take.one_of([1, 2, 7])), dtype)

@@ -83,7 +83,7 @@ def _unpacked(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         data[: len(first)] = first
         rest = memoryview(data)[len(first) :]
         while rest:
-            n = file.readinto(rest)
+            n = file.readinto(rest)  # type: ignore[attr-defined]
             if not n:
                 raise Unfit(WHOLE, f"{info.filename} truncated")
             rest = rest[n:]
