@@ -278,14 +278,21 @@ def test_denoise_writes_arrays_pictures_and_report(run_folder, tmp_path, capsys)
 
 
 def test_tiff_files_hold_raw_units_for_other_programs(run_folder, tmp_path):
-    tifffile = pytest.importorskip("tifffile")
+    pillow = pytest.importorskip("PIL.Image")
+    sequence = pytest.importorskip("PIL.ImageSequence")
     assert cli.run(["denoise", str(run_folder), "--count=2", "--out", str(tmp_path)]) == 0
     arrays = np.load(tmp_path / "denoise.npz")
-    read = {name: tifffile.imread(tmp_path / f"denoise-{name}.tiff") for name in ("mean", "std")}
-    for name, value in read.items():
+
+    def pages(name):
+        with pillow.open(tmp_path / f"denoise-{name}.tiff") as file:
+            assert file.mode == "F"
+            return np.stack([np.array(page) for page in sequence.Iterator(file)])
+
+    for name in ("mean", "std"):
+        value = pages(name)
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, arrays[f"raw_{name}"].astype(np.float32))
-    parts = tifffile.imread(tmp_path / "denoise-components.tiff").reshape(2, 4, 64)
+    parts = pages("components").reshape(2, 4, 64)
     scale = 8.5 * np.sqrt(arrays["eigenvalues"])[:, :, None]
     expected = np.swapaxes(arrays["eigenvectors"], 1, 2) * scale
     np.testing.assert_allclose(parts, expected, rtol=1e-5, atol=1e-6)
@@ -335,6 +342,7 @@ def test_vectors_are_trained_denoised_and_evaluated(tmp_path, capsys):
         ("a.npy", np.zeros((3, 3)), "must hold samples (1, 8, 8), got shape (3, 3)"),
         ("a.npy", np.zeros((8, 8), np.int64), "must hold uint8 or floating values, got int64"),
         ("a.npy", np.full((8, 8), np.nan), "must hold finite values, got nan to nan"),
+        ("a.npy", np.diag([-np.inf, *[9.0] * 7]), "must hold finite values, got -inf to 9"),
         (
             "a.npy",
             np.full((8, 8), 0.5),
@@ -357,6 +365,17 @@ def test_files_that_cannot_be_denoised_are_named(images, tmp_path, capsys, name,
     assert str(path) in error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 5, 4), (2, 5)])
+def test_an_axis_of_one_channel_may_be_left_out(tmp_path, shape):
+    values = np.random.default_rng(0).normal(size=(3, *shape))
+    plain = values.reshape(3, *shape[shape[0] == 1 :])
+    for array in (values, plain, values[0], plain[0]):
+        np.save(tmp_path / "a.npy", array)
+        x = results.read_files([tmp_path / "a.npy"], shape, data.Scaling(), sigma=0.4).x
+        wanted = values if array.shape[0] == 3 else values[:1]
+        np.testing.assert_array_equal(x, wanted.astype(np.float32))
 
 
 def test_levels_above_those_of_the_data_are_refused(tmp_path):

@@ -154,8 +154,11 @@ def test_denoise_bounds_the_entries_of_a_chunk(monkeypatch):
     denoise(watched, torch.zeros(7, 3, 3, 4), 0.5)
     assert seen == [2, 2, 2, 1]
     seen.clear()
-    denoise(watched, torch.zeros(2, 300), 0.5)
+    x = torch.arange(600.0).reshape(2, 300)
+    found = denoise(watched, x, 0.5).posterior
     assert seen == [1, 1]
+    torch.testing.assert_close(found.mean, x * 0.3 / 0.55)
+    assert found.std.shape == x.shape
 
 
 def test_rows_keep_their_noise_whatever_the_count_and_each_part_has_its_own():

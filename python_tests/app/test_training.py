@@ -195,6 +195,15 @@ def test_the_curve_gives_the_gradient_variance_of_a_whole_batch_of_many_parts(so
     assert np.mean([row.gradient_variance for row in history]) == pytest.approx(spread, rel=0.3)
 
 
+def test_a_part_of_a_part_draws_as_the_whole_batch(source):
+    model, options = build(), TrainingOptions(steps=1, batch_size=8)
+    whole = draw_batch(source, options, 1, 0, 8)
+    again = draw_batch(source, options, 1, 4, 8).part(2, 4)
+    assert torch.equal(again.x0, whole.x0[6:])
+    alone, among = (losses(model, batch, training.OBJECTIVE) for batch in (again, whole))
+    torch.testing.assert_close(alone, among[:, 6:])
+
+
 def test_the_validation_loss_is_that_of_all_its_rows_at_once(source):
     """It is taken in parts of 128 rows; each row has its own noise, and counts once."""
     trained = run(source, steps=1, ema_decay=0.0)

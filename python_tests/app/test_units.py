@@ -49,6 +49,21 @@ def test_noisy_pictures_in_raw_units_are_taken_and_others_refused(kind, sigma):
                 taken(unit + noise * z, PIXELS, sigma)
 
 
+@pytest.mark.parametrize("noise", [0.03, 0.1, 0.3, 1.0])
+def test_noise_given_in_the_units_of_the_pictures_is_refused_too(noise):
+    """--raw-sigma 0.1 and pictures in [0, 1] or [-1, 1] with noise 0.1: less than a grey level."""
+    raw, sigma = pictures()["ramp"], noise / 128
+    z = np.random.default_rng(1).normal(size=raw.shape)
+    for unit in (raw / 255, raw / 127.5 - 1):
+        with pytest.raises(ValueError, match="with noise fit as well"):
+            taken(unit + noise * z, PIXELS, sigma)
+    for kind in ("white", "ramp", "dark"):
+        picture = pictures()[kind] * (4 if kind == "dark" else 1)
+        np.testing.assert_allclose(
+            taken(picture + noise * z, PIXELS, sigma), (picture + noise * z - 127.5) / 128
+        )
+
+
 def test_the_user_may_say_what_the_units_are():
     raw = pictures()["ramp"]
     x = (raw - 127.5) / 128

@@ -37,6 +37,8 @@ def to_data_units(
     * For a model of 16 levels or more: if 99 of 100 values lie within 1 + 6 s of zero, they fit
       [0, 1] or [-1, 1] with noise of that scale. In raw units noise alone would take one in three
       further, unless a picture is black and the noise below half a level. They are refused.
+      So they are where the noise has one level r or less, and 99 of 100 lie within 1 + 3 r: r may
+      have been given in units of [0, 1]. That costs a picture with no level above 1 + 3 r.
     * 16 values or more whose standard deviation is below a quarter of the noise cannot hold it.
     * Values whose root mean square, in data units, is many times sqrt(std^2 + s^2) are of another
       scale: 3 times where data units end at 1, 10 times where they do not, more for few values.
@@ -95,10 +97,11 @@ def _judge(
         way = "--units raw, unit, signed or data says which they are"
         rule = f"{path} must hold raw units, 0 to {scaling.levels - 1} "
     rule += "before noise was added"
-    near = np.mean(np.abs(raw) <= 1 + 6 * sigma) >= 0.99
+    noise, spread = sigma * scaling.scale, float(raw.std())
+    reach = 1 + max(6 * sigma, 3 * noise if noise <= 1 else 0)
+    near = np.mean(np.abs(raw) <= reach) >= 0.99
     fits = scaling.levels < 16 or not near
     check("denoise", fits, rule, f"{got}, which {other} with noise fit as well ({way})")
-    noise, spread = sigma * scaling.scale, float(raw.std())
     said = f"{got} that spread by {spread:.3g}, where noise alone is {noise:.3g}: {other}? ({way})"
     check("denoise", raw.size < _ENOUGH or spread >= noise / 4, rule, said)
     size, usual = float(np.sqrt(np.mean(np.square(x)))), math.sqrt(std**2 + sigma**2)
