@@ -10,6 +10,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test full bench bench-quick bench-report gpu ptxas lint wheel asan clean
+.PHONY: fuzz fuzz-files fuzz-native mutants kills hosts soak
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,13 @@ help:
 	@echo "make ptxas        registers and spills of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make asan         the operator tests under AddressSanitizer and UBSan"
+	@echo "make fuzz         wrong calls of the public API for ten minutes; counts go on"
+	@echo "make fuzz-files   5,000 damaged files read; counts go on"
+	@echo "make fuzz-native  the native module under libFuzzer for an hour; needs Clang 16 and atheris"
+	@echo "make mutants      the mutants that have no result yet, or whose code has changed"
+	@echo "make kills        SIGKILL at 100 random instants of the commands that write"
+	@echo "make hosts        training and chains over hosts of network namespaces; needs root"
+	@echo "make soak         long chains and long training, in shares of ten minutes"
 	@echo "make wheel        dist/*.whl, with CUDA for all major GPUs where nvcc is found"
 	@echo "make clean        remove what the others made"
 
@@ -37,7 +45,7 @@ $(READY): $(SOURCES) | $(BIN)/python
 SPREAD := -n 2 --dist loadfile
 
 # Threads that wait do not spin: beside another busy process that costs more than the work.
-demo test full asan: export OMP_WAIT_POLICY ?= passive
+demo test full asan kills hosts soak: export OMP_WAIT_POLICY ?= passive
 
 demo: $(READY)
 	$(BIN)/hos-ext demo --force
@@ -103,6 +111,40 @@ asan: build/asan/ready
 	PYTHONPATH="$(CURDIR)/build/asan/package:$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)" \
 	$(BIN)/python -S $(BIN)/pytest -m "not slow" \
 	  $(patsubst %,python_tests/ops/test_%.py,native_calls losses steps noise hessian)
+
+# What keeps finding faults (docs/faults.md). Their counts are kept beside the programs.
+fuzz: $(READY)
+	$(BIN)/python python_tests/fuzz/api_fuzz.py --minutes 10
+
+fuzz-files: $(READY)
+	$(BIN)/python python_tests/fuzz/file_fuzz.py --files 5000
+
+# atheris brings libFuzzer and the sanitizers' runtime; what it lacks is empty in the shim.
+FUZZED := build/fuzz/module
+fuzz-native: $(READY)
+	$(PIP) install --no-deps atheris
+	CXX=$${CXX:-clang++-16} cmake -S . -B $(FUZZED) -G Ninja -DHOS_CUDA=OFF \
+	  -DHOS_SANITIZE=fuzzer-no-link,address,undefined -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build $(FUZZED)
+	gcc -shared -fPIC python_tests/fuzz/shim.c -o $(FUZZED)/shim.so
+	LD_PRELOAD="$$(echo $(CURDIR)/.venv/lib/python3*/site-packages/asan_with_fuzzer.so) $(CURDIR)/$(FUZZED)/shim.so" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH="$(CURDIR):$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)" \
+	$(BIN)/python -S python_tests/fuzz/native_fuzz.py --seconds 3600 --module $$(echo $(FUZZED)/_C*.so)
+
+mutants: $(READY)
+	$(BIN)/python python_tests/mutants/mutants.py
+
+kills: $(READY)
+	$(BIN)/python python_tests/faults/kill_trials.py --count 100 --seed 0 --record
+
+hosts: $(READY)
+	$(BIN)/python python_tests/faults/test_hosts.py python_tests/faults/hosts.json
+
+soak: $(READY)
+	$(BIN)/python python_tests/faults/soak.py --minutes 10
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

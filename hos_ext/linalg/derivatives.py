@@ -109,7 +109,7 @@ def _differences(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> 
     far = (function(x) - function(y)) / gap.where(~near, 1.0)
     slope = torch.zeros_like(x)
     for node, weight in _NODES:
-        value, pull = vjp(function, y + node * gap)
+        value, pull = vjp(function, y + node * gap)[:2]
         slope = slope + weight * pull(torch.ones_like(value))[0]
     return torch.where(near, slope, far).reshape(wide[0].shape).to(a.dtype)
 
