@@ -13,7 +13,7 @@ A public function checks its arguments once; what it calls trusts them. Every me
     positive(where, "sigma", sigma, x), per_sample(...)                   shaped to broadcast
     check_flag(where, central=central, ...)                               True or False, no other
     check_callable(where, "model", model)
-    device_of, dtype_of, path_of                                          what torch and files take
+    device_of, dtype_of, path_of, rows_at                                 what torch and files take
     with said_by(where, "normal"): ...                                    its errors name `where`
 """
 
@@ -236,6 +236,17 @@ def _shape_text(shape: Shape) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
+def rows_at(where: str, value: Tensor, index: Any) -> Tensor:
+    """value[index], for a slice, or for a tensor of row numbers or of one flag a row."""
+    if not isinstance(index, slice):
+        check_tensor(where, "index", index, shape=("n",), dtypes=(torch.int64, torch.bool))
+    try:
+        return value[index]
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        rule = f"index must be rows of a batch of {len(value)}"
+        raise ValueError(f"{where}: {rule}, got {show(index)}") from None
+
+
 def check_samples(where: str, name: str, x: Tensor) -> None:
     """What can be flattened to (B, D)."""
     check_tensor(where, name, x, shape=("B", "*dims"))
@@ -412,6 +423,14 @@ def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int
     check_int(where, name, value, limit)
     if value < least:
         raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+
+
+def check_seed(where: str, seed: Any, *, offset: Any = 0, first: Any = 0) -> None:
+    """Where noise begins, as ints; looked at whether it is drawn or not. A seed may be None."""
+    if seed is not None:
+        check_int(where, "seed", seed, 2**64)
+    check_int(where, "offset", offset, 2**56)
+    check_int(where, "first", first, 2**63)
 
 
 def check_first(where: str, first: Any, shape: Sequence[int]) -> None:

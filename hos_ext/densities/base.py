@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check, check_number
+from ..checks import WIDE, check, check_number, device_of, dtype_of, show
 from ..scores import tweedie_covariance, tweedie_mean
 
 Law = TypeVar("Law", bound="Density")
@@ -40,8 +40,11 @@ class Density(ABC):
         self: Law, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Law:
         """The same density on another device or in another dtype."""
-        moved = (p.to(device=device or p.device, dtype=dtype or p.dtype) for p in self._tensors())
-        return self._like(*moved)
+        where, own = f"{type(self).__name__}.to", self._tensors()[0]
+        device = own.device if device is None else device_of(where, "device", device)
+        dtype = own.dtype if dtype is None else dtype_of(where, "dtype", dtype, WIDE)
+        check(where, device.type != "meta", "device must hold values", "'meta'")
+        return self._like(*(p.to(device=device, dtype=dtype) for p in self._tensors()))
 
     def sample(self, n: int, *, seed: int) -> Tensor:
         """n independent draws; the same seed gives the same draws on one device.
@@ -56,7 +59,7 @@ class Density(ABC):
         where = f"{type(self).__name__}.sample"
         for name, value in (("n", n), ("seed", seed)):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            check(where, whole, f"{name} must be an int", repr(value), TypeError)
+            check(where, whole, f"{name} must be an int", show(value), TypeError)
         check(where, n >= 0, "n must be >= 0", n)
         device = self._tensors()[0].device
         generator = torch.Generator(device=device)
@@ -86,7 +89,7 @@ class Density(ABC):
 
     def noisy(self: Law, sigma: float, alpha: float = 1.0) -> Law:
         """The law of alpha x0 + sigma z for x0 from this density; sigma, alpha > 0."""
-        return self._noisy(*self._levels("noisy", sigma, alpha))
+        return self._noised("noisy", *self._levels("noisy", sigma, alpha))
 
     def posterior_mean(self, x: Tensor, sigma: float, alpha: float = 1.0) -> Tensor:
         """E[x0 | alpha x0 + sigma z = x] at the noisy x (B, D). Shape (B, D). Units of the data."""
@@ -153,9 +156,19 @@ class Density(ABC):
         check(where, isinstance(x, Tensor), "x must be a tensor", type(x).__name__, TypeError)
         flat = x.dim() == 2 and x.shape[1] == self.dim
         check(where, flat, f"x must have shape (B, {self.dim})", tuple(x.shape))
+        check(where, x.layout is torch.strided, "x must be strided", x.layout)
         check(where, x.dtype == like.dtype, f"x must have dtype {like.dtype}", x.dtype)
         check(where, x.device == like.device, f"x must be on {like.device}", x.device)
         return x
+
+    def _noised(self: Law, method: str, sigma: float, alpha: float) -> Law:
+        """The noisy law; its parameters overflow or vanish at levels beyond the dtype."""
+        try:
+            return self._noisy(sigma, alpha)
+        except ValueError:
+            rule = f"sigma and alpha must suit {self._tensors()[0].dtype}"
+            where = f"{type(self).__name__}.{method}"
+            raise ValueError(f"{where}: {rule}, got {sigma:g} and {alpha:g}") from None
 
     def _levels(self, method: str, sigma: float, alpha: float) -> tuple[float, float]:
         where = f"{type(self).__name__}.{method}"

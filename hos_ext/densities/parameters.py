@@ -83,9 +83,12 @@ def whitening(name: str, argument: str, covariance: Tensor) -> Whitening:
 def _check_tensor(name: str, argument: str, value: object) -> None:
     kind = type(value).__name__
     check(name, isinstance(value, Tensor), f"{argument} must be a tensor", kind, TypeError)
+    if isinstance(value, Tensor):
+        check(name, value.layout is torch.strided, f"{argument} must be strided", value.layout)
 
 
 def _check_finite(name: str, argument: str, value: Tensor) -> None:
+    check(name, not value.is_meta, f"{argument} must hold values", "a meta tensor")
     good = value.isfinite()
     fine, rule = bool(good.all()), f"{argument} must be finite"
     check(name, fine, rule, lambda: float(value[~good].flatten()[0]))

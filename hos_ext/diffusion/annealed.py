@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checks import check, check_int, check_number, check_samples
+from ..checks import check, check_callable, check_int, check_number, check_samples, said_by
 from ..sampling.chains import Chains, sample
 from ..sampling.methods import Method, StepOptions, make_step
 from ..scores import Model, UnscaledScores, model_scores
@@ -72,6 +72,7 @@ def annealed_langevin(
     """
     where = "annealed_langevin"
     check_samples(where, "init", init)
+    check_callable(where, "model", model)
     levels = descending(where, "sigmas", sigmas, 1)
     check(where, levels[-1] > 0, "sigmas must be positive", levels[-1])
     relative = check_number(where, "step_size", step_size)
@@ -88,16 +89,17 @@ def annealed_langevin(
             return chain_scores(model_scores(where, model, x, level), sigma, step)
 
         last = sigma == levels[-1]
-        chains = sample(
-            score_fn,
-            method=step,
-            step_size=relative * sigma**2,
-            n_steps=n_steps if last else 0,
-            burn_in=0 if last else n_steps,
-            thin=thin,
-            chunk_size=chunk_size,
-            state=state,
-        )
+        with said_by(where, "sample"):
+            chains = sample(
+                score_fn,
+                method=step,
+                step_size=relative * sigma**2,
+                n_steps=n_steps if last else 0,
+                burn_in=0 if last else n_steps,
+                thin=thin,
+                chunk_size=chunk_size,
+                state=state,
+            )
         state = chains.state
         sums = {name: total + chains.stats[name] for name, total in sums.items()}
     return Chains(chains.draws, {**chains.stats, **sums}, state)

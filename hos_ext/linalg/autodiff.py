@@ -61,7 +61,7 @@ class Jacobian:
         self.forward_mode = True
         with torch.no_grad(), _differentiable():
             self.score = score_fn(self.x)
-        check_tensor("ScoreHessian", "the score", self.score, like=x, shape=tuple(x.shape))
+        check_tensor("ScoreHessian", "score_fn(x)", self.score, like=x, shape=tuple(x.shape))
 
     def forward(self, v: Tensor) -> Tensor:
         """J v for v (B, D, k)."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_count
+from ..checks import check, check_count, check_flag, check_kind, check_number
 from ..ops.noise import draw_normal
 from ..random import STREAM_START, Key
 from ..scores import SymmetricOperator
@@ -94,12 +94,16 @@ def eigenpairs(
         >>> eigenpairs(DPLR(torch.tensor([[3.0, 1.0, 2.0]])), 2).values
         tensor([[3., 2.]])
     """
+    check_kind(where, "operator", operator, SymmetricOperator)  # type: ignore[type-abstract]
+    check_flag(where, largest=largest)
+    square = len(operator.shape) == 3 and operator.shape[1] == operator.shape[2]
+    check(where, square, "operator must have shape (B, D, D)", tuple(operator.shape))
     size = operator.shape[1]
     check_count(where, "k", k)
     check(where, k <= size, f"k must be in 1..{size}", k)
     if tolerance is None:
         tolerance = _TOLERANCE[operator.dtype]
-    check(where, tolerance > 0, "tolerance must be positive", tolerance)
+    tolerance = check_number(where, "tolerance", tolerance)
     if max_products is None:
         max_products = 100 + 20 * k
     check_count(where, "max_products", max_products, least=k)

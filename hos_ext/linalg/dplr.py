@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_int, check_low_rank, check_shape, check_tensor, per_sample
+from ..checks import (
+    check,
+    check_int,
+    check_low_rank,
+    check_seed,
+    check_shape,
+    check_tensor,
+    per_sample,
+    rows_at,
+    said_by,
+)
 from ..ops.noise import draw_normal
 from ..random import STREAM_POSTERIOR, Key, fresh_seed
 from . import woodbury
@@ -54,6 +64,9 @@ class DPLR:
         DPLR(B=1, D=2, rank=1, torch.float32, cpu)
     """
 
+    # numpy's + and @ leave the matrix to the methods here, instead of making arrays of objects.
+    __array_ufunc__ = None
+
     def __init__(self, diag: Tensor, factor: Tensor | None = None, sign: Tensor | None = None):
         check_tensor("DPLR", "diag", diag)
         usable = diag.dim() == 2 and diag.shape[1] > 0
@@ -79,7 +92,9 @@ class DPLR:
 
     def rows(self, index: Tensor | slice) -> DPLR:
         """The matrices of these samples of the batch."""
-        return DPLR.of(self.diag[index], self.factor[index], self.sign)
+        where = "DPLR.rows"
+        factor = rows_at(where, self.factor, index)
+        return DPLR.of(rows_at(where, self.diag, index), factor, self.sign)
 
     # ------------------------------------------------------------------------------- description
 
@@ -128,7 +143,8 @@ class DPLR:
 
     def matvec(self, v: Tensor) -> Tensor:
         """The product with v. v and the result: shape (B, D) or (B, D, k)."""
-        return ops.hessian_matvec(self.diag, self.factor, v, sign=self.sign)
+        with said_by("DPLR.matvec", "hessian_matvec"):
+            return ops.hessian_matvec(self.diag, self.factor, v, sign=self.sign)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matvec(v)
@@ -159,8 +175,9 @@ class DPLR:
     def __add__(self, other: DPLR | float | Tensor) -> DPLR:
         """The sum with another DPLR (ranks add), or with a I for a float or a (B,)."""
         if not isinstance(other, DPLR):
-            shift = per_sample("DPLR.__add__", "a", other, self.diag)
+            shift = per_sample("DPLR.__add__", "other", other, self.diag)
             return DPLR.of(self.diag + shift, self.factor, self.sign)
+        check_whole("DPLR.__add__", "other", other)
         if other.shape != self.shape:
             shapes = f"{tuple(self.shape)}, got {tuple(other.shape)}"
             raise ValueError(f"DPLR.__add__: other must have shape {shapes}")
@@ -254,7 +271,8 @@ class DPLR:
             RuntimeError: on a second derivative, if there is a sign -1.
         """
         where = "DPLR.sample"
-        check_int(where, "n", n, 2**56)
+        check_int(where, "n", n, 2**31)
+        check_seed(where, seed, offset=offset, first=first)
         signed = self.sign is not None and bool((self.sign < 0).any())
         bad = ~(self.diag > 0) if signed else self.diag < 0
         rule = f"diag must be {'> 0 where a sign is -1' if signed else '>= 0'}"
@@ -357,3 +375,12 @@ class DPLR:
 def _whitened_eigh(diag: Tensor, factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """`low_rank_eigh` of U / sqrt(d)."""
     return low_rank_eigh(factor / diag.sqrt().unsqueeze(-1), sign)
+
+
+def check_whole(where: str, name: str, matrix: DPLR) -> None:
+    """The parts of a DPLR are tensors that fit each other still: anyone may change them."""
+    parts = (getattr(matrix, "diag", None), getattr(matrix, "factor", None))
+    whole = all(isinstance(part, Tensor) for part in parts)
+    check(where, whole, f"{name} must be whole", "a DPLR that was changed", TypeError)
+    check_tensor(where, f"{name}.diag", matrix.diag, shape=("B", "D"))
+    check_low_rank(where, matrix.factor, matrix.sign, matrix.diag)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from ..checks import (
     check,
     check_count,
+    check_flag,
     check_samples,
+    check_seed,
     check_shape,
     check_tensor,
     per_sample,
@@ -31,7 +34,7 @@ from .block_lanczos import Eigenpairs, eigenpairs
 from .dplr import DPLR
 from .hutchinson import Estimate
 from .operator import BatchRows
-from .truncation import Remainder, truncated
+from .truncation import Remainder, check_truncation, truncated
 
 
 class ScoreHessian:
@@ -95,6 +98,7 @@ class ScoreHessian:
         chunk_size: int | None = CHUNK,
         check: bool = True,
     ):
+        check_flag("ScoreHessian", symmetrize=symmetrize, check=check)
         _check_input(score_fn, x, chunk_size)
         self._jacobian = Jacobian(score_fn, x, chunk_size)
         self.x = self._jacobian.x
@@ -139,12 +143,12 @@ class ScoreHessian:
 
     def scale(self, a: float | Tensor) -> ScoreHessian:
         """a times the matrix, for a float or a (B,)."""
-        value = self._level("scale", a)
+        value = self._level("scale", "a", a)
         return self._like(value * self._a, value * self._b)
 
     def __add__(self, other: float | Tensor) -> ScoreHessian:
         """The sum with other times I, for a float or a (B,)."""
-        return self._like(self._a, self._b + self._level("__add__", other))
+        return self._like(self._a, self._b + self._level("__add__", "other", other))
 
     __radd__ = __add__
 
@@ -184,6 +188,7 @@ class ScoreHessian:
             symmetric part is right.
         """
         check_count("ScoreHessian.asymmetry", "n_probes", n_probes)
+        check_seed("ScoreHessian.asymmetry", seed, first=first)
         apart = whole = self.x.new_zeros(self.x.shape[0])
         for z in self._probes(n_probes, seed, first):
             forward = self._jacobian.forward(z)
@@ -231,6 +236,7 @@ class ScoreHessian:
             Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix.
         """
         check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
+        check_seed("ScoreHessian.estimate_diagonal", seed, first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.diagonal())
         return hutchinson.mean(z * self._forward(z) for z in self._probes(n_probes, seed, first))
@@ -250,6 +256,7 @@ class ScoreHessian:
             Hutchinson 1989, A stochastic estimator of the trace of the influence matrix.
         """
         check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)
+        check_seed("ScoreHessian.estimate_trace", seed, first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.trace())
         return hutchinson.mean(
@@ -352,13 +359,13 @@ class ScoreHessian:
         where = "ScoreHessian.low_rank"
         check_count(where, "k", k, least=0)
         check_count(where, "n_probes", n_probes, least=2)
-        known = remainder in ("isotropic", "diagonal")
-        check(where, known, "remainder must be 'isotropic' or 'diagonal'", repr(remainder))
-        check(where, 0 <= floor < 1, "floor must be in [0, 1)", floor)
+        check_truncation(where, remainder, floor)
+        check_seed(where, seed, first=first)
         batch, size, _ = self.shape
         values, vectors = self.x.new_empty((batch, 0)), self.x.new_empty((batch, size, 0))
         if k:
-            pairs = self.eigenpairs(k, tolerance=tolerance, max_products=max_products)
+            options: dict[str, Any] = {"tolerance": tolerance, "max_products": max_products}
+            pairs = eigenpairs(self, k, where=where, **options)
             values, vectors = pairs.values, pairs.vectors
         if n_probes >= size:
             rest = self.diagonal() - (vectors.square() * values.unsqueeze(1)).sum(-1)
@@ -376,9 +383,9 @@ class ScoreHessian:
         other._a, other._b = a, b
         return other
 
-    def _level(self, method: str, a: float | Tensor) -> Tensor:
+    def _level(self, method: str, name: str, a: float | Tensor) -> Tensor:
         """A float, 0-d or (B,) value, shaped to broadcast against (B, D, k)."""
-        value = per_sample(f"ScoreHessian.{method}", "a", a, self.x)
+        value = per_sample(f"ScoreHessian.{method}", name, a, self.x)
         return value if value.dim() == 0 else value.reshape(-1, 1, 1)
 
     def _columns(self, method: str, v: Tensor) -> Tensor:

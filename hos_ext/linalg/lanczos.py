@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_count, check_tensor
+from ..checks import check, check_callable, check_count, check_tensor
 from .spectrum import Function, Matvec, MatvecOfRows
 
 _BREAKDOWN = 10  # a Lanczos beta this many epsilons of the norm of A is rounding
@@ -102,6 +102,7 @@ def lanczos(
         >>> result.iterations
         tensor([1])
     """
+    check_callable("lanczos", "rows", rows)
     _check_arguments(v, functions, tolerance, max_iterations)
     batch, size = v.shape
     limit = min(size, _MAX_ITERATIONS if max_iterations is None else max_iterations)
@@ -112,6 +113,7 @@ def lanczos(
         return LanczosResult(tuple(values), error.to(v.dtype), iterations, iterations > 0)
     q, length = _normalised(v)
     product = rows(slice(None))
+    check_callable("lanczos", "what rows returns", product)
     run = _Run.start(q, limit, len(functions))
     next_check = 1
     for m in range(1, limit + 1):
@@ -172,7 +174,7 @@ class _Run:
             self.basis = torch.cat([self.basis, torch.empty_like(self.basis)], 1)
         self.basis[:, m - 1] = q
         image = product(q)
-        check_tensor("lanczos", "the product", image, like=q, shape=tuple(q.shape))
+        check_tensor("lanczos", "the product of rows", image, like=q, shape=tuple(q.shape))
         alpha, beta, image = _orthogonalise(self.basis[:, :m], image)
         self.bound = torch.maximum(self.bound, torch.maximum(alpha.abs(), beta))
         # Rounding, and after D iterations nothing else: the Krylov space is exhausted.
@@ -208,6 +210,9 @@ def _check_arguments(
     check_tensor(where, "v", v)
     flat = v.dim() == 2 and v.shape[1] > 0
     check(where, flat, "v must have shape (B, D), D >= 1", tuple(v.shape))
+    many = isinstance(functions, (list, tuple)) and all(map(callable, functions))
+    rule = "functions must be a sequence of functions"
+    check(where, many, rule, type(functions).__name__, TypeError)
     check(where, functions, "functions must hold at least one", "none")
     check(where, isinstance(tolerance, float), "tolerance must be a float", kind, TypeError)
     check(where, 0 < tolerance < 1, "tolerance must be in (0, 1)", tolerance)
@@ -269,6 +274,7 @@ def _coefficients(entries: Tensor, functions: Sequence[Function]) -> tuple[Tenso
     results = []
     for function in functions:
         weight = function(ritz)
+        check_tensor("lanczos", "what functions return", weight, like=ritz)
         got = f"{tuple(weight.shape)} from {tuple(ritz.shape)}"
         check("lanczos", weight.shape == ritz.shape, "functions must be elementwise", got)
         results.append((vectors @ (weight * vectors[:, 0]).unsqueeze(-1)).squeeze(-1))

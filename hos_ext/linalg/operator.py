@@ -11,7 +11,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..checks import check, check_shape, check_tensor, rows_at
 from ..scores import DenseScores, MatrixFreeScores, SymmetricOperator, UnscaledScores
 from .dplr import DPLR
 
@@ -63,6 +63,7 @@ class DenseOperator:
 
     def matvec(self, v: Tensor) -> Tensor:
         """The product with v. v and the result: shape (B, D) or (B, D, k)."""
+        check_vectors("DenseOperator.matvec", v, self)
         return (self.matrix @ v.unsqueeze(-1)).squeeze(-1) if v.dim() == 2 else self.matrix @ v
 
     def diagonal(self) -> Tensor:
@@ -75,7 +76,7 @@ class DenseOperator:
 
     def rows(self, index: Tensor | slice) -> DenseOperator:
         """The matrices of these samples of the batch."""
-        return DenseOperator.of(self.matrix[index])
+        return DenseOperator.of(rows_at("DenseOperator.rows", self.matrix, index))
 
 
 class BatchRows:
@@ -96,8 +97,14 @@ class BatchRows:
     """
 
     def __init__(self, whole: SymmetricOperator, index: Tensor | slice):
+        where, kind = "BatchRows", type(whole).__name__
+        rule = "whole must be a SymmetricOperator"
+        try:
+            count, device = whole.shape[0], whole.device
+        except (AttributeError, TypeError, IndexError):
+            raise TypeError(f"{where}: {rule}, got {kind}") from None
         self.whole = whole
-        self.index = torch.arange(whole.shape[0], device=whole.device)[index]
+        self.index = rows_at(where, torch.arange(count, device=device), index)
 
     @property
     def shape(self) -> torch.Size:
@@ -116,6 +123,7 @@ class BatchRows:
 
     def matvec(self, v: Tensor) -> Tensor:
         """The product with v. v and the result: shape (n, D) or (n, D, k)."""
+        check_vectors("BatchRows.matvec", v, self)
         padded = v.new_zeros((self.whole.shape[0], *v.shape[1:]))
         padded[self.index] = v
         return self.whole.matvec(padded)[self.index]
@@ -130,7 +138,7 @@ class BatchRows:
 
     def rows(self, index: Tensor | slice) -> BatchRows:
         """The matrices of these rows among the rows."""
-        return BatchRows(self.whole, self.index[index])
+        return BatchRows(self.whole, rows_at("BatchRows.rows", self.index, index))
 
 
 def as_operator(where: str, matrix: SymmetricOperator | Tensor) -> SymmetricOperator:
@@ -139,6 +147,14 @@ def as_operator(where: str, matrix: SymmetricOperator | Tensor) -> SymmetricOper
         return matrix
     check_matrix(where, matrix)
     return DenseOperator.of(matrix)
+
+
+def check_vectors(where: str, v: Tensor, matrix: SymmetricOperator) -> None:
+    """(B, D) or (B, D, k), in the dtype and on the device of a matrix (B, D, D)."""
+    check_tensor(where, "v", v)
+    check_shape(where, "v", v, tuple(matrix.shape[:2]), (*matrix.shape[:2], "k"))
+    check(where, v.dtype == matrix.dtype, f"v must have dtype {matrix.dtype}", v.dtype)
+    check(where, v.device == matrix.device, f"v must be on {matrix.device}", v.device)
 
 
 def check_matrix(where: str, matrix: Tensor) -> None:

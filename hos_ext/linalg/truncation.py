@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, check_number, check_tensor, one_of
 from .dplr import DPLR
 
 Remainder = Literal["isotropic", "diagonal"]
@@ -55,7 +55,11 @@ def truncated(
         >>> truncated(torch.tensor([[5.0]]), vectors, rest, remainder="diagonal", floor=0.0).diag
         tensor([[0., 1., 3.]])
     """
-    size = rest.shape[-1]
+    check_tensor(where, "rest", rest, shape=("B", "D"))
+    batch, size = rest.shape
+    check_tensor(where, "values", values, like=rest, shape=(batch, "k"))
+    check_tensor(where, "vectors", vectors, like=rest, shape=(batch, size, values.shape[1]))
+    check_truncation(where, remainder, floor)
     total = rest.sum(-1, keepdim=True)
     trace = total + values.sum(-1, keepdim=True)
     check(
@@ -83,6 +87,13 @@ def truncated(
         diag = torch.where(enough, least + (raised - least) * share, diag)
         weight = torch.where(enough, values.clamp_min(0), weight)
     return DPLR.of(diag, vectors * _root(weight))
+
+
+def check_truncation(where: str, remainder: object, floor: object) -> None:
+    """The form of the remainder, and how low it may get."""
+    one_of(where, "remainder", remainder, ("isotropic", "diagonal"))
+    number = check_number(where, "floor", floor, positive=False)
+    check(where, number < 1, "floor must be in [0, 1)", f"{number:g}")
 
 
 def _root(values: Tensor) -> Tensor:

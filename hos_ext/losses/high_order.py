@@ -457,5 +457,8 @@ def _check_scores(
     if directions is not None:
         _check_directions(where, directions, noise)
         like = noise.new_empty(directions.shape[:2])
+    for j, score in enumerate(lower_scores):
+        check_tensor(where, f"lower_scores[{j}]", score, like=noise)
+    check_tensor(where, "score_k", score_k, like=noise)
     scores = [*lower_scores, score_k]
-    return is_dense(where, "scores", scores, like, directions is not None, points)
+    return is_dense(where, "lower_scores and score_k", scores, like, directions is not None, points)

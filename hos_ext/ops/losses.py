@@ -257,7 +257,7 @@ def _evaluate(
     reduction: str,
 ) -> Tensor:
     """One native call where all is plain, else the general way; then the reduction."""
-    if reduction not in ("mean", "sum", "none"):
+    if reduction.__class__ is not str or reduction not in ("mean", "sum", "none"):
         where = _native.LOSSES[kind].name
         raise ValueError(f"{where}: reduction must be mean, sum or none, got {reduction!r}")
     # The losses, where all is right for it; True where a gradient is wanted as well, of (B, D);

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, require
+from ..checks import check, check_callable, check_flag, check_kind, require
 from ..random import Key
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
@@ -71,6 +71,11 @@ class Chains(NamedTuple):
             >>> sorted(chains.to_arviz("image").children)
             ['posterior', 'sample_stats']
         """
+        where, kind = "Chains.to_arviz", type(self.draws).__name__
+        check_kind(where, "name", name, str)
+        many = isinstance(self.draws, Tensor) and self.draws.dim() >= 2
+        check(where, many, "draws must have shape (chain, draw, *dims)", kind)
+        check_kind(where, "stats", self.stats, dict)
         base, tree = require("to_arviz", "arviz_base"), require("to_arviz", "xarray").DataTree
         chains = len(self.draws)
         rows, rest = {}, {}
@@ -206,6 +211,10 @@ def sample(
     step = make_step(
         method, curvature=curvature, tolerance=tolerance, max_iterations=max_iterations
     )
+    check_callable("sample", "score_fn", score_fn)
+    if log_prob is not None:
+        check_callable("sample", "log_prob", log_prob)
+    check_flag("sample", progress=progress)
     rule = f"log_prob must be None for the unadjusted method {step.name!r}"
     check("sample", log_prob is None or step.adjusted, rule, "one")
     n_steps, burn_in = whole("n_steps", n_steps, 0), whole("burn_in", burn_in, 0)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check, check_tensor, one_of, positive, require
+from ..checks import FLOATING, check, check_tensor, one_of, positive, require, said_by
 
-_ESS_KINDS = ("bulk", "tail", "mean", "sd", "cutoff")
+ESS_KINDS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
 
 
@@ -55,7 +55,7 @@ def ess(draws: Tensor, *, kind: str = "bulk") -> Tensor:
         >>> ess(draws, kind="cutoff")
         tensor([40.], dtype=torch.float64)
     """
-    one_of("ess", "kind", kind, _ESS_KINDS)
+    one_of("ess", "kind", kind, ESS_KINDS)
     _check_draws("ess", draws)
     if kind == "cutoff":
         return _per_dimension(draws, _cutoff_ess)
@@ -81,7 +81,8 @@ def min_ess(draws: Tensor, *, kind: str = "bulk") -> float:
         >>> min_ess(torch.tensor([[[0.0], [1.0]] * 20]), kind="cutoff")
         40.0
     """
-    return float(ess(draws, kind=kind).min())
+    with said_by("min_ess", "ess"):
+        return float(ess(draws, kind=kind).min())
 
 
 def ess_rate(draws: Tensor, cost: float | Tensor, *, kind: str = "bulk") -> float:
@@ -106,7 +107,8 @@ def ess_rate(draws: Tensor, cost: float | Tensor, *, kind: str = "bulk") -> floa
         0.5
     """
     value = positive("ess_rate", "cost", cost, torch.empty((), dtype=torch.float64))
-    return min_ess(draws, kind=kind) / float(value)
+    with said_by("ess_rate", "min_ess"):
+        return min_ess(draws, kind=kind) / float(value)
 
 
 def r_hat(draws: Tensor) -> Tensor:
@@ -217,6 +219,7 @@ def _check_draws(caller: str, draws: Tensor, *, min_chains: int = 1, min_draws: 
     kind = draws.dtype if isinstance(draws, Tensor) else type(draws).__name__
     good = isinstance(draws, Tensor) and draws.is_floating_point()
     check(caller, good, "draws must be a floating-point tensor", str(kind), TypeError)
+    check(caller, draws.layout is torch.strided, "draws must be strided", draws.layout)
     enough = draws.dim() >= 2 and draws.shape[0] >= min_chains and draws.shape[1] >= min_draws
     rule = f"shape (chain, draw, *dims), chain >= {min_chains}, draw >= {min_draws}"
     check(caller, enough, f"draws must have {rule}", tuple(draws.shape))

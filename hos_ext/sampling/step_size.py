@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_count, check_number, one_of
+from ..checks import (
+    check,
+    check_callable,
+    check_count,
+    check_number,
+    check_samples,
+    one_of,
+    said_by,
+    show,
+)
 from ..random import Key, fresh_seed
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype
 from .chains import ChainOptions, sample
-from .diagnostics import min_ess
+from .diagnostics import ESS_KINDS, min_ess
 from .methods.base import CURVATURES
 from .methods.metropolis import MetropolisWalk
 from .methods.points import Point
@@ -108,6 +117,12 @@ def search_step_size(
         1.0
     """
     where = "search_step_size"
+    check_callable(where, "score_fn", score_fn)
+    check_samples(where, "init", init)
+    one_of(where, "ess_kind", ess_kind, ESS_KINDS)
+    many = isinstance(step_sizes, (list, tuple)) or getattr(step_sizes, "ndim", 0) == 1
+    rule = "step_sizes must be a sequence of numbers"
+    check(where, many, rule, lambda: show(step_sizes), TypeError)
     candidates = [check_number(where, "step_sizes", h) for h in step_sizes]
     check(where, candidates, "step_sizes must hold at least one step size", "none")
     given = dict(options).get("step_size")
@@ -116,19 +131,21 @@ def search_step_size(
         seed = fresh_seed()
     rates = []
     for h in candidates:
-        chains = sample(
-            score_fn,
-            init,
-            step_size=h,
-            n_steps=n_steps,
-            seed=seed,
-            first_chain=first_chain,
-            progress=progress,
-            **options,
-        )
+        with said_by(where, "sample"):
+            chains = sample(
+                score_fn,
+                init,
+                step_size=h,
+                n_steps=n_steps,
+                seed=seed,
+                first_chain=first_chain,
+                progress=progress,
+                **options,
+            )
         rate = 0.0
         if not bool(chains.stats["diverged"].any()):
-            size = min_ess(chains.draws, kind=ess_kind)
+            with said_by(where, "ess", kind="ess_kind"):
+                size = min_ess(chains.draws, kind=ess_kind)
             cost = chains.stats["n_score_evaluations"] * len(init)
             rate = 0.0 if math.isnan(size) else size / cost
         rates.append(rate)
@@ -195,7 +212,11 @@ def adapt_step_size(
     h0 = check_number(where, "step_size", step_size)
     check_count(where, "n_steps", n_steps, limit=2**56)
     check(where, check_number(where, "target", target) < 1, "target must be below 1", target)
-    state = begin_chains(init, seed, first_chain, None)
+    check_callable(where, "score_fn", score_fn)
+    if log_prob is not None:
+        check_callable(where, "log_prob", log_prob)
+    with said_by(where, "sample"):
+        state = begin_chains(init, seed, first_chain, None)
     check(where, len(state["x"]), "init must hold at least one chain", "none")
     check_dtype(where, step.name, state["x"], step.dtypes)
     walk = step.walk(score_fn, log_prob, state["x"], h0)
@@ -208,7 +229,7 @@ def adapt_step_size(
     acceptance, step_sizes = [], []
     for t in range(1, n_steps + 1):
         walk.step_size = h
-        report = walk.advance(Key(state["seed"], state["step"], first_chain))
+        report = walk.advance(Key(state["seed"], state["step"], state["first_chain"]))
         state["step"] += 1
         divergences += report["divergences"]
         acceptance.append(float(report["acceptance"][alive].mean()))

@@ -226,7 +226,8 @@ def _checked(where: str, name: str, value: float | Tensor, low: float, high: flo
         check(where, fits, rule, type(value).__name__, TypeError)
         value = torch.tensor(as_float(value), dtype=torch.float64)
     if not torch.compiler.is_compiling():
-        ends = value.new_tensor([low, high])
+        # Not new_tensor: torch cannot make one like a view with its negative bit set.
+        ends = torch.tensor([low, high], dtype=value.dtype, device=value.device)
         good = (value >= ends[0]) & (value <= ends[1])
         check(where, not good.is_meta, f"{name} must hold values", "a meta tensor")
         rule = f"{name} must be in [{low:g}, {high:g}]"

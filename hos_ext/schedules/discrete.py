@@ -31,6 +31,7 @@ class DiscreteVP(Preserving):
     def __post_init__(self) -> None:
         table, where = self.alphas_cumprod, "DiscreteVP"
         check_tensor(where, "alphas_cumprod", table, dtypes=(torch.float64,))
+        check(where, not table.is_meta, "alphas_cumprod must hold values", "a meta tensor")
         fits, shape = table.dim() == 1 and len(table) >= 2, tuple(table.shape)
         check(where, fits, "alphas_cumprod must have shape (N,), N >= 2", shape)
         inside = (table > 0) & (table < 1)

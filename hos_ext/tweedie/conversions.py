@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check, check_like, check_tensor, one_of, positive, said_by
-from ..linalg.dplr import DPLR
+from ..linalg.dplr import DPLR, check_whole
 from ..linalg.jacobian import ScoreHessian
 from .posterior import posterior_mean
 
@@ -220,6 +220,8 @@ def hessian_from_jacobian(
         tensor([[[-0.1250]]])
     """
     where = "hessian_from_jacobian"
+    if isinstance(jacobian, DPLR):
+        check_whole(where, "jacobian", jacobian)
     if isinstance(jacobian, (DPLR, ScoreHessian)):
         rows = torch.empty(jacobian.shape[:1], dtype=jacobian.dtype, device=jacobian.device)
         shift, slope = _affine(where, prediction, sigma, alpha, rows)
@@ -259,6 +261,8 @@ def jacobian_from_hessian(
         tensor([[[0.5000]]])
     """
     where = "jacobian_from_hessian"
+    if isinstance(hessian, DPLR):
+        check_whole(where, "hessian", hessian)
     if isinstance(hessian, (DPLR, ScoreHessian)):
         rows = torch.empty(hessian.shape[:1], dtype=hessian.dtype, device=hessian.device)
         shift, slope = _affine(where, prediction, sigma, alpha, rows)

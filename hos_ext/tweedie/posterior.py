@@ -35,7 +35,7 @@ from ..checks import (
     positive,
     said_by,
 )
-from ..linalg.dplr import DPLR
+from ..linalg.dplr import DPLR, check_whole
 from ..scores import Scores, tweedie_mean
 
 
@@ -198,10 +198,7 @@ def check_posterior(where: str, posterior: Posterior, prefix: str = "posterior."
     mean, covariance = posterior
     check_samples(where, f"{prefix}mean", mean)
     check_kind(where, f"{prefix}covariance", covariance, DPLR)
-    parts = (getattr(covariance, "diag", None), getattr(covariance, "factor", None))
-    whole = all(isinstance(part, Tensor) for part in parts)
-    check(where, whole, f"{prefix}covariance must be whole", "a DPLR that was changed", TypeError)
-    check_low_rank(where, covariance.factor, covariance.sign, covariance.diag)
+    check_whole(where, f"{prefix}covariance", covariance)
     size = (len(mean), mean.shape[1:].numel())
     check_tensor(where, f"{prefix}covariance", covariance.diag, like=mean, shape=size)
 

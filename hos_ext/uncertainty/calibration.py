@@ -288,7 +288,8 @@ def _residual(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tenso
     shape, because = tuple(mean.shape), " like posterior.mean"
     check_tensor(where, "x0", x0, like=mean, shape=shape, because=because)
     check(where, len(shape) > 1 and shape[0] > 0, "x0 must have shape (B, *dims), B >= 1", shape)
-    check_number(where, "tau", tau, positive=False)
+    number = check_number(where, "tau", tau, positive=False)
+    check(where, number < 1e150, "tau must be below 1e150, whose square is finite", f"{number:g}")
     return (x0 - mean).flatten(1).double()
 
 

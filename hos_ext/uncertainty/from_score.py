@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..checks import check_samples, positive
+from ..checks import check_samples, positive, said_by
 from ..linalg.autodiff import CHUNK
 from ..linalg.jacobian import ScoreHessian
 from ..scores import FirstOrderScore
@@ -80,17 +80,21 @@ def posterior_from_score(
     where = "posterior_from_score"
     check_samples(where, "x", x)
     s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
-    hessian = ScoreHessian(score_fn, x, symmetrize=symmetrize, chunk_size=chunk_size, check=check)
+    with said_by(where, "ScoreHessian"):
+        hessian = ScoreHessian(
+            score_fn, x, symmetrize=symmetrize, chunk_size=chunk_size, check=check
+        )
     kappa = noise_covariance(hessian, s)
-    truncated = kappa.low_rank(
-        rank,
-        remainder=remainder,
-        n_probes=n_probes,
-        seed=seed,
-        first=first,
-        floor=floor,
-        tolerance=tolerance,
-        max_products=max_products,
-    )
+    with said_by(where, "ScoreHessian.low_rank", k="rank", the="score_fn at sigma: the"):
+        truncated = kappa.low_rank(
+            rank,
+            remainder=remainder,
+            n_probes=n_probes,
+            seed=seed,
+            first=first,
+            floor=floor,
+            tolerance=tolerance,
+            max_products=max_products,
+        )
     mean = posterior_mean(x, hessian.score, sigma, alpha)
     return Posterior(mean, covariance_from_kappa(truncated, s, a))

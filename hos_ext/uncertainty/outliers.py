@@ -16,6 +16,7 @@ from ..checks import (
     check,
     check_kind,
     check_like,
+    check_low_rank,
     check_number,
     check_samples,
     check_tensor,
@@ -96,8 +97,9 @@ def outlier_score(
     check(where, floor <= 1, "floor must be in (0, 1]", f"{floor:g}")
     check_samples(where, "scores.scaled_score", scores.scaled_score)
     check_like(where, "scores.c", scores.c, scores.scaled_score)
+    sign = check_low_rank(where, scores.factor, scores.sign, scores.scaled_score)
     scaled_score = scores.scaled_score.flatten(1)
-    kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+    kappa = DPLR.of(scores.c.flatten(1), scores.factor, sign)
     finite = (scaled_score + kappa.diagonal()).isfinite().all(1)
     if kind == "laplacian":
         value = (scaled_score.square() + kappa.diagonal() - 1).sum(1)

@@ -7,7 +7,8 @@
 A seed makes a call: it picks an entry of `entries.py`, builds its valid arguments, and replaces one
 or several of them by values of `values.py`. Clear is a ValueError, TypeError or RuntimeError that
 reads `function: argument rule, got value`; "inner" counts those that name the public function
-which the entry called, instead of itself. Everything else is unclear: another error, one that
+which the entry called, instead of itself; "user" those of a function that was given and takes other
+arguments. Everything else is unclear: another error, one that
 names neither, a result where the annotation rules the value out, another result for a value that
 means the same, a broadcast, a crash, memory above a bound, no end. Calls run in a worker process,
 which is started anew after a crash or when it does not answer.
@@ -56,7 +57,7 @@ CLEAR = (ValueError, TypeError, RuntimeError)
 BAD = ("unclear", "silent", "differs", "broadcast", "memory", "hang", "crash", "machine")
 # One tensor for all rows where a call takes one a row, and k vectors where it takes one.
 ONE_FOR_ALL = {"sigma", "alpha", "step_size", "a", "scale", "t", "ratio", "noise_std", "cost"}
-MANY = {"v", "b", "directions", "other"}
+MANY = {"v", "b", "directions", "other", "y", "inside", "outside"}
 
 
 class Call(NamedTuple):
@@ -133,6 +134,8 @@ def _clarity(call: Call, error: Exception) -> str:
     text = str(error)
     if text.startswith("unsupported operand type"):
         return "refused"
+    if re.search(r"takes (no|\d+ positional) arguments?", text):
+        return "user"  # a function that was given takes other arguments: Python names it
     prefix, _, rest = text.partition(": ")
     said = set(re.findall(r"\w+", rest))
     if prefix in call.entry.prefixes:
@@ -146,11 +149,15 @@ def _parts(call: Call) -> set[str]:
     found = {"matrix"} if "self" in call.entry.kinds else set()
     for value in call.valid.values():
         found |= set(getattr(value, "_fields", ()))
+        if hasattr(value, "covariance"):
+            found |= {"diag", "factor", "sign"}
     return found
 
 
 def _broadcasts(call: Call, name: str) -> bool:
     """Whether another tensor of the call has rows that this one no longer fits."""
+    if name == "factor" and call.changed[name].done.endswith("last axis of 1"):
+        return False  # another rank
     if name in ONE_FOR_ALL | MANY or not isinstance(call.valid.get(name), torch.Tensor):
         return False
     others = [v for n, v in call.given.items() if n != name and n not in ONE_FOR_ALL]
@@ -371,6 +378,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, help="this many instead of some minutes")
     parser.add_argument("--from", dest="first", type=int, help="the first seed; not recorded")
     parser.add_argument("--repeat", type=int, metavar="SEED", help="one call, told in full")
+    parser.add_argument("--inner", action="store_true", help="also print what is said by others")
     parser.add_argument("--valid", action="store_true", help="the valid calls alone")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -388,7 +396,7 @@ def main() -> int:
     unclear: list[int] = []
     for answer in run(seeds, until):
         counts[answer["kind"]] += 1
-        if answer["kind"] in BAD:
+        if answer["kind"] in BAD or (asked.inner and answer["kind"] == "inner"):
             unclear.append(answer["seed"])
             line = f"--repeat {answer['seed']}  {answer['kind']}  {answer['call']}"
             print(f"{line}\n    {answer['said']}", flush=True)

@@ -77,6 +77,7 @@ TRUSTED = {
     "linalg.spectrum_apply": STEP,
     "linalg.spectrum_logdet": STEP,
     "linalg.low_rank_eigh": STEP,
+    "schedules.check_schedule": "a check itself: its first argument is the name in errors",
     "linalg.hessian_of": "takes any object, and answers None for what has no Hessian",
     "sampling.sample_sharded": "needs a group of processes; it hands its arguments to `sample`",
     "sampling.register_step": "takes a class of steps, by duck typing of its attributes",
@@ -148,6 +149,9 @@ def _entry(name: str, call: Callable[..., Any], prefixes: tuple[str, ...]) -> En
             required.append(p.name)
     if not kinds:
         return None
+    named = inspect.signature(call).parameters.get("where")
+    if named is not None and isinstance(named.default, str):
+        prefixes = (*prefixes, named.default)
     return Entry(name, call, kinds, tuple(required), prefixes, tuple(positional))
 
 
@@ -536,7 +540,6 @@ MAKERS: dict[str, Make] = LEVELS | {
     "s": lambda w: 0.008,
     "alphas_cumprod": lambda w: torch.linspace(0.99, 0.01, 20, dtype=torch.float64),
     "sigma_range": lambda w: (0.1, 2.0),
-    "where": lambda w: "check_schedule",
     "state": lambda w: None,
     "init_state": lambda w: None,
     "whole": World.hessian,

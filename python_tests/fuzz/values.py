@@ -40,14 +40,20 @@ class Anything:
         return "Anything()"
 
 
+class Bent(DPLR):
+    """A matrix that was changed; what it is called does not depend on what it holds."""
+
+    def __repr__(self) -> str:
+        return "Bent()"
+
+
 # ---------------------------------------------------------------------------- whatever it replaces
 
 
 def _wild() -> dict[str, Any]:
     """Values that fit few arguments."""
-    bent = DPLR(torch.ones(3, 4))
+    bent, bare = Bent(torch.ones(3, 4)), Bent(torch.ones(3, 4))
     bent.diag = "abc"  # type: ignore[assignment]
-    bare = DPLR(torch.ones(3, 4))
     del bare.factor
     return {
         "None": None,
@@ -216,13 +222,7 @@ OTHER: dict[str, Change] = {
     "numpy reversed": lambda t: t.numpy()[::-1],
     "numpy expanded": lambda t: np.broadcast_to(t.numpy()[:1], t.shape),
     "list": lambda t: t.tolist(),
-    "inference": lambda t: _inference(t),
 }
-
-
-@torch.inference_mode()
-def _inference(t: torch.Tensor) -> torch.Tensor:
-    return t.clone()
 
 
 # ------------------------------------------------------------------------- instead of other things
@@ -341,6 +341,8 @@ def _bent(value: Any, rng: random.Random) -> Changed:
     names = sorted(n for n in getattr(value, "__dict__", ()) if not n.startswith("_"))
     if not names:
         return Changed(Anything(), "object")
+    if getattr(type(value), "__dataclass_params__", None) and value.__dataclass_params__.frozen:
+        return Changed(Anything(), "object")  # it refuses a change itself
     bent = copy.copy(value)
     name = rng.choice(names)
     wrong = rng.choice([None, "abc", -1.0, torch.ones(2)])

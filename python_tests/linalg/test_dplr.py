@@ -663,17 +663,17 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         (
             lambda: GOOD + "1",
             TypeError,
-            "DPLR.__add__: a must be a float or a Tensor, got str",
+            "DPLR.__add__: other must be a float or a Tensor, got str",
         ),
         (
             lambda: GOOD + torch.ones(3),
             ValueError,
-            "DPLR.__add__: a must be a float or have shape (2,), got (3,)",
+            "DPLR.__add__: other must be a float or have shape (2,), got (3,)",
         ),
         (
             lambda: GOOD + torch.ones(2, device="meta"),
             ValueError,
-            "DPLR.__add__: a must be on cpu, got meta",
+            "DPLR.__add__: other must be on cpu, got meta",
         ),
         (
             lambda: GOOD.scale(float("nan")),
@@ -708,7 +708,7 @@ NEGATIVE = DPLR(D, U, torch.tensor([-1]))
         (
             lambda: GOOD.sample(-1),
             ValueError,
-            "DPLR.sample: n must be in [0, 2**56), got -1",
+            "DPLR.sample: n must be in [0, 2**31), got -1",
         ),
         (lambda: GOOD.sample(True), TypeError, "DPLR.sample: n must be an int, got bool"),
         (lambda: GOOD.sample(1.0), TypeError, "DPLR.sample: n must be an int, got float"),

@@ -573,7 +573,7 @@ def test_lanczos_refuses_bad_arguments() -> None:
         ),
         (
             ValueError,
-            r"lanczos: the product must have shape \(2, 3\), got \(2, 1\)",
+            r"lanczos: the product of rows must have shape \(2, 3\), got \(2, 1\)",
             lambda: lanczos(lambda _: lambda q: q[:, :1], v, functions),
         ),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from ...checks import check, one_of
+from ...checks import check, check_flag, one_of
 from .base import NormalStep, PlainStep, Step, StepOptions
 from .metropolis import Metropolis
 
@@ -95,6 +95,8 @@ def method_names(*, adjusted: bool | None = None) -> tuple[str, ...]:
         >>> method_names(adjusted=True)[:2]
         ('mala', 'mh_ozaki')
     """
+    if adjusted is not None:
+        check_flag("method_names", adjusted=adjusted)
     unadjusted = () if adjusted else tuple(_UNADJUSTED)
     return unadjusted if adjusted is False else (*unadjusted, *_ADJUSTED)
 
@@ -128,6 +130,8 @@ def make_step(
         Ozaki(curvature='abs', tolerance=0.001, max_iterations=None)
     """
     step: Step
+    if adjusted is not None:
+        check_flag(where, adjusted=adjusted)
     if isinstance(method, type) and issubclass(method, PlainStep):
         step = method(**options)
     elif isinstance(method, Step):
