@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from hos_ext import DPLR, Scores, UnscaledScores, checks, posterior
+from hos_ext import DPLR, VP, Scores, UnscaledScores, checks, posterior
+from hos_ext.linalg import DenseOperator, ScoreHessian
 from hos_ext.losses import ScoreMatchingLoss, hermite, score_matching_loss
 from hos_ext.nn import MLP, SecondOrderHead
 from hos_ext.tweedie import moments_from_cumulants, posterior_covariance, second_moment
+
+# torch itself uses what it deprecates, where forward mode begins.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 B, D, R = 3, 4, 2
 X = torch.linspace(-1, 1, B * D).reshape(B, D)
@@ -116,3 +121,43 @@ def test_meta_tensors_hold_no_values_to_check():
         checks.positive("f", "sigma", torch.ones(B, device="meta"), X)
     with pytest.raises(ValueError, match=r"^DPLR: sign must "):
         DPLR(X, torch.ones(B, D, R), torch.ones(R, device="meta"))
+
+
+def test_numpy_leaves_the_sum_to_the_matrix():
+    """ones(3) + matrix was an array of objects, one sum for each entry."""
+    matrix = DPLR(C)
+    with pytest.raises(TypeError, match=r"^DPLR.__add__: other must be a float or a Tensor"):
+        np.ones(3) + matrix
+    assert torch.equal((np.float64(2.0) + matrix).diag, C + 2)
+
+
+def test_times_are_drawn_in_floating_dtypes_alone():
+    """Times between 0 and 1 cut to whole numbers were all zero."""
+    with pytest.raises(ValueError, match=r"^VP.sample_t: dtype must be float32, float64, got "):
+        VP().sample_t(5, seed=0, dtype=torch.int64)
+
+
+def test_seeds_and_rows_are_looked_at_where_no_noise_is_drawn():
+    hessian = ScoreHessian(lambda x: -x, X, symmetrize=True)
+    for name, value in (("seed", "abc"), ("first", -1)):
+        with pytest.raises((TypeError, ValueError), match=f"^ScoreHessian.estimate_trace: {name} "):
+            hessian.estimate_trace(D, **{name: value})  # D probes are exact: none is drawn
+    for name, value in (("offset", 0.5), ("first", 2.0)):
+        with pytest.raises(TypeError, match=f"^score_matching_loss: {name} must be an int"):
+            score_matching_loss(_model, X, 0.5, noise=X, **{name: value})
+
+
+def test_views_with_the_negative_bit_are_times():
+    """torch cannot make a tensor like such a view, which a conjugate's imaginary part is."""
+    t = torch.complex(torch.zeros(2), torch.tensor([-0.25, -0.5])).conj().imag
+    assert t.is_neg()
+    assert torch.equal(VP().sigma(t), VP().sigma(t.clone()))
+
+
+@pytest.mark.parametrize("index", [1.0, "a", [0], None, torch.tensor(1), torch.tensor([7])])
+def test_rows_are_a_slice_or_numbers_of_rows(index):
+    for matrix in (DPLR(C), DenseOperator(DPLR(C).dense()), ScoreHessian(lambda x: -x, X)):
+        name = type(matrix).__name__
+        with pytest.raises((TypeError, ValueError), match=f"^{name}.rows: index must "):
+            matrix.rows(index)
+    assert DPLR(C).rows(torch.tensor([True, False, True])).shape == (2, D, D)

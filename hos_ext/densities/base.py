@@ -61,6 +61,7 @@ class Density(ABC):
             whole = isinstance(value, int) and not isinstance(value, bool)
             check(where, whole, f"{name} must be an int", show(value), TypeError)
         check(where, n >= 0, "n must be >= 0", n)
+        check(where, n < 2**31, "n must be below 2**31", n)
         device = self._tensors()[0].device
         generator = torch.Generator(device=device)
         if device.type == "cpu":  # it keeps 32 bits of a seed: the others are mixed in
@@ -172,4 +173,7 @@ class Density(ABC):
 
     def _levels(self, method: str, sigma: float, alpha: float) -> tuple[float, float]:
         where = f"{type(self).__name__}.{method}"
-        return check_number(where, "sigma", sigma), check_number(where, "alpha", alpha)
+        levels = check_number(where, "sigma", sigma), check_number(where, "alpha", alpha)
+        rule = "sigma and alpha must be below 1e150, whose square is finite"
+        check(where, max(levels) < 1e150, rule, f"{max(levels):g}")
+        return levels

@@ -81,12 +81,16 @@ class Gaussian(Density):
         return Gaussian(alpha * self.mean, _noisy_covariance(self.covariance, sigma, alpha))
 
     def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        gain = self._noisy(sigma, alpha)._white.precision @ self.covariance
+        gain = self._noised("posterior_mean", sigma, alpha)._white.precision @ self.covariance
         return self.mean + alpha * (x - alpha * self.mean) @ gain
 
     def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
         """sigma^2 S P, the same at every x; P is the precision of the noisy law."""
-        covariance = sigma**2 * self.covariance @ self._noisy(sigma, alpha)._white.precision
+        covariance = (
+            sigma**2
+            * self.covariance
+            @ self._noised("posterior_covariance", sigma, alpha)._white.precision
+        )
         return covariance.repeat(x.shape[0], 1, 1)
 
 
@@ -172,11 +176,11 @@ class GaussianMixture(Density):
         return GaussianMixture(self.weights, alpha * self.means, covariances)
 
     def _posterior_mean(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        r, g = self._noisy(sigma, alpha)._weighted(x)
+        r, g = self._noised("posterior_mean", sigma, alpha)._weighted(x)
         return weighted_mean(r, self._posterior_means(g, alpha))
 
     def _posterior_covariance(self, x: Tensor, sigma: float, alpha: float) -> Tensor:
-        noisy = self._noisy(sigma, alpha)
+        noisy = self._noised("posterior_covariance", sigma, alpha)
         r, g = noisy._weighted(x)
         within = sigma**2 * self.covariances @ noisy._white.precision
         between = weighted_covariance(r, self._posterior_means(g, alpha))

@@ -77,7 +77,8 @@ def annealed_langevin(
     check(where, levels[-1] > 0, "sigmas must be positive", levels[-1])
     relative = check_number(where, "step_size", step_size)
     check_options(where, options, StepOptions)
-    step = make_step(method, where=where, **options)
+    with said_by(where, "sample"):
+        step = make_step(method, where=where, **options)
     check_int(where, "n_steps", n_steps, 2**31)
     check_int(where, "first_chain", first_chain, 2**63)
     state = chain_state(init, noise_key(where, init.shape, seed, first=first_chain), step=0)

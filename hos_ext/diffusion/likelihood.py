@@ -19,14 +19,17 @@ from torch import Tensor
 
 from ..checks import (
     check,
+    check_callable,
     check_count,
     check_first,
     check_like,
     check_number,
     check_samples,
+    check_seed,
     check_tensor,
     one_of,
     refuse_dropout,
+    said_by,
 )
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_uniform
@@ -116,6 +119,9 @@ def log_likelihood(
     std = check_number(where, "data_std", data_std, positive=False)
     check_count(where, "n_probes", n_probes)
     check_first(where, first, x.shape)
+    check_seed(where, seed)
+    if log_prior is not None:
+        check_callable(where, "log_prior", log_prior)
     grid = time_grid(where, schedule, n_steps, times)[::-1]
     low, high, size = grid[0], grid[-1], x.shape[1:].numel()
     levels = _log_ratio(schedule, torch.tensor(grid, dtype=torch.float64))
@@ -182,7 +188,8 @@ def _slope(
     if trace == "learned":
         scores = run.scores(x, t, "scaled_score", "c", "factor")
         check_like(run.where, "c from model", scores.c, x)
-        kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+        with said_by(run.where, "DPLR", factor="factor from model", sign="sign from model"):
+            kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
         return -noise * (scores.scaled_score + noise * w), size * data - kappa.trace()
     with torch.enable_grad():
         x.requires_grad_()

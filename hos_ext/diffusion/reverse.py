@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_count, check_int, check_number, check_samples, one_of
+from ..checks import check, check_count, check_int, check_number, check_samples, one_of, said_by
 from ..random import STREAM_PRIOR
 from ..sampling.methods import Method, StepOptions, make_step
 from ..schedules import Schedule, check_schedule
@@ -94,7 +94,8 @@ def prior(
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
     key = noise_key("prior", (), seed)
     place: dict[str, Any] = {"dtype": dtype, "device": device}
-    noise = ops.normal(shape, seed=key.seed, first=first, stream=STREAM_PRIOR, **place)
+    with said_by("prior", "normal"):
+        noise = ops.normal(shape, seed=key.seed, first=first, stream=STREAM_PRIOR, **place)
     return noise * math.hypot(alpha * data_std, sigma)
 
 
@@ -313,7 +314,8 @@ def predictor_corrector(
     settings: dict[str, Any] = dict(options)
     shared = {name: settings.pop(name) for name in options if name in option_names(ReverseOptions)}
     check_options(where, settings, StepOptions)
-    chain_step = make_step(corrector, where=where, argument="corrector", **settings)
+    with said_by(where, "sample"):
+        chain_step = make_step(corrector, where=where, argument="corrector", **settings)
     check_int(where, "corrector_steps", corrector_steps, 2**31)
     step_size = check_number(where, "corrector_step_size", corrector_step_size)
     step = corrected(predict, chain_step, corrector_steps, step_size)
@@ -354,12 +356,16 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
     where = "tweedie_denoise"
     check_samples(where, "x", x)
     check_schedule(where, schedule)
-    level = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
+    level = t
+    if not isinstance(t, Tensor):
+        level = torch.tensor(check_number(where, "t", t, positive=False), dtype=torch.float64)
     fits = level.shape in ((), x.shape[:1])
     check(where, fits, f"t must be a float or have shape ({len(x)},)", tuple(level.shape))
     sigma = schedule.sigma(level).to(x).expand(len(x))
     alpha = schedule.alpha(level).to(x).expand(len(x))
-    return posterior(x, model_scores(where, model, x, sigma), sigma, alpha)
+    scores = model_scores(where, model, x, sigma)
+    with said_by(where, "posterior", factor="factor from model", sign="sign from model"):
+        return posterior(x, scores, sigma, alpha)
 
 
 def _descend(

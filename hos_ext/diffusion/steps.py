@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, check_tensor
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REVERSE, Key
@@ -43,7 +43,10 @@ class Run(NamedTuple):
         sigma = x.new_full((len(x),), self.schedule.sigma(t))
         scores = model_scores(self.where, self.model, x, sigma)
         for name in used:
-            self.check_finite(f"{name} from model", getattr(scores, name), t)
+            value = getattr(scores, name)
+            if value is not None or name != "factor":
+                check_tensor(self.where, f"{name} from model", value, like=x)
+            self.check_finite(f"{name} from model", value, t)
         return scores
 
     def noise(self, x: Tensor, number: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, check_number, check_samples, positive, require
+from ..checks import as_float, check, check_number, check_samples, positive, require
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -59,7 +59,11 @@ class MeanDenoiser(nn.Module):
             check_schedule(where, schedule)
         self.model, self.schedule = model, schedule
         self.scale = check_number(where, "scale", scale)
-        fine = isinstance(shift, (int, float)) and math.isfinite(shift)
+        fine = (
+            isinstance(shift, (int, float))
+            and not isinstance(shift, bool)
+            and math.isfinite(as_float(shift))
+        )
         check(where, fine, "shift must be a finite number", f"{shift!r}")
         self.shift = float(shift)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import WIDE, check, check_tensor, one_of, positive, require
+from ..checks import WIDE, check, check_tensor, one_of, positive, require, said_by
 from ..schedules import from_alphas_cumprod
 from ..storage import write_folder
 
@@ -63,6 +63,9 @@ class DiffusersScore(nn.Module):
         table: Any = getattr(scheduler, "alphas_cumprod", None)
         got = type(scheduler).__name__
         check(where, table is not None, "scheduler must have alphas_cumprod", got)
+        many = getattr(table, "ndim", 0) == 1 and len(table) > 0
+        rule = "scheduler.alphas_cumprod must have shape (N,)"
+        check(where, many, rule, type(table).__name__)
         kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
         self.prediction = one_of(where, "scheduler.config.prediction_type", kind, _PREDICTIONS)
         config: Any = getattr(unet, "config", None)
@@ -82,7 +85,8 @@ class DiffusersScore(nn.Module):
         if table[-1] == 0 or (len(table) > 1 and table[-1] == 2**-24 > table[-2]):
             table = table[:-1]
         self.unet, self.scheduler = unet, scheduler
-        self.schedule = from_alphas_cumprod(table)
+        with said_by(where, "from_alphas_cumprod", alphas_cumprod="scheduler.alphas_cumprod"):
+            self.schedule = from_alphas_cumprod(table)
         ends = (self.schedule.t_min, self.schedule.t_max)
         low, high = (self.schedule.sigma(t) / self.schedule.alpha(t) for t in ends)
         self.sigma_range = (low, high)

@@ -11,6 +11,7 @@ from ..checks import check, check_count, check_flag, check_kind, check_number
 from ..ops.noise import draw_normal
 from ..random import STREAM_START, Key
 from ..scores import SymmetricOperator
+from .dplr import DPLR, check_whole
 from .rational_krylov import fix_signs
 
 _DENSE = 64  # the matrix is formed up to this D
@@ -96,6 +97,8 @@ def eigenpairs(
     """
     check_kind(where, "operator", operator, SymmetricOperator)  # type: ignore[type-abstract]
     check_flag(where, largest=largest)
+    if isinstance(operator, DPLR):
+        check_whole(where, "operator", operator)
     square = len(operator.shape) == 3 and operator.shape[1] == operator.shape[2]
     check(where, square, "operator must have shape (B, D, D)", tuple(operator.shape))
     size = operator.shape[1]

@@ -25,6 +25,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     per_sample,
+    said_by,
 )
 from ..random import Key, fresh_seed
 from ..scores import FirstOrderScore
@@ -139,7 +140,8 @@ class ScoreHessian:
 
     def rows(self, index: Tensor | slice) -> BatchRows:
         """The matrices of these samples of the batch; products still go through all of it."""
-        return BatchRows(self, index)
+        with said_by("ScoreHessian.rows", "BatchRows"):
+            return BatchRows(self, index)
 
     def scale(self, a: float | Tensor) -> ScoreHessian:
         """a times the matrix, for a float or a (B,)."""
@@ -271,7 +273,7 @@ class ScoreHessian:
         Raises:
             RuntimeError: no convergence, as with a network whose J is not symmetric.
         """
-        pairs = self.eigenpairs(k)
+        pairs = eigenpairs(self, k, where="ScoreHessian.eigh")
         if not bool(pairs.converged.all()):
             raise RuntimeError(
                 f"ScoreHessian.eigh: no convergence in {pairs.products} products, got a residual of"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_tensor, per_sample
+from ..checks import check, check_tensor, per_sample, said_by
 from ..scores import SymmetricOperator
 from .derivatives import (
     Change,
@@ -181,7 +181,8 @@ def isotropic_spectrum(
         >>> spectrum.values, spectrum.rest
         (tensor([[5.]]), tensor([1.]))
     """
-    matrix = DPLR(diag, factor, sign)
+    with said_by(where, "DPLR"):
+        matrix = DPLR(diag, factor, sign)
     finite = diag.isfinite().all(-1) & matrix.factor.square().sum((-1, -2)).isfinite()
     level = diag.where(finite.unsqueeze(-1), 0.0)
     spread = level.amax(-1) - level.amin(-1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import device_of, path_of
+from ..checks import device_of, path_of, said_by
 from .head import SecondOrderHead
 from .mlp import MLP
 from .unet import UNet
@@ -53,7 +53,8 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
     if not isinstance(model, (MLP, UNet, SecondOrderHead)):
         rule = f"model must be one of {', '.join(CLASSES)} (unwrapped)"
         raise TypeError(f"save_model: {rule}, got {type(model).__name__}")
-    return model.save_pretrained(folder, **extra)
+    with said_by("save_model", f"{type(model).__name__}.save_pretrained"):
+        return model.save_pretrained(folder, **extra)
 
 
 def load_model(

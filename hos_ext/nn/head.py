@@ -24,6 +24,7 @@ from ..checks import (
     check_kind,
     check_like,
     check_samples,
+    check_shape,
     device_of,
     path_of,
     positive,
@@ -172,6 +173,8 @@ class SecondOrderHead(nn.Module):
         """
         where = "SecondOrderHead"
         check_samples(where, "x", x)
+        if isinstance(sigma, Tensor):
+            check_shape(where, "sigma", sigma, (), tuple(x.shape[:1]))
         # Not under autocast: it stays as it is, and the head learns beside the score it will see.
         with (
             torch.autocast(x.device.type, enabled=False),

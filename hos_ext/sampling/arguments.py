@@ -38,8 +38,7 @@ def begin_chains(
     """The state a run starts from, with its own copy of x."""
     first_chain = whole("first_chain", first_chain, 0)
     if seed is not None:
-        seed = whole("seed", seed, 0)
-        check(_WHERE, seed < 2**64, "seed must be below 2**64", seed)
+        seed = whole("seed", seed, 0, 2**64)
     given = (init is not None) + (state is not None)
     rule = "exactly one of init and state must be given"
     check(_WHERE, given == 1, rule, "both" if given else "neither")
@@ -75,6 +74,7 @@ def _check_init(name: str, x: Tensor | None) -> Tensor:
         raise TypeError(f"{_WHERE}: {name} must be a tensor, got {type(x).__name__}")
     rule = f"{name} must have shape (chain, *dims) with at least one entry in a chain"
     check(_WHERE, x.dim() >= 2 and 0 not in x.shape[1:], rule, tuple(x.shape))
+    check(_WHERE, not x.is_meta, f"{name} must hold values", "a meta tensor")
     check(_WHERE, x.is_floating_point(), f"{name} must be floating point", x.dtype, TypeError)
     return x
 
@@ -102,7 +102,7 @@ def check_step_size(step_size: float | Tensor, x: Tensor) -> None:
     check(_WHERE, bool(fine.all()), rule, lambda: float(h[~fine][0]))
 
 
-def whole(name: str, value: int, least: int) -> int:
+def whole(name: str, value: int, least: int, limit: int = 2**63) -> int:
     """An argument that counts, from `least` up. Any type that Python takes for an index will do."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -111,4 +111,6 @@ def whole(name: str, value: int, least: int) -> int:
     if number is None:
         raise TypeError(f"{_WHERE}: {name} must be an integer, got {type(value).__name__}")
     check(_WHERE, number >= least, f"{name} must be at least {least}", number)
+    power = limit.bit_length() - 1
+    check(_WHERE, number < limit, f"{name} must be below 2**{power}", number)
     return number

@@ -217,7 +217,8 @@ def sample(
     check_flag("sample", progress=progress)
     rule = f"log_prob must be None for the unadjusted method {step.name!r}"
     check("sample", log_prob is None or step.adjusted, rule, "one")
-    n_steps, burn_in = whole("n_steps", n_steps, 0), whole("burn_in", burn_in, 0)
+    most = 2**31  # a longer run is continued from its state
+    n_steps, burn_in = whole("n_steps", n_steps, 0, most), whole("burn_in", burn_in, 0, most)
     thin = whole("thin", thin, 1)
     start = begin_chains(init, seed, first_chain, state)
     x, chains, total = start["x"], len(start["x"]), burn_in + n_steps

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_kind, check_number, check_shape, check_tensor
+from ..checks import check, check_kind, check_number, check_seed, check_shape, check_tensor, show
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key
@@ -181,6 +181,7 @@ def calibration_report(
     """
     where = "calibration_report"
     residual = _residual(where, x0, posterior, tau)
+    check_seed(where, seed)
     tau = float(tau)
     batch, size = residual.shape
     check(where, batch >= 2, "x0 must have at least 2 samples", batch)
@@ -333,9 +334,11 @@ def _along(
 
 
 def _levels(where: str, levels: Sequence[float]) -> list[float]:
+    many = isinstance(levels, (list, tuple)) or getattr(levels, "ndim", 0) == 1
+    check(where, many, "levels must be a sequence of numbers", lambda: show(levels), TypeError)
     numbers = [check_number(where, "levels", level) for level in levels]
     inside = bool(numbers) and max(numbers) < 1
-    check(where, inside, "levels must be in (0, 1), at least one", levels)
+    check(where, inside, "levels must be in (0, 1), at least one", lambda: show(levels))
     return numbers
 
 

@@ -85,7 +85,13 @@ def posterior_from_score(
             score_fn, x, symmetrize=symmetrize, chunk_size=chunk_size, check=check
         )
     kappa = noise_covariance(hessian, s)
-    with said_by(where, "ScoreHessian.low_rank", k="rank", the="score_fn at sigma: the"):
+    with said_by(
+        where,
+        "ScoreHessian.low_rank",
+        k="rank",
+        the="score_fn at sigma: the",
+        products="products of score_fn",
+    ):
         truncated = kappa.low_rank(
             rank,
             remainder=remainder,

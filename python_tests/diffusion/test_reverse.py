@@ -940,7 +940,7 @@ KNOWN = ", ".join(map(repr, CORRECTORS))
         ),
         (
             lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, curvature="flip"),
-            "sample: curvature must be one of 'clamp', 'abs', 'raw', got 'flip'",
+            "annealed_langevin: curvature must be one of 'clamp', 'abs', 'raw', got 'flip'",
         ),
         (
             lambda: predictor_corrector(rowwise, X, VP(), n_steps=1, corrector_steps=-1),

@@ -149,7 +149,7 @@ def _parts(call: Call) -> set[str]:
     found = {"matrix"} if "self" in call.entry.kinds else set()
     for value in call.valid.values():
         found |= set(getattr(value, "_fields", ()))
-        if hasattr(value, "covariance"):
+        if hasattr(value, "covariance") or isinstance(value, DPLR):
             found |= {"diag", "factor", "sign"}
     return found
 

@@ -183,6 +183,8 @@ def _class_entries(room: str, cls: type) -> list[Entry | None]:
         # A module's forward is called as the module, and an operator has no name in a message.
         homes = dict.fromkeys((cls.__name__, *(b.__name__.lstrip("_") for b in cls.__mro__[:-1])))
         prefixes = (*(f"{c}.{key}" for c in homes), key, *homes)
+        if key == "__matmul__":
+            prefixes += tuple(f"{c}.matvec" for c in homes)  # the same method under its name
         found.append(_entry(f"{name}.{key}", call, prefixes))
     return found
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -20,3 +22,9 @@ def test_every_public_name_has_a_valid_call_that_passes() -> None:
     assert (
         int(done.stdout.splitlines()[-1].split()[0]) > 200
     )  # a walk that finds nothing proves nothing
+
+
+@pytest.mark.parametrize("part", [0, 500])
+def test_wrong_calls_are_right_or_refused_by_name(part: int) -> None:
+    done = machine("--from", str(part), "--calls", "500")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -252,6 +252,15 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _answering(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which answers None where it is given something else than a tensor."""
+
+    def function(*args: Any, **options: Any) -> Any:
+        return answer(*args, **options) if isinstance(args and args[0], torch.Tensor) else None
+
+    return function
+
+
 def _numbers(value: float) -> Iterator[Changed]:
     yield Changed(np.float64(value), "np.float64", isinstance(value, float))
     yield Changed(np.array(value), "0-d numpy", True)
@@ -262,7 +271,7 @@ def _numbers(value: float) -> Iterator[Changed]:
     yield Changed(value + 1e9, "plus 1e9")
     if isinstance(value, int):
         yield Changed(np.int64(value), "np.int64", True)
-        yield Changed(np.int8(value), "np.int8", True)
+        yield Changed(np.int16(value), "np.int16", True)
         yield Changed(float(value), "float")
         yield Changed(value + 1, "one more")
         yield Changed(value - 1, "one less")
@@ -294,7 +303,15 @@ def _changes(value: Any, rng: random.Random) -> list[Changed]:
     if isinstance(value, (list, tuple)):
         return _sequences(value, rng)
     if callable(value) or isinstance(value, torch.nn.Module):
-        return [Changed(v, done) for done, v in ANSWERS.items()]
+        return [
+            Changed(
+                v
+                if done.startswith("a class") or isinstance(v, torch.nn.Module)
+                else _answering(v),
+                done,
+            )
+            for done, v in ANSWERS.items()
+        ]
     if isinstance(value, Path):
         return [Changed(str(value), "as text", True), Changed(bytes(value), "as bytes")]
     if isinstance(value, (torch.dtype, torch.device)) or value is None:
@@ -391,8 +408,8 @@ def excluded(kind: Any, value: Any) -> bool:
         return not isinstance(value, torch.Tensor)
     if kind is torch.dtype:
         return not isinstance(value, torch.dtype)
-    if kind is torch.device:
-        return not isinstance(value, (str, torch.device, int))
+    if kind is torch.device:  # None is torch's default device everywhere
+        return value is not None and not isinstance(value, (str, torch.device, int))
     if kind is Path:
         return not isinstance(value, (str, Path))
     if origin is collections.abc.Callable or kind is collections.abc.Callable:

@@ -250,7 +250,11 @@ def test_levels_of_the_loss_module_are_log_uniform():
             "exactly one of sigma and schedule must be given, got both",
         ),
         ({"sigma": 0.0}, ValueError, "sigma must be finite and > 0, got 0"),
-        ({"sigma": (1.0, 0.5)}, ValueError, "sigma must be a float or (low, high), got (1.0, 0.5)"),
+        (
+            {"sigma": (1.0, 0.5)},
+            ValueError,
+            "sigma must be (low, high), low <= high, got (1.0, 0.5)",
+        ),
         ({"sigma": "a"}, TypeError, "sigma must be a number, got 'a'"),
         ({"sigma": 1.0, "seed": 0.5}, TypeError, "seed must be an int, got float"),
         ({"schedule": 3}, TypeError, "schedule must be a Schedule, got int"),

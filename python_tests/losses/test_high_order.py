@@ -750,20 +750,21 @@ ERRORS = {
     "score_kind": (
         lambda: order_k_loss(1, 0.0, [], Z, 1.0),
         TypeError,
-        "order_k_loss: scores[0] must be a Tensor, got float",
+        "order_k_loss: score_k must be a Tensor, got float",
     ),
     "forms": (
         lambda: order_k_loss(2, S1[:, :1], [S1], Z, 1.0),
         ValueError,
         (
-            "order_k_loss: scores must have shapes all (3, 2) (diagonal) or (3, 2), (3, 2, 2) "
+            "order_k_loss: lower_scores and score_k must have shapes "
+            "all (3, 2) (diagonal) or (3, 2), (3, 2, 2) "
             "(dense), got (3, 2), (3, 1)"
         ),
     ),
     "directional_form": (
         lambda: order_k_loss(2, S2, [S1], Z, 1.0, directions=V),
         ValueError,
-        "order_k_loss: scores must have shapes all (3, 4), got (3, 2), (3, 2, 2)",
+        "order_k_loss: lower_scores and score_k must have shapes all (3, 4), got (3, 2), (3, 2, 2)",
     ),
     "directions": (
         lambda: order_k_loss(1, S1, [], Z, 1.0, directions=V[:2]),
@@ -789,7 +790,8 @@ ERRORS = {
         lambda: order_k_vr_loss(2, THREE[:2], [THREE[:2]], Z, 1.0),
         ValueError,
         (
-            "order_k_vr_loss: scores must have shapes all (3, 3, 2) (diagonal) or (3, 3, 2), "
+            "order_k_vr_loss: lower_scores and score_k must have shapes "
+            "all (3, 3, 2) (diagonal) or (3, 3, 2), "
             "(3, 3, 2, 2) (dense), got (2, 3, 2), (2, 3, 2)"
         ),
     ),
@@ -797,7 +799,8 @@ ERRORS = {
         lambda: order_k_vr_loss(1, THREE, [], Z, 1.0),
         ValueError,
         (
-            "order_k_vr_loss: scores must have shapes all (2, 3, 2) (diagonal) or (2, 3, 2) "
+            "order_k_vr_loss: lower_scores and score_k must have shapes "
+            "all (2, 3, 2) (diagonal) or (2, 3, 2) "
             "(dense), got (3, 3, 2)"
         ),
     ),

@@ -291,7 +291,7 @@ SCORES = Scores(ONE, ONE, torch.ones(2, 3, 1))
         (
             lambda: outlier_score(Scores(ONE, ONE, torch.ones(2, 4, 1))),
             ValueError,
-            "DPLR: factor must have shape (2, 3, r) like diag, got (2, 4, 1)",
+            "outlier_score: factor must have shape (2, 3, r), got (2, 4, 1)",
         ),
         (
             lambda: auroc(ONE, ONE[0]),
