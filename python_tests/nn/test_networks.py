@@ -677,3 +677,25 @@ def test_model_runs_under_bfloat16_autocast(build, sigma):
         error = (value.float() - wanted).norm() / wanted.norm()
         assert error < 0.02
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_columns_of_a_fresh_factor_have_one_size_for_any_dimension():
+    """A few tenths: the weights are divided by sqrt(D), or columns would grow with it."""
+    torch.manual_seed(0)
+    for size in (16, 1024):
+        factor = MLP((size,), 8)(torch.randn(64, size), 0.3).factor
+        assert 0.1 < factor.norm(dim=1).mean() < 0.6
+
+
+def test_the_factor_has_a_bias_that_fades_with_the_noise():
+    """Where the hidden layers give zeros the factor is k times the weights of the ones."""
+    model = MLP((3,), 2, sigma_data=2.0)
+    with torch.no_grad():
+        for parameter in model.bodies.parameters():
+            parameter.zero_()
+    for sigma in (0.1, 5.0):
+        k = 2.0 / math.hypot(sigma, 2.0)
+        wanted = k * model.factor.weight[:, -1].reshape(3, 2)
+        got = model(torch.randn(4, 3), sigma).factor
+        torch.testing.assert_close(got, wanted.expand(4, 3, 2))
+        assert got.abs().min() > 0
