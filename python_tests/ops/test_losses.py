@@ -683,6 +683,21 @@ def test_gradient_variance_grows_with_falling_sigma_at_the_stated_rate(name, slo
     assert abs(fitted - slope) < 0.15
 
 
+@pytest.mark.parametrize("size", [31, 784])
+@pytest.mark.parametrize("name", ["d2sm_vr_loss", "d2sm_diag_vr_loss"])
+def test_difference_of_near_scores_keeps_its_digits(device, name, size):
+    """Scores that differ by 1/1000 have exact differences; those of their squares lose 3 digits."""
+    steps = 1 + torch.rand(size, generator=torch.Generator().manual_seed(5))
+    clean = 1 + torch.rand(1, size, generator=torch.Generator().manual_seed(6))
+    score = torch.stack([clean + steps / 1000, clean + steps / 900, clean])
+    args = [score, torch.zeros_like(score)]
+    args += [torch.zeros(*score.shape, 3)] if name in LOW_RANK else []
+    noise = torch.zeros(1, size)
+    expected = call(oracles, name, cast(args, torch.float64), noise.double(), 0.003).item()
+    got = call(hos_ext, name, cast(args, torch.float32, device), noise.to(device), 0.003)
+    assert abs(got.item() / expected - 1) < 2e-7
+
+
 @pytest.mark.parametrize(("name", "bound"), [("d2sm_vr_loss", 3e-5), ("d2sm_diag_vr_loss", 1e-5)])
 def test_reduced_value_survives_float32_at_small_sigma(device, name, bound):
     """A second difference over sigma^2: products before differences miss the bound (math: 5.9)."""

@@ -152,6 +152,28 @@ def test_steps_keep_their_digits_near_zero_and_far_below(device, curvature, dtyp
             assert (value[wanted == 0] == 0).all()
 
 
+def test_float32_slope_is_as_sharp_as_its_series_up_to_one(device):
+    """The quotient (e^y - phi1) / y cancels: from |y| = 1/4 on it is several times as far off."""
+    half = torch.linspace(0.25, 1.0, 1001, device=device)
+    diag = torch.cat([half, -half]).unsqueeze(0)
+    one, zero = torch.ones_like(diag), torch.zeros_like(diag)
+    slope = evaluate(hos_ext, "raw", [zero, one, diag, zero], 1.0, one)[3]  # phi1'(diag)
+    y = diag.cpu().double()
+    expected = (y.exp() - torch.expm1(y) / y) / y
+    assert (slope.cpu().double() / expected - 1).abs().max() < 2.5e-7
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_way_cases_round_to_even(device, dtype):
+    half = torch.finfo(dtype).eps / 2
+    x = (1 + torch.arange(64, device=device) * 2 * half).to(dtype).unsqueeze(0)
+    x = torch.cat([x, -x])
+    got = hos_ext.langevin_step(x, x.sign(), half, noise=torch.zeros_like(x))
+    tied = x.float() + half * x.sign().float()  # exact in float32, between two neighbours
+    even = (tied.abs() / (4 * half)).round() * (4 * half) * tied.sign()
+    assert torch.equal(got.float(), even)
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("value", [-1e30, -math.inf])
