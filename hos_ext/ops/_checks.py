@@ -35,7 +35,7 @@ def check_counter(where: str, name: str, value: Any, limit: int, device: torch.d
         return
     if not isinstance(value, Tensor):
         check_int(where, name, value, limit)
-    elif value.dtype != torch.int64 or value.dim() != 0:
+    elif value.dtype != torch.int64 or value.dim() != 0 or value.layout is not torch.strided:
         raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
     elif value.device.type != "cpu":
         check(where, value.device == device, f"{name} must be on {device}", value.device)

@@ -57,7 +57,7 @@ CLEAR = (ValueError, TypeError, RuntimeError)
 BAD = ("unclear", "silent", "differs", "broadcast", "memory", "hang", "crash", "machine")
 # One tensor for all rows where a call takes one a row, and k vectors where it takes one.
 ONE_FOR_ALL = {"sigma", "alpha", "step_size", "a", "scale", "t", "ratio", "noise_std", "cost"}
-MANY = {"v", "b", "directions", "other", "y", "inside", "outside"}
+MANY = {"v", "b", "directions", "other", "y", "inside", "outside", "draws", "modes", "sigmas"}
 
 
 class Call(NamedTuple):

@@ -297,7 +297,7 @@ def standard_model(x: torch.Tensor, sigma: Any) -> Scores:
     s = sigma if isinstance(sigma, torch.Tensor) else torch.tensor(sigma, dtype=x.dtype)
     s = s.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
     c = torch.ones_like(x) / (1 + s**2)
-    return Scores(-s * x * c, c, x.new_zeros(len(x), x[0].numel(), 1))
+    return Scores(-s * x * c, c, x.new_zeros(len(x), x.shape[1:].numel(), 1))
 
 
 def standard_score(x: torch.Tensor) -> torch.Tensor:

@@ -416,6 +416,8 @@ def excluded(kind: Any, value: Any) -> bool:
         return not callable(value)
     if origin in (collections.abc.Sequence, list, tuple):
         return isinstance(value, (str, bytes, dict, *_NUMBERS)) or not hasattr(value, "__len__")
+    if typing.is_typeddict(kind):
+        return not isinstance(value, dict)
     if isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
         return not isinstance(value, kind)
     return False
