@@ -407,8 +407,11 @@ def range_of(where: str, name: str, value: object) -> tuple[float, float]:
     return low, high
 
 
-def check_int(where: str, name: str, value: Any, limit: int) -> None:
-    """An int from 0 up, below a power of two."""
+def check_int(where: str, name: str, value: Any, limit: int) -> int:
+    """An int from 0 up, below a power of two; one of numpy's is given back as Python's."""
+    whole: Any = value
+    if value.__class__ is not int and isinstance(value, np.integer):
+        whole = value = int(value)
     if value.__class__ is not int and (
         isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
     ):
@@ -416,32 +419,39 @@ def check_int(where: str, name: str, value: Any, limit: int) -> None:
     if value < 0 or value >= limit:
         power = limit.bit_length() - 1
         raise ValueError(f"{where}: {name} must be in [0, 2**{power}), got {value}")
+    return whole  # type: ignore[no-any-return]
 
 
-def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int = 2**31) -> None:
+def check_count(where: str, name: str, value: Any, *, least: int = 1, limit: int = 2**31) -> int:
     """An int of at least `least`, below `limit`."""
-    check_int(where, name, value, limit)
-    if value < least:
-        raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+    number = check_int(where, name, value, limit)
+    if number < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {number}")
+    return number
 
 
-def check_seed(where: str, seed: Any, *, offset: Any = 0, first: Any = 0) -> None:
+def check_seed(
+    where: str, seed: Any, *, offset: Any = 0, first: Any = 0
+) -> tuple[int | None, int, int]:
     """Where noise begins, as ints; looked at whether it is drawn or not. A seed may be None."""
-    if seed is not None:
-        check_int(where, "seed", seed, 2**64)
-    check_int(where, "offset", offset, 2**56)
-    check_int(where, "first", first, 2**63)
+    return (
+        None if seed is None else check_int(where, "seed", seed, 2**64),
+        check_int(where, "offset", offset, 2**56),
+        check_int(where, "first", first, 2**63),
+    )
 
 
-def check_first(where: str, first: Any, shape: Sequence[int]) -> None:
+def check_first(where: str, first: Any, shape: Sequence[int]) -> int:
     """The global index of row 0; the index of every element must fit 64 bits."""
     if first.__class__ is int and first == 0:
-        return
+        return 0
     rows, size = shape[0] if shape else 1, math.prod(shape[1:])
-    check_int(where, "first", first, 2**63)
+    row: int = check_int(where, "first", first, 2**63)
+    first = row
     if first.__class__ is int and first and (first + rows) * size > 2**64:
         rule = f"first must leave room for {rows} rows of {size} below 2**64"
         raise ValueError(f"{where}: {rule}, got {first}")
+    return row
 
 
 # --------------------------------------------------------------------------- precision and models

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +59,9 @@ class Density(ABC):
         """
         where = f"{type(self).__name__}.sample"
         for name, value in (("n", n), ("seed", seed)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
             check(where, whole, f"{name} must be an int", show(value), TypeError)
+        n, seed = int(n), int(seed)
         check(where, n >= 0, "n must be >= 0", n)
         check(where, n < 2**31, "n must be below 2**31", n)
         device = self._tensors()[0].device

@@ -79,8 +79,8 @@ def annealed_langevin(
     check_options(where, options, StepOptions)
     with said_by(where, "sample"):
         step = make_step(method, where=where, **options)
-    check_int(where, "n_steps", n_steps, 2**31)
-    check_int(where, "first_chain", first_chain, 2**63)
+    n_steps = check_int(where, "n_steps", n_steps, 2**31)
+    first_chain = check_int(where, "first_chain", first_chain, 2**63)
     state = chain_state(init, noise_key(where, init.shape, seed, first=first_chain), step=0)
     sums: dict[str, Any] = {"seconds": 0.0, "n_score_evaluations": 0, "divergences": 0}
     for sigma in levels:

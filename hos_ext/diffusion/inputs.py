@@ -64,7 +64,7 @@ def time_grid(
     rule = "exactly one of n_steps and times must be given"
     check(where, (n_steps is None) != (times is None), rule, both)
     if times is None:
-        check_count(where, "n_steps", n_steps)
+        n_steps = check_count(where, "n_steps", n_steps)
         numbers: list[float] = schedule.times(n_steps or 0).tolist()
         return numbers
     grid = descending(where, "times", times, 2)
@@ -93,11 +93,11 @@ def noise_key(
     where: str, shape: Sequence[int], seed: int | None, offset: int = 0, first: int = 0
 ) -> Key:
     """The key of noise of this shape; a seed of None is drawn from torch's default generator."""
-    check_int(where, "offset", offset, 2**56)
-    check_first(where, first, shape)
+    offset = check_int(where, "offset", offset, 2**56)
+    first = check_first(where, first, shape)
     if seed is None:
         seed = fresh_seed()
-    check_int(where, "seed", seed, 2**64)
+    seed = check_int(where, "seed", seed, 2**64)
     return Key(seed, offset, first)
 
 

@@ -117,9 +117,9 @@ def log_likelihood(
     average = _SOLVERS[one_of(where, "solver", solver, _SOLVERS)]
     one_of(where, "trace", trace, _TRACES)
     std = check_number(where, "data_std", data_std, positive=False)
-    check_count(where, "n_probes", n_probes)
-    check_first(where, first, x.shape)
-    check_seed(where, seed)
+    n_probes = check_count(where, "n_probes", n_probes)
+    first = check_first(where, first, x.shape)
+    seed = check_seed(where, seed)[0]
     if log_prior is not None:
         check_callable(where, "log_prior", log_prior)
     grid = time_grid(where, schedule, n_steps, times)[::-1]

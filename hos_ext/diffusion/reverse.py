@@ -316,7 +316,7 @@ def predictor_corrector(
     check_options(where, settings, StepOptions)
     with said_by(where, "sample"):
         chain_step = make_step(corrector, where=where, argument="corrector", **settings)
-    check_int(where, "corrector_steps", corrector_steps, 2**31)
+    corrector_steps = check_int(where, "corrector_steps", corrector_steps, 2**31)
     step_size = check_number(where, "corrector_step_size", corrector_step_size)
     step = corrected(predict, chain_step, corrector_steps, step_size)
     return _descend(where, step, model, init, schedule, **shared)
@@ -356,9 +356,9 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
     where = "tweedie_denoise"
     check_samples(where, "x", x)
     check_schedule(where, schedule)
-    level = t
+    level = t if isinstance(t, Tensor) else torch.tensor(0.0, dtype=torch.float64)
     if not isinstance(t, Tensor):
-        level = torch.tensor(check_number(where, "t", t, positive=False), dtype=torch.float64)
+        level = level + check_number(where, "t", t, positive=False)
     fits = level.shape in ((), x.shape[:1])
     check(where, fits, f"t must be a float or have shape ({len(x)},)", tuple(level.shape))
     sigma = schedule.sigma(level).to(x).expand(len(x))
@@ -396,7 +396,7 @@ def _descend(
     key = noise_key(where, init.shape, seed, offset, first)
     chunk = max(len(init), 1)
     if chunk_size is not None:
-        check_count(where, "chunk_size", chunk_size, limit=2**63)
+        chunk_size = check_count(where, "chunk_size", chunk_size, limit=2**63)
         chunk = chunk_size
     out = torch.empty_like(init, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():

@@ -95,21 +95,21 @@ def eigenpairs(
         >>> eigenpairs(DPLR(torch.tensor([[3.0, 1.0, 2.0]])), 2).values
         tensor([[3., 2.]])
     """
-    check_kind(where, "operator", operator, SymmetricOperator)  # type: ignore[type-abstract]
+    check_kind(where, "operator", operator, SymmetricOperator)
     check_flag(where, largest=largest)
     if isinstance(operator, DPLR):
         check_whole(where, "operator", operator)
     square = len(operator.shape) == 3 and operator.shape[1] == operator.shape[2]
     check(where, square, "operator must have shape (B, D, D)", tuple(operator.shape))
     size = operator.shape[1]
-    check_count(where, "k", k)
+    k = check_count(where, "k", k)
     check(where, k <= size, f"k must be in 1..{size}", k)
     if tolerance is None:
         tolerance = _TOLERANCE[operator.dtype]
     tolerance = check_number(where, "tolerance", tolerance)
     if max_products is None:
         max_products = 100 + 20 * k
-    check_count(where, "max_products", max_products, least=k)
+    max_products = check_count(where, "max_products", max_products, least=k)
     direction = 1 if largest else -1
     if size <= _DENSE:
         basis = torch.eye(size, dtype=operator.dtype, device=operator.device).expand(operator.shape)

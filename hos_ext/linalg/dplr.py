@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -271,8 +272,8 @@ class DPLR:
             RuntimeError: on a second derivative, if there is a sign -1.
         """
         where = "DPLR.sample"
-        check_int(where, "n", n, 2**31)
-        check_seed(where, seed, offset=offset, first=first)
+        n = check_int(where, "n", n, 2**31)
+        seed, offset, first = check_seed(where, seed, offset=offset, first=first)
         signed = self.sign is not None and bool((self.sign < 0).any())
         bad = ~(self.diag > 0) if signed else self.diag < 0
         rule = f"diag must be {'> 0 where a sign is -1' if signed else '>= 0'}"
@@ -341,8 +342,9 @@ class DPLR:
             RuntimeError: no convergence; on a second derivative.
         """
         where, (batch, size) = "DPLR.eigh", self.diag.shape
-        whole = isinstance(k, int) and not isinstance(k, bool)
+        whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
         check(where, whole, "k must be an int", type(k).__name__, TypeError)
+        k = int(k)
         if not 1 <= k <= size:
             raise ValueError(f"{where}: k must be an integer in 1..{size}, got {k}")
         finite = bool(woodbury.is_finite(self.parts).all())

@@ -189,8 +189,8 @@ class ScoreHessian:
             Shape (B,). About half of it is the relative error that symmetrizing removes, if the
             symmetric part is right.
         """
-        check_count("ScoreHessian.asymmetry", "n_probes", n_probes)
-        check_seed("ScoreHessian.asymmetry", seed, first=first)
+        n_probes = check_count("ScoreHessian.asymmetry", "n_probes", n_probes)
+        seed, _, first = check_seed("ScoreHessian.asymmetry", seed, first=first)
         apart = whole = self.x.new_zeros(self.x.shape[0])
         for z in self._probes(n_probes, seed, first):
             forward = self._jacobian.forward(z)
@@ -237,8 +237,8 @@ class ScoreHessian:
         References:
             Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix.
         """
-        check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
-        check_seed("ScoreHessian.estimate_diagonal", seed, first=first)
+        n_probes = check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
+        seed, _, first = check_seed("ScoreHessian.estimate_diagonal", seed, first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.diagonal())
         return hutchinson.mean(z * self._forward(z) for z in self._probes(n_probes, seed, first))
@@ -257,8 +257,8 @@ class ScoreHessian:
         References:
             Hutchinson 1989, A stochastic estimator of the trace of the influence matrix.
         """
-        check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)
-        check_seed("ScoreHessian.estimate_trace", seed, first=first)
+        n_probes = check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)
+        seed, _, first = check_seed("ScoreHessian.estimate_trace", seed, first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.trace())
         return hutchinson.mean(
@@ -359,10 +359,10 @@ class ScoreHessian:
                 positive.
         """
         where = "ScoreHessian.low_rank"
-        check_count(where, "k", k, least=0)
-        check_count(where, "n_probes", n_probes, least=2)
+        k = check_count(where, "k", k, least=0)
+        n_probes = check_count(where, "n_probes", n_probes, least=2)
         check_truncation(where, remainder, floor)
-        check_seed(where, seed, first=first)
+        seed, _, first = check_seed(where, seed, first=first)
         batch, size, _ = self.shape
         values, vectors = self.x.new_empty((batch, 0)), self.x.new_empty((batch, size, 0))
         if k:
@@ -432,4 +432,4 @@ def _check_input(score_fn: FirstOrderScore, x: Tensor, chunk_size: int | None) -
     some = x[0:1].numel() > 0 or x.shape[0] == 0
     check(where, some, "x must have D >= 1", f"shape {tuple(x.shape)}")
     if chunk_size is not None:
-        check_count(where, "chunk_size", chunk_size)
+        chunk_size = check_count(where, "chunk_size", chunk_size)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,10 +215,16 @@ def _check_arguments(
     rule = "functions must be a sequence of functions"
     check(where, many, rule, type(functions).__name__, TypeError)
     check(where, functions, "functions must hold at least one", "none")
-    check(where, isinstance(tolerance, float), "tolerance must be a float", kind, TypeError)
+    check(
+        where,
+        isinstance(tolerance, (float, np.floating)),
+        "tolerance must be a float",
+        kind,
+        TypeError,
+    )
     check(where, 0 < tolerance < 1, "tolerance must be in (0, 1)", tolerance)
     if max_iterations is not None:
-        check_count(where, "max_iterations", max_iterations)
+        max_iterations = check_count(where, "max_iterations", max_iterations)
 
 
 def _normalised(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def hermite(
     where = "hermite"
     check_flag(where, diagonal=diagonal)
     check_samples(where, "noise", noise)
-    check_count(where, "k", k)
+    k = check_count(where, "k", k)
     if directions is not None:
         rule = "diagonal must be False where directions are given"
         check(where, not diagonal, rule, diagonal)
@@ -293,15 +293,15 @@ def order_k_matching_loss(
     rule = "form must be 'dense', 'diagonal' or 'directional'"
     known = isinstance(form, str) and form in ("dense", "diagonal", "directional")
     check(where, known, rule, lambda: show(form))
-    check_count(where, "n_directions", n_directions)
+    n_directions = check_count(where, "n_directions", n_directions)
     rule = f"n_directions must be 1 for form {form!r}"
     check(where, directional or n_directions == 1, rule, n_directions)
-    check_count(where, "k", k)
+    k = check_count(where, "k", k)
     rule = "be None for k = 1" if k == 1 else f"give s1 to s{k - 1}"
     check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: repr(lower))
     if lower is not None:
         check_callable(where, "lower", lower)
-    check_key(where, seed, offset, first, x0)
+    seed, offset, first = check_key(where, seed, offset, first, x0)
     if noise is not None:
         rule = "seed must be None where nothing is drawn"
         check(where, directional or seed is None, rule, lambda: show(seed))
@@ -428,7 +428,7 @@ def _model_scores(
 
 
 def _check_vr_order(where: str, k: Any) -> None:
-    check_count(where, "k", k)
+    k = check_count(where, "k", k)
     check(where, k <= 4, "k must be at most 4 with variance reduction", k)
 
 
@@ -447,7 +447,7 @@ def _check_scores(
     points: int,
 ) -> bool:
     """Whether the scores are dense; refuses what does not fit together."""
-    check_count(where, "k", k)
+    k = check_count(where, "k", k)
     check_samples(where, "noise", noise)
     kind, many = type(lower_scores), isinstance(lower_scores, (list, tuple))
     check(where, many, "lower_scores must be a list of Tensors", kind.__name__, TypeError)

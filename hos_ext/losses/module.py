@@ -88,7 +88,7 @@ class ScoreMatchingLoss(nn.Module):
             check(where, rising, "sigma must be a float or (low, high)", sigma)
         elif sigma is not None:
             sigma = check_number(where, "sigma", sigma)
-        check_int(where, "seed", seed, 2**63)
+        seed = check_int(where, "seed", seed, 2**63)
         self.sigma, self.schedule, self.seed, self.options = sigma, schedule, seed, options
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -118,11 +118,11 @@ class ScoreMatchingLoss(nn.Module):
         where = "ScoreMatchingLoss"
         check_samples(where, "x0", x0)
         if step is not None:
-            check_counter(where, "step", step, 2**56, x0.device)
+            step = check_counter(where, "step", step, 2**56, x0.device)
         if first is None:
             spread = torch.distributed.is_available() and torch.distributed.is_initialized()
             first = torch.distributed.get_rank() * len(x0) if spread else 0
-        check_first(where, first, x0.shape)
+        first = check_first(where, first, x0.shape)
         key = Key(self.seed, self.step.clone() if step is None else step, first)
         if self.training and step is None:
             self.step += 1

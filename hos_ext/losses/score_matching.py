@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,7 @@ def score_matching_loss(
     )
     check_flag(where, return_terms=return_terms)
     sigma, alpha = _check_batch(x0, sigma, alpha, noise, seed)
-    check_key(where, seed, offset, first, x0)
+    seed, offset, first = check_key(where, seed, offset, first, x0)
     with_clean = variance_reduction or first_order == "vr"
     with_minus = variance_reduction or first_order == "antithetic"
     if with_clean:
@@ -363,7 +364,8 @@ def check_objective(
     named = isinstance(first_order, str) and first_order in ("antithetic", "vr", "plain")
     rule = "first_order must be 'antithetic', 'vr' or 'plain'"
     check(where, named, rule, lambda: show(first_order))
-    number = isinstance(gamma, (float, int)) and not isinstance(gamma, bool)
+    kinds = (float, int, np.floating, np.integer)
+    number = isinstance(gamma, kinds) and not isinstance(gamma, bool)
     check(where, number, "gamma must be a float", type(gamma).__name__, TypeError)
     check(where, gamma >= 0, "gamma must be at least 0", gamma)
     check(where, as_float(gamma) < math.inf, "gamma must be finite", gamma)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -82,8 +83,8 @@ class Network(nn.Module):
         super().__init__()
         name = self.class_name
         check_flag(name, constrained=constrained, given_score=given_score)
-        check_sizes(name, "dims", dims)
-        check_size(name, "rank", rank, least=0)
+        dims = check_sizes(name, "dims", dims)
+        rank = check_size(name, "rank", rank, least=0)
         sigma_data = check_number(name, "sigma_data", sigma_data)
         c_min = check_number(name, "c_min", c_min, positive=False)
         one_of(name, "trunk", trunk, ("separate", "shared"))
@@ -288,18 +289,19 @@ def c_head(raw: Tensor, k: Tensor, constrained: bool, c_min: float) -> Tensor:
     return c_min + functional.softplus(raw + square.expm1().log())
 
 
-def check_sizes(name: str, what: str, values: Any) -> None:
+def check_sizes(name: str, what: str, values: Any) -> tuple[int, ...]:
     """A sequence of sizes."""
     many = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     check(name, many, f"{what} must be a sequence of sizes", lambda: show(values), TypeError)
-    for size in values:
-        check_size(name, what, size, least=0)
-    check(name, values and min(values) > 0, f"{what} must be positive sizes", tuple(values))
+    sizes = tuple(check_size(name, what, size, least=0) for size in values)
+    check(name, sizes and min(sizes) > 0, f"{what} must be positive sizes", sizes)
+    return sizes
 
 
-def check_size(name: str, what: str, value: int, *, least: int = 1) -> None:
-    """An int of at least `least`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+def check_size(name: str, what: str, value: Any, *, least: int = 1) -> int:
+    """An int of at least `least`; one of numpy's is given back as Python's."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     check(name, whole, f"{what} must be an int", lambda: show(value), TypeError)
     check(name, value >= least, f"{what} must be at least {least}", value)
     check(name, value < 2**31, f"{what} must be below 2**31", value)
+    return int(value)

@@ -108,8 +108,8 @@ class MLP(Network):
             "head_width": head_width,
             "head_depth": head_depth,
         }
-        for name, size in sizes.items():
-            check_size("MLP", name, size)
+        sizes = {name: check_size("MLP", name, size) for name, size in sizes.items()}
+        width, depth, head_width, head_depth = sizes.values()
         self.activation = activation
         function, name_of_function = _activation(activation)
         self.gradient_checkpointing = False

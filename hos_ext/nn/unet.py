@@ -106,7 +106,7 @@ class UNet(Network):
         )
         _check_shape(dims, spatial)
         _check_channels(channels, head_channels, norm_num_groups, trunk == "shared" or given_score)
-        check_size("UNet", "layers_per_block", layers_per_block)
+        layers_per_block = check_size("UNet", "layers_per_block", layers_per_block)
         _check_options(options, spatial, min([*channels][-1], [*(head_channels or channels)][-1]))
         self.spatial = spatial
         self._checkpointing = False

@@ -29,26 +29,27 @@ def check_sign(where: str, sign: Any, rank: int, like: Tensor) -> Tensor | None:
     return contiguous
 
 
-def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> None:
+def check_counter(where: str, name: str, value: Any, limit: int, device: torch.device) -> Any:
     """A seed or offset: an int, or a 0-d int64 tensor on the CPU or on the device."""
     if value.__class__ is int and 0 <= value < limit:
-        return
+        return value
     if not isinstance(value, Tensor):
-        check_int(where, name, value, limit)
-    elif value.dtype != torch.int64 or value.dim() != 0 or value.layout is not torch.strided:
+        return check_int(where, name, value, limit)
+    if value.dtype != torch.int64 or value.dim() != 0 or value.layout is not torch.strided:
         raise ValueError(f"{where}: {name} must be an int or a 0-d int64 tensor, got {show(value)}")
     elif value.device.type != "cpu":
         check(where, value.device == device, f"{name} must be on {device}", value.device)
     elif limit < 2**63 and is_readable(value):
         check_int(where, name, int(value), limit)  # a seed may be any 64 bits
+    return value
 
 
-def check_key(where: str, seed: Any, offset: Any, first: Any, x: Tensor) -> None:
+def check_key(where: str, seed: Any, offset: Any, first: Any, x: Tensor) -> tuple[Any, Any, int]:
     """Where the noise of x begins, looked at whether it is drawn or not; a seed may be None."""
     if seed is not None:
-        check_counter(where, "seed", seed, 2**64, x.device)
-    check_counter(where, "offset", offset, 2**56, x.device)
-    check_first(where, first, x.shape)
+        seed = check_counter(where, "seed", seed, 2**64, x.device)
+    offset = check_counter(where, "offset", offset, 2**56, x.device)
+    return seed, offset, check_first(where, first, x.shape)
 
 
 def check_out(

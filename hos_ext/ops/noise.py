@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,10 +157,10 @@ def _draw(
 ) -> Tensor:
     """Checks, and goes to the plain version, to torch.library or straight to the kernel."""
     shape = _checked_shape(where, shape)
-    check_counter(where, "seed", seed, 2**64, device)
-    check_counter(where, "offset", offset, 2**56, device)
-    check_first(where, first, shape)
-    check_int(where, "stream", stream, 2**8)
+    seed = check_counter(where, "seed", seed, 2**64, device)
+    offset = check_counter(where, "offset", offset, 2**56, device)
+    first = check_first(where, first, shape)
+    stream = check_int(where, "stream", stream, 2**8)
     if needs_library([t for t in (seed, offset) if isinstance(t, Tensor)]) or device.type == "meta":
         return torch.ops.hos_ext.noise(  # type: ignore[no-any-return]
             uniform, shape, _as_tensor(seed), _as_tensor(offset), first, stream, dtype, device
@@ -181,10 +182,11 @@ def _kind(where: str, dtype: Any, device: Any) -> tuple[torch.dtype, torch.devic
 
 def _checked_shape(where: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or any(
-        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in shape
+        isinstance(n, bool) or not isinstance(n, (int, np.integer, torch.SymInt)) for n in shape
     ):
         raise TypeError(f"{where}: shape must be a sequence of ints, got {shape!r}")
-    shape = tuple(shape)
+    sizes: Any = shape
+    shape = tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)  # type: ignore[misc]
     check(where, not any(n < 0 for n in shape), "shape must not be negative", shape)
     if any(n >= _MOST for n in shape):  # no test of the product: it may be symbolic
         raise ValueError(f"{where}: shape must have sizes below 2**48, got {shape}")

@@ -161,8 +161,8 @@ def _take_step(
     step_size = check_positive(where, "step_size", step_size, shape[0], x)
     if kind is None:
         raise ValueError(f"{where}: curvature must be clamp, abs or raw, got {curvature!r}")
-    check_first(where, first, shape)
-    check_counter(where, "offset", offset, 2**56, x.device)
+    first = check_first(where, first, shape)
+    offset = check_counter(where, "offset", offset, 2**56, x.device)
     seed = _step_seed(where, noise, seed, x.device)
     rest = (step_size, seed, offset, first, kind)
     if result:
@@ -201,7 +201,7 @@ def _step_seed(
         return 0
     if seed is None:
         return draw_seed(where)
-    check_counter(where, "seed", seed, 2**64, device)
+    seed = check_counter(where, "seed", seed, 2**64, device)
     return seed if isinstance(seed, Tensor) else signed(seed)
 
 

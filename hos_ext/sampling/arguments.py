@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,8 @@ def check_dtype(where: str, method: str, x: Tensor, dtypes: tuple[torch.dtype, .
 
 def check_step_size(step_size: float | Tensor, x: Tensor) -> None:
     """A positive finite number, 0-d tensor or one for each chain of x."""
-    good = isinstance(step_size, (int, float, Tensor)) and not isinstance(step_size, bool)
+    kinds = (int, float, np.floating, np.integer, Tensor)
+    good = isinstance(step_size, kinds) and not isinstance(step_size, bool)
     kind = type(step_size).__name__
     check(_WHERE, good, "step_size must be a float or a tensor", kind, TypeError)
     h = step_size if isinstance(step_size, Tensor) else torch.tensor(float(step_size))

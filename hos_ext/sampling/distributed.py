@@ -46,9 +46,9 @@ def shard(n: int, rank: int, world: int) -> slice:
         >>> [shard(5, rank, 2) for rank in range(2)]
         [slice(0, 2, None), slice(2, 5, None)]
     """
-    check_count("shard", "n", n, least=0, limit=2**63)
-    check_count("shard", "world", world)
-    check_count("shard", "rank", rank, least=0)
+    n = check_count("shard", "n", n, least=0, limit=2**63)
+    world = check_count("shard", "world", world)
+    rank = check_count("shard", "rank", rank, least=0)
     check("shard", rank < world, f"rank must be below world {world}", rank)
     return slice(n * rank // world, n * (rank + 1) // world)
 

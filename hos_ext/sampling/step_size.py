@@ -210,7 +210,7 @@ def adapt_step_size(
     one_of(where, "curvature", curvature, CURVATURES)
     step = make_step(method, where=where, adjusted=True, curvature=curvature)
     h0 = check_number(where, "step_size", step_size)
-    check_count(where, "n_steps", n_steps, limit=2**56)
+    n_steps = check_count(where, "n_steps", n_steps, limit=2**56)
     check(where, check_number(where, "target", target) < 1, "target must be below 1", target)
     check_callable(where, "score_fn", score_fn)
     if log_prob is not None:

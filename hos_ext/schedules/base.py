@@ -118,7 +118,7 @@ class Schedule(ABC):
 
         Equal steps in t; for EDM equal steps in t^(1 / rho).
         """
-        check_count(f"{self._name()}.times", "n", n)
+        n = check_count(f"{self._name()}.times", "n", n)
         grid = self._grid(torch.linspace(0, 1, n + 1, dtype=torch.float64))
         grid[0], grid[-1] = self.t_max, self.t_min  # not a rounding off
         return grid
@@ -153,7 +153,7 @@ class Schedule(ABC):
             TypeError, ValueError: an argument out of range or of the wrong kind.
         """
         where = f"{self._name()}.sample_t"
-        check_int(where, "n", n, 2**63)
+        n = check_int(where, "n", n, 2**63)
         dtype = dtype_of(where, "dtype", dtype, WIDE)
         with said_by(where, "uniform", shape="n"):
             u = ops.uniform(
@@ -247,7 +247,7 @@ def number(schedule: Schedule, name: str) -> float:
     """A field that must be a finite number."""
     where = type(schedule).__name__
     value: float = getattr(schedule, name)
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    real = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
     check(where, real, f"{name} must be a float", type(value).__name__, TypeError)
     check(where, math.isfinite(as_float(value)), f"{name} must be finite", value)
     return value

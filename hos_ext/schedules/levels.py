@@ -36,7 +36,7 @@ def draw_sigma(
         (True, True)
     """
     where = "draw_sigma"
-    check_int(where, "n", n, 2**63)
+    n = check_int(where, "n", n, 2**63)
     low, high = (math.log(level) for level in range_of(where, "sigma_range", sigma_range))
     with said_by(where, "uniform", shape="n"):
         u = ops.uniform(

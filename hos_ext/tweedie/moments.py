@@ -263,7 +263,7 @@ def moment_recurrence(
     """
     where = "moment_recurrence"
     check_samples(where, "x", x)
-    check_count(where, "order", order)
+    order = check_count(where, "order", order)
     check_callable(where, "score_fn", score_fn)
     check_like(where, "score_fn(x)", score_fn(x), x)
     flat = x.flatten(1)

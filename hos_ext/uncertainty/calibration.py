@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, check_kind, check_number, check_seed, check_shape, check_tensor, show
+from ..checks import check, check_int, check_kind, check_number, check_shape, check_tensor, show
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key
@@ -181,7 +181,7 @@ def calibration_report(
     """
     where = "calibration_report"
     residual = _residual(where, x0, posterior, tau)
-    check_seed(where, seed)
+    seed = check_int(where, "seed", seed, 2**64)
     tau = float(tau)
     batch, size = residual.shape
     check(where, batch >= 2, "x0 must have at least 2 samples", batch)

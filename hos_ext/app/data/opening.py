@@ -86,9 +86,9 @@ def open_source(
         torch.Size([4, 2])
     """
     kind, target = find_kind("spec", spec)
-    check_int("open_source", "seed", seed, 2**63)
-    check_count("open_source", "limit", limit, limit=2**63)
-    check_count("open_source", "buffer", buffer)
+    seed = check_int("open_source", "seed", seed, 2**63)
+    limit = check_count("open_source", "limit", limit, limit=2**63)
+    buffer = check_count("open_source", "buffer", buffer)
     for name, value in (("validation", validation), ("test", test)):
         if value is not None:
             check_count("open_source", name, value)

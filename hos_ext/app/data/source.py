@@ -65,8 +65,8 @@ class Source(NamedTuple):
             ValueError: an argument out of range; an image that cannot be read, or a sample that
                 is not as the others or not finite (sets in memory are checked when opened).
         """
-        check_int("Source.batch", "step", step, 2**40)
-        check_count("Source.batch", "batch_size", batch_size)
+        step = check_int("Source.batch", "step", step, 2**40)
+        batch_size = check_count("Source.batch", "batch_size", batch_size)
         stop = batch_size if stop is None else stop
         rule = f"start and stop must satisfy 0 <= start <= stop <= {batch_size}"
         share = 0 <= start <= stop <= batch_size

@@ -60,7 +60,7 @@ def accuracy(
         ValueError, TypeError: an argument out of range or of the wrong kind.
     """
     where = "accuracy"
-    check_count(where, "n", n)
+    n = check_count(where, "n", n)
     levels = noise_levels(where, sigmas)
     x0 = truth.sample(n, seed=seed)
     size = x0.shape[1]

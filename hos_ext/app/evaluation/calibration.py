@@ -51,7 +51,7 @@ def recalibrate(
     where = "recalibrate"
     low, high = (check_number(where, "sigma_range", value) for value in sigma_range)
     check(where, low <= high, "sigma_range must be increasing", sigma_range)
-    check_count(where, "limit", limit)
+    limit = check_count(where, "limit", limit)
     rows = held_out(where, source, "validation", seed).up_to(limit)
     x0 = rows.clean()
     sigma = draw_sigma(len(x0), (low, high), seed=seed, offset=rows.offset)

@@ -89,7 +89,7 @@ def denoise_held_out(
     where = "denoise_held_out"
     rows = held_out(where, source, part, seed)
     if count is not None:
-        check_count(where, "count", count)
+        count = check_count(where, "count", count)
         rule = f"count must be at most {len(rows)}, the {part} rows"
         check(where, count <= len(rows), rule, count)
         rows = rows.up_to(count)

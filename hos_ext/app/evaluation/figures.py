@@ -66,7 +66,7 @@ def evaluate(
     scale = check_number(where, "recalibration", recalibration)
     rows = held_out(where, source, part, seed)
     if limit is not None:
-        check_count(where, "limit", limit)
+        limit = check_count(where, "limit", limit)
         rows = rows.up_to(limit)
     n, truth = len(rows), source.truth
     exact = None

@@ -32,7 +32,7 @@ def denoising_figure(result: Denoised, *, rows: int = 4) -> Figure:
         Of signals: left the noisy values as dots, the mean with a band of two standard deviations,
         and the true values; right the eigenvectors.
     """
-    check_count("denoising_figure", "rows", rows)
+    rows = check_count("denoising_figure", "rows", rows)
     rows = min(rows, len(result.x))
     known = result.posterior.mean if result.x0 is None else result.x0
     scale = samples.scale_of(known[:rows])

@@ -36,7 +36,7 @@ def uncertainty_figure(results: Sequence[Denoised], *, rows: int = 3) -> Figure:
         ValueError: no results, more than 4, or rows out of range.
     """
     where = "uncertainty_figure"
-    check_count(where, "rows", rows)
+    rows = check_count(where, "rows", rows)
     check(where, 1 <= len(results) <= 4, "results must be 1 to 4 levels", len(results))
     rows = min(rows, *(len(result.x) for result in results))
     middle = results[len(results) // 2]
