@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hos_ext.app import options, runs, training
+from hos_ext.app import cli, options, runs, training
 from hos_ext.app.options import completing
 from hos_ext.app.runs import facts, work
 from hos_ext.app.training import batches
@@ -520,3 +520,28 @@ def test_the_tracker_gets_calibration_and_a_picture(whole):
     assert images["uncertainty"].dtype == np.uint8
     assert images["uncertainty"].shape[0] == 1
     assert images["uncertainty"].shape[-1] == 3
+
+
+def test_data_that_moved_are_named_and_must_be_the_same(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (80, 1, 6, 6)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    run = tmp_path / "run"
+    options = ["--steps=1", "--model=mlp", "--rank=1", "--width=8", "--head-width=8"]
+    options += ["--tracker=none", "--out", str(run)]
+    assert cli.run(["train", "--data", f"npy:{tmp_path / 'a.npy'}", *options]) == 0
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    np.save(tmp_path / "other.npy", array[:70])
+    commands = {
+        "denoise": ["--sigma=0.4", "--count=2"],
+        "evaluate": ["--sigma=0.4"],
+        "sample": ["--sigma=0.4", "--chains=2", "--steps=8", "--burn-in=0"],
+    }
+    for command, more in commands.items():
+        words = [command, str(run), *more, "--out", str(tmp_path / command)]
+        capsys.readouterr()
+        assert cli.run(words) == 2
+        assert str(tmp_path / "a.npy") in capsys.readouterr().err
+        assert cli.run([*words, "--data", f"npy:{tmp_path / 'other.npy'}"]) == 2
+        assert "data must be those that the run was started with" in capsys.readouterr().err
+        assert cli.run([*words, "--data", f"npy:{tmp_path / 'b.npy'}"]) == 0

@@ -31,6 +31,18 @@ Sigma = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Of every random choice of this command.")
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Where the data of the run lie now, such as npy:PATH, if they have moved.",
+        rich_help_panel=FOLDER,
+    ),
+]
+TestData = Annotated[
+    str | None,
+    typer.Option("--test-data", help="Likewise of the test set.", rich_help_panel=FOLDER),
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 Out = Annotated[
     Path | None,

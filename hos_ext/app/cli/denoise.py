@@ -10,12 +10,14 @@ from ...checks import check, one_of
 from .. import evaluation, results, runs
 from .common import (
     NOISE,
+    Data,
     Device,
     Force,
     Out,
     RunFolder,
     Seed,
     Sigma,
+    TestData,
     check_available,
     console,
     noise_level,
@@ -54,6 +56,8 @@ def denoise(
     ] = 4,
     seed: Seed = 0,
     device: Device = "auto",
+    data: Data = None,
+    test_data: TestData = None,
     out: Out = None,
     force: Force = False,
 ) -> None:
@@ -82,7 +86,10 @@ def denoise(
                 files, shape, scaling, sigma=level, std=facts["data"]["std"], units=units
             )
         else:
-            source, names = runs.open_data(facts), [f"held-out {i}" for i in range(count)]
+            source, names = (
+                runs.open_data(facts, data, test_data),
+                [f"held-out {i}" for i in range(count)],
+            )
             check_available("denoise", "--count", count, len(source.test))
         storage.check_writable(place)
     recalibration = facts["recalibration"]

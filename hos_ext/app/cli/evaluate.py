@@ -8,7 +8,7 @@ import typer
 from ... import storage
 from ...checks import require
 from .. import evaluation, results, runs
-from .common import NOISE, Device, Force, Out, RunFolder, Seed, console, noise_level
+from .common import NOISE, Data, Device, Force, Out, RunFolder, Seed, TestData, console, noise_level
 from .errors import checking
 
 # Columns of the printed table: heading, and name of the figure.
@@ -36,6 +36,8 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    data: Data = None,
+    test_data: TestData = None,
     out: Out = None,
     force: Force = False,
 ) -> None:
@@ -57,7 +59,7 @@ def evaluate(
         levels = _levels(facts, sigma)
         results.refuse_existing("evaluate", place, results.EVALUATE_FILES, force=force)
         storage.check_writable(place)
-        source = runs.open_data(facts)
+        source = runs.open_data(facts, data, test_data)
     report = evaluation.evaluate(
         model, source, levels, recalibration=facts["recalibration"], seed=seed, limit=limit
     )

@@ -9,12 +9,14 @@ from ...checks import check, check_number, one_of, require
 from .. import evaluation, results, runs, training
 from ..options import FOLDER
 from .common import (
+    Data,
     Device,
     Force,
     Out,
     RunFolder,
     Seed,
     Sigma,
+    TestData,
     check_available,
     console,
     noise_level,
@@ -53,6 +55,8 @@ def sample(
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
+    data: Data = None,
+    test_data: TestData = None,
     out: Out = None,
     force: Force = False,
 ) -> None:
@@ -78,7 +82,7 @@ def sample(
             names = results.sample_files(method, netcdf=netcdf)
             results.refuse_existing("sample", place, names, force=force)
             storage.check_writable(place)
-        source = runs.open_data(facts)
+        source = runs.open_data(facts, data, test_data)
         check_available("sample", "--chains", chains, len(source.test))
     starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
     size = results.methods()[method] * level**2 if step_size is None else step_size

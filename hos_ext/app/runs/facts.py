@@ -108,15 +108,27 @@ def scaling_of(facts: Mapping[str, Any]) -> data.Scaling:
     return data.Scaling.from_dict(facts["data"]["scaling"])
 
 
-def open_data(facts: Mapping[str, Any]) -> data.Source:
+def open_data(
+    facts: Mapping[str, Any], spec: str | None = None, test_spec: str | None = None
+) -> data.Source:
     """The data of a run, opened again, and the same as before.
+
+    Args:
+        facts: of the run.
+        spec: where the data lie now, if not where they lay; likewise test_spec. Their shape, their
+            scale and the sizes of their parts must be those of the run.
 
     Raises:
         ValueError: they are not what they were.
         OSError, RuntimeError: they cannot be read.
     """
-    source = open_chosen_source(facts["options"])
-    refuse_changes("data", facts["data"], describe(source))
+    moved = {"data": spec, "test_data": test_spec}
+    options = {**facts["options"], **{k: v for k, v in moved.items() if v is not None}}
+    source = open_chosen_source(options)
+    now = describe(source)
+    if spec is not None:
+        now["spec"] = facts["data"]["spec"]
+    refuse_changes("data", facts["data"], now)
     return source
 
 
