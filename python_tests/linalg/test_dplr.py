@@ -777,3 +777,11 @@ def test_lu_of_a_batch_runs_on_one_thread(monkeypatch):
         torch.set_num_threads(threads)
     assert len(seen) >= 2
     assert set(seen) == {1}
+
+
+def test_one_entry_that_is_not_finite_is_refused():
+    diag = torch.tensor([[1.0, torch.nan, 2.0]])
+    with pytest.raises(ValueError, match="diag and factor must be finite"):
+        DPLR(diag).eigh(1)
+    with pytest.raises(ValueError, match="diag and factor must be finite"):
+        DPLR(torch.ones(1, 3), torch.tensor([[[1.0], [torch.inf], [0.0]]])).eigh(1)

@@ -758,3 +758,12 @@ def test_loss_compiles_whole_and_draws_afresh():
         loss = compiled(model, x, sigma, **options)
         torch.testing.assert_close(loss, score_matching_loss(model, x, sigma, **options))
     assert compiled(model, x, sigma) != compiled(model, x, sigma)
+
+
+def test_each_call_of_the_module_is_the_next_step():
+    model, x0 = hos_ext.MLP((3,), rank=1), torch.randn(4, 3)
+    criterion = hos_ext.ScoreMatchingLoss(sigma=(0.2, 0.8), seed=3)
+    called = [criterion(model, x0) for _ in range(3)]
+    named = [criterion(model, x0, step=step) for step in range(3)]
+    assert [loss.item() for loss in called] == [loss.item() for loss in named]
+    assert int(criterion.step) == 3

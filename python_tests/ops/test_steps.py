@@ -556,3 +556,14 @@ def test_offset_read_late_is_still_refused(offset):
     late = torch.tensor(offset)
     with pytest.raises(ValueError, match=re.escape(f"offset must be in [0, 2**56), got {offset}")):
         torch.func.grad(lambda s: hos_ext.langevin_step(x, s, 0.1, seed=1, offset=late).sum())(x)
+
+
+def test_the_drift_is_as_sharp_as_its_exponential_in_float32():
+    """h phi1(h d) s: the exponential is a polynomial whose last term is 4e-7 of it at most."""
+    d = torch.linspace(-20.0, 20.0, 20001).reshape(1, -1)
+    zero, one = torch.zeros_like(d), torch.ones_like(d)
+    got = hos_ext.ozaki_step(zero, one, d, 1.0, noise=zero, curvature="raw").double()
+    wide = d.double()
+    exact = torch.expm1(wide) / wide.where(wide != 0, 1.0)
+    exact = exact.where(wide != 0, 1.0)
+    assert ((got - exact) / exact).abs().max() < 3e-7
