@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hos_ext import ops
+from hos_ext.losses.module import ScoreMatchingLoss
 from hos_ext.losses.score_matching import Objective, score_matching_loss
 from hos_ext.nn.mlp import MLP
 from hos_ext.ops import reference
@@ -761,8 +762,8 @@ def test_loss_compiles_whole_and_draws_afresh():
 
 
 def test_each_call_of_the_module_is_the_next_step():
-    model, x0 = hos_ext.MLP((3,), rank=1), torch.randn(4, 3)
-    criterion = hos_ext.ScoreMatchingLoss(sigma=(0.2, 0.8), seed=3)
+    model, x0 = MLP((3,), rank=1), torch.randn(4, 3)
+    criterion = ScoreMatchingLoss(sigma=(0.2, 0.8), seed=3)
     called = [criterion(model, x0) for _ in range(3)]
     named = [criterion(model, x0, step=step) for step in range(3)]
     assert [loss.item() for loss in called] == [loss.item() for loss in named]
