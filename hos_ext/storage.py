@@ -6,28 +6,36 @@ place by one rename: a process killed at any moment leaves the old, the new, or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a temporary file beside it, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all: a temporary file beside it, then one rename.
+
+    Raises:
+        OSError: the disk is full, read-only or broken; names the file, which is as it was.
+    """
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,12 +60,14 @@ def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]]) ->
         temporary.mkdir()
         manifest = {}
         for name, write in writers.items():
-            write(temporary / name)
-            _sync(temporary / name)
-            manifest[name] = _mark(temporary / name)
+            with _naming(path / name):
+                write(temporary / name)
+                _sync(temporary / name)
+                manifest[name] = _mark(temporary / name)
         write_whole(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-        temporary.rename(path)
-        _sync(path.parent)
+        with _naming(path):
+            temporary.rename(path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -94,9 +104,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def check_writable(folder: Path | str) -> None:
     """Makes the folder if need be and tries a file in it: OSError before the work, not after."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"1")
+    with _naming(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
 
 
 def _temporary(path: Path) -> Path:
@@ -111,10 +122,33 @@ def _mark(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the disk name the file; of a full disk Python says no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# What a file system answers that cannot sync.
+_UNSYNCED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
 def _sync(path: Path) -> None:
     """To the disk: the content of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+        warnings.warn(
+            f"write: the file system of {path.parent} cannot sync ({error.strerror}): what was "
+            "written there may be lost in a power cut",
+            stacklevel=4,
+        )
     finally:
         os.close(descriptor)
