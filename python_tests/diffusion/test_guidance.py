@@ -742,3 +742,32 @@ def test_one_dimensional_checks_use_the_right_gaussian():
     )
     assert law.mean.allclose(mean, rtol=1e-12)
     assert law.covariance.allclose(torch.linalg.inv(precision), rtol=1e-12)
+
+
+# --------------------------------------------------------------------- what is left at small noise
+
+
+def test_a_seen_entry_keeps_the_variance_of_the_noise():
+    """v d / (d + v): 1 - d / (d + v) would be 0, or rounding."""
+    diag = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    prior = Posterior(torch.zeros_like(diag), DPLR(diag))
+    seen = torch.tensor([True, False, True])
+    for noise in (1e-4, 1e-8, 1e-12):
+        y = torch.ones(1, 2, dtype=torch.float64)
+        found = condition(prior, y, seen, noise).covariance.diagonal()
+        v = noise**2
+        expected = torch.tensor([[v / (1 + v), 2.0, 3 * v / (3 + v)]], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("noise", [1e-9, 1e-12])
+def test_rows_that_are_nearly_parallel_are_refused_where_the_noise_does_not_tell_them_apart(noise):
+    """The difference of the rows is 1e-8: its variance, 1e-16, is rounding of the matrix's own."""
+    row = torch.linspace(1.0, 2.0, 8, dtype=torch.float64)
+    other = row.clone()
+    other[0] += 1e-8
+    prior = Posterior(torch.zeros(1, 8, dtype=torch.float64), DPLR(torch.ones(1, 8).double()))
+    y = torch.tensor([[1.0, 1.1]], dtype=torch.float64)
+    for function in (condition, condition_mean):
+        with pytest.raises(ValueError, match="noise_std"):
+            function(prior, y, torch.stack([row, other]), noise)

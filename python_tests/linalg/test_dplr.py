@@ -785,3 +785,13 @@ def test_one_entry_that_is_not_finite_is_refused():
         DPLR(diag).eigh(1)
     with pytest.raises(ValueError, match="diag and factor must be finite"):
         DPLR(torch.ones(1, 3), torch.tensor([[[1.0], [torch.inf], [0.0]]])).eigh(1)
+
+
+def test_definiteness_is_that_of_the_numbers_given_and_not_of_their_rounding():
+    """I - u u^T with |u| = 1 to float32: the eigenvalue 1 - |u|^2 is +-1e-7 or less."""
+    u = torch.randn(400, 7, generator=torch.Generator().manual_seed(0))
+    u = u / u.norm(dim=1, keepdim=True)
+    left = 1 - u.double().square().sum(1)
+    assert 100 < int((left > 0).sum()) < 300
+    found = DPLR(torch.ones_like(u), u.unsqueeze(-1), torch.tensor([-1.0])).is_positive_definite()
+    assert torch.equal(found, left > 0)
