@@ -778,3 +778,12 @@ def test_folders_without_a_whole_pipeline_are_refused(diffusers, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=exactly(f"{rule} JSON in config.json, got {path}")):
         from_diffusers(tmp_path)
+
+
+def test_the_given_model_is_in_eval_mode_from_the_start():
+    given = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    head = SecondOrderHead(given, MLP((3,), rank=1, given_score=True))
+    assert not given.training
+    assert not any(parameter.requires_grad for parameter in given.parameters())
+    assert head.train().head.training
+    assert not given.training
