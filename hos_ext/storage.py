@@ -135,6 +135,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 # What a file system answers that cannot sync.
 _UNSYNCED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+# The file systems of which it was said: a checkpoint of four files syncs ten times.
+_SAID: set[int] = set()
 
 
 def _sync(path: Path) -> None:
@@ -145,10 +147,13 @@ def _sync(path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNSYNCED:
             raise
-        warnings.warn(
-            f"write: the file system of {path.parent} cannot sync ({error.strerror}): what was "
-            "written there may be lost in a power cut",
-            stacklevel=4,
-        )
+        device = os.fstat(descriptor).st_dev
+        if device not in _SAID:
+            _SAID.add(device)
+            warnings.warn(
+                f"write: the file system of {path.parent} cannot sync ({error.strerror}): what "
+                "is written there may be lost in a power cut",
+                stacklevel=4,
+            )
     finally:
         os.close(descriptor)
