@@ -795,3 +795,13 @@ def test_definiteness_is_that_of_the_numbers_given_and_not_of_their_rounding():
     assert 100 < int((left > 0).sum()) < 300
     found = DPLR(torch.ones_like(u), u.unsqueeze(-1), torch.tensor([-1.0])).is_positive_definite()
     assert torch.equal(found, left > 0)
+
+
+def test_rounding_below_zero_is_measured_by_the_largest_eigenvalue():
+    """1 - |u|^2 = -1e-8 is zero to float32, whatever other columns there are."""
+    u = torch.randn(400, 7, generator=torch.Generator().manual_seed(0))
+    u = u / u.norm(dim=1, keepdim=True)
+    u = u[u.double().square().sum(1) > 1][:20].unsqueeze(-1)
+    factor = torch.cat([u, torch.zeros_like(u)], -1)
+    matrix = DPLR(torch.ones(20, 7), factor, torch.tensor([-1.0, 1.0]))
+    assert matrix.sample(3, seed=0).isfinite().all()
