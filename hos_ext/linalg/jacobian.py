@@ -20,6 +20,7 @@ from ..checks import (
     check,
     check_count,
     check_flag,
+    check_number,
     check_samples,
     check_seed,
     check_shape,
@@ -354,13 +355,14 @@ class ScoreHessian:
             ((hessian.scale(sigma**2) + 1).low_rank(k) + -1).scale(1 / sigma**2).
 
         Raises:
-            TypeError: k or n_probes is not an int.
-            ValueError: k, n_probes, floor or remainder out of range, or a trace that is not
-                positive.
+            TypeError: k or n_probes is not an int, tolerance not a number.
+            ValueError: k, n_probes, tolerance, floor or remainder out of range, or a trace that is
+                not positive.
         """
         where = "ScoreHessian.low_rank"
         k = check_count(where, "k", k, least=0)
         n_probes = check_count(where, "n_probes", n_probes, least=2)
+        tolerance = check_number(where, "tolerance", tolerance)
         check_truncation(where, remainder, floor)
         seed, _, first = check_seed(where, seed, first=first)
         batch, size, _ = self.shape

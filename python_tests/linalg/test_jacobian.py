@@ -467,6 +467,16 @@ def test_low_rank_has_the_trace_of_the_matrix_though_its_pairs_have_not_converge
         assert matrix.is_positive_definite().all()
 
 
+@pytest.mark.parametrize("k", [0, 2])  # k = 0 finds no pair, and must look at it all the same
+@pytest.mark.parametrize(
+    ("tolerance", "error"), [(None, TypeError), ("1e-3", TypeError), (-1.0, ValueError)]
+)
+def test_low_rank_looks_at_its_tolerance(k, tolerance, error):
+    hessian = ScoreHessian(lambda x: 2 * x, torch.ones(2, 4).double())
+    with pytest.raises(error, match=r"^ScoreHessian\.low_rank: tolerance must be"):
+        hessian.low_rank(k, tolerance=tolerance)
+
+
 def test_low_rank_keeps_all_of_a_covariance_at_full_rank():
     spectrum = torch.linspace(1, 2, 6).double()
     hessian = ScoreHessian(lambda x: x * spectrum, torch.ones(2, 6).double())
