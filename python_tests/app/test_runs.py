@@ -150,7 +150,7 @@ def test_defaults_that_depend_on_data_or_model_are_put_into_words(name, words):
         (
             {"augment": "blur"},
             ValueError,
-            "augment: name must be one of 'none', 'flip', 'distort', got 'blur'",
+            "train: augment must be one of 'none', 'flip', 'distort', got 'blur'",
         ),
         (
             {"data": "density:gaussian2d", "augment": "flip"},

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -1159,3 +1160,47 @@ def test_the_module_for_loops_of_ones_own_draws_as_documented(source):
     model = build()
     expected = score_matching_loss(model, x, sigma, **training.OBJECTIVE, seed=0, offset=3)
     assert loss(model, x, step=3).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------ arguments of no such kind
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resume": "False"}, "train: resume must be True or False, got 'False'"),
+        ({"progress": 1}, "train: progress must be True or False, got 1"),
+        ({"report": 3}, "train: report must be callable, got int"),
+        ({"model": 3}, "train: model must be a Module, got int"),
+        ({"source": 3}, "train: source must be a Source, got int"),
+        ({"options": {}}, "train: options must be a TrainingOptions, got dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(source, change, message):
+    given = {"model": MLP((8, 8), rank=1), "source": source, "resume": False, "progress": False}
+    given |= {"options": training.TrainingOptions(steps=1), "report": None} | change
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        training.train(given.pop("model"), given.pop("source"), given.pop("options"), **given)
+
+
+@pytest.mark.parametrize("name", ["variance_reduction", "centred", "scale_free", "detach_score"])
+@pytest.mark.parametrize("value", ["False", 0, np.bool_(False), None])
+def test_flags_of_the_objective_are_true_or_false(name, value):
+    with pytest.raises(TypeError, match=rf"^train: objective\['{name}'\] must be True or False"):
+        training.TrainingOptions(steps=1, objective={name: value})
+
+
+def test_an_objective_and_an_augmentation_that_are_unknown_are_refused():
+    with pytest.raises(ValueError, match=r"^train: objective must hold options .*, got nope$"):
+        training.TrainingOptions(steps=1, objective={"nope": 1})
+    with pytest.raises(TypeError, match=r"^train: objective must be a mapping, got 'x'$"):
+        training.TrainingOptions(steps=1, objective="x")
+    with pytest.raises(ValueError, match=r"^train: augment must be one of 'none', 'flip'"):
+        training.TrainingOptions(steps=1, augment=1)
+
+
+def test_options_of_numpy_become_plain_numbers():
+    options = training.TrainingOptions(steps=np.int64(3), seed=np.uint8(200))
+    assert json.dumps(options.deciding())
+    assert type(options.steps) is int
+    assert type(options.seed) is int

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ... import storage
-from ...checks import refuse_dropout
+from ...checks import check, check_callable, check_flag, check_kind, refuse_dropout
 from .. import data
 from .batches import Batch, draw_batch, draw_validation, gradient_variance, losses, validation_loss
 from .checkpoints import (
@@ -101,6 +101,13 @@ def train(
         >>> options = TrainingOptions(steps=1000, augment="distort")
         >>> trained = train(model, data.open_source("digits"), options, out="runs/mine")
     """
+    check_kind("train", "model", model, nn.Module)
+    check_kind("train", "options", options, TrainingOptions)
+    got = type(source).__name__
+    check("train", hasattr(source, "batch"), "source must be a Source", got, TypeError)
+    check_flag("train", resume=resume, progress=progress)
+    if report is not None:
+        check_callable("train", "report", report)
     refuse_dropout("train", model)
     check_whole(model)
     accelerator = open_accelerator(options, out)

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from ...checks import check, check_count, check_int, check_number, one_of
+import numpy as np
+
+from ...checks import check, check_count, check_flag, check_int, check_number, one_of
+from ...losses.score_matching import Objective
 from .trackers import check_tracker
 
 Check = Callable[[str, str, Any], object]
@@ -48,6 +51,17 @@ def _check_range(where: str, name: str, value: Any) -> None:
     except (TypeError, ValueError):
         good = False
     check(where, good, f"{name} must be (low, high) with 0 < low <= high", value)
+
+
+def _check_objective(where: str, name: str, value: Any) -> None:
+    """Options of `score_matching_loss` by name; the flags among them are True or False."""
+    check(where, isinstance(value, Mapping), f"{name} must be a mapping", repr(value), TypeError)
+    known = Objective.__annotations__.keys() - {"reduction"}
+    unknown = sorted(map(str, value.keys() - known))
+    rule = f"{name} must hold options of score_matching_loss ({', '.join(sorted(known))})"
+    check(where, not unknown, rule, ", ".join(unknown))
+    flags = known - {"gamma", "first_order"}
+    check_flag(where, **{f"{name}[{k!r}]": v for k, v in value.items() if k in flags})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +139,7 @@ class TrainingOptions:
         metadata=_about(
             "none, flip (left and right), or distort (rotate, shear, scale, shift half of a "
             "batch).",
+            partial(one_of, known=("none", "flip", "distort")),
             decides=True,
         ),
     )
@@ -163,6 +178,10 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_options(vars(self))
+        _check_objective("train", "objective", self.objective)
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # JSON has no numbers of numpy
+                object.__setattr__(self, name, value.item())
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide what a step computes, as plain JSON has them."""
