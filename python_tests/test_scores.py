@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from hos_ext import DPLR, VP, Scores, UnscaledScores, checks, posterior
+from hos_ext import (
+    DPLR,
+    VP,
+    Scores,
+    UnscaledScores,
+    checks,
+    diffusion,
+    linalg,
+    nn,
+    posterior,
+    sampling,
+)
 from hos_ext.linalg import DenseOperator, ScoreHessian
 from hos_ext.losses import ScoreMatchingLoss, hermite, score_matching_loss
 from hos_ext.nn import MLP, SecondOrderHead
@@ -161,3 +172,35 @@ def test_rows_are_a_slice_or_numbers_of_rows(index):
         with pytest.raises((TypeError, ValueError), match=f"^{name}.rows: index must "):
             matrix.rows(index)
     assert DPLR(C).rows(torch.tensor([True, False, True])).shape == (2, D, D)
+
+
+META = torch.zeros(3, 4, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sampling.ess(META.unsqueeze(-1)), "ess: draws must hold values"),
+        (
+            lambda: linalg.dense_spectrum(torch.zeros(1, 2, 2, device="meta")),
+            "dense_spectrum: matrix must hold values",
+        ),
+        (
+            lambda: diffusion.tweedie_denoise(lambda x, s: None, META, VP(), 0.1),
+            "tweedie_denoise: x must hold values",
+        ),
+        (
+            lambda: linalg.truncated(
+                torch.tensor([[torch.nan]]), torch.ones(1, 2, 1), torch.ones(1, 2)
+            ),
+            "truncated: values must be finite",
+        ),
+        (
+            lambda: nn.MLP((4,), rank=1)(torch.zeros(3, 4), 1e39),
+            "MLP: sigma must be finite in torch.float32",
+        ),
+    ],
+)
+def test_values_that_are_not_there_or_not_held_are_named(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call()

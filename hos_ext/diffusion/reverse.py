@@ -355,6 +355,7 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
     """
     where = "tweedie_denoise"
     check_samples(where, "x", x)
+    check(where, not x.is_meta, "x must hold values", "a meta tensor")
     check_schedule(where, schedule)
     level = t if isinstance(t, Tensor) else torch.tensor(0.0, dtype=torch.float64)
     if not isinstance(t, Tensor):

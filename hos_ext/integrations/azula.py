@@ -152,6 +152,7 @@ def _levels_of(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 def _levels(where: str, sigma: float | Tensor, x: Tensor) -> Tensor:
     """sigma as (B,), from a float or from any shape with one element for all or for each."""
-    if isinstance(sigma, Tensor) and sigma.dim() > 0 and sigma.numel() in (1, len(x)):
+    dense = isinstance(sigma, Tensor) and sigma.layout is torch.strided
+    if isinstance(sigma, Tensor) and dense and sigma.dim() > 0 and sigma.numel() in (1, len(x)):
         sigma = sigma.reshape(-1).expand(len(x))
     return positive(where, "sigma", sigma, x).reshape(-1).expand(len(x))

@@ -111,7 +111,8 @@ class DiffusersScore(nn.Module):
         level = positive(where, "sigma", sigma, x)
         # On the CPU: the bisection for t is hundreds of tiny operations.
         ratio = level.flatten().cpu()
-        low, high = ratio.new_tensor(self.sigma_range)
+        # Not new_tensor: torch cannot make one like a view with its negative bit set.
+        low, high = torch.tensor(self.sigma_range, dtype=ratio.dtype)
         bad = (ratio < low) | (ratio > high)
         if bool(bad.any()):
             rule = f"sigma must be in [{low:g}, {high:g}], the noise levels of the scheduler"

@@ -97,6 +97,7 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
         tensor([[1., 3.]])
     """
     check_tensor(where, "matrix", matrix)
+    check(where, not matrix.is_meta, "matrix must hold values", "a meta tensor")
     square = matrix.dim() == 3 and matrix.shape[1] == matrix.shape[2] > 0
     check(where, square, "matrix must have shape (B, D, D), D >= 1", tuple(matrix.shape))
     usable, finite = check_symmetric(where, matrix)

@@ -60,6 +60,8 @@ def truncated(
     check_tensor(where, "values", values, like=rest, shape=(batch, "k"))
     check_tensor(where, "vectors", vectors, like=rest, shape=(batch, size, values.shape[1]))
     check_truncation(where, remainder, floor)
+    for name, given in (("values", values), ("rest", rest)):
+        check(where, bool(given.isfinite().all()), f"{name} must be finite", "NaN or inf")
     total = rest.sum(-1, keepdim=True)
     trace = total + values.sum(-1, keepdim=True)
     check(

@@ -267,6 +267,8 @@ def noise_level(name: str, x: Tensor, sigma: Tensor | float, sigma_data: float) 
         value = sigma.to(wide).expand(x.shape[0])
     else:
         number = check_level(name, "sigma", sigma, x.shape[0], x, positive=True)
+        fits = torch.compiler.is_compiling() or number <= torch.finfo(wide).max
+        check(name, fits, f"sigma must be finite in {wide}", number)
         value = torch.full((x.shape[0],), number, dtype=wide, device=x.device)
     variance = value.square() + sigma_data**2
     inverse_std = variance.rsqrt()

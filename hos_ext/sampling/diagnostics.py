@@ -220,6 +220,7 @@ def _check_draws(caller: str, draws: Tensor, *, min_chains: int = 1, min_draws: 
     good = isinstance(draws, Tensor) and draws.is_floating_point()
     check(caller, good, "draws must be a floating-point tensor", str(kind), TypeError)
     check(caller, draws.layout is torch.strided, "draws must be strided", draws.layout)
+    check(caller, not draws.is_meta, "draws must hold values", "a meta tensor")
     enough = draws.dim() >= 2 and draws.shape[0] >= min_chains and draws.shape[1] >= min_draws
     rule = f"shape (chain, draw, *dims), chain >= {min_chains}, draw >= {min_draws}"
     check(caller, enough, f"draws must have {rule}", tuple(draws.shape))
