@@ -181,6 +181,8 @@ def _kind(where: str, dtype: Any, device: Any) -> tuple[torch.dtype, torch.devic
 
 
 def _checked_shape(where: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if shape.__class__ is tuple and all(n.__class__ is int and 0 <= n < _MOST for n in shape):
+        return shape
     if not isinstance(shape, Sequence) or any(
         isinstance(n, bool) or not isinstance(n, (int, np.integer, torch.SymInt)) for n in shape
     ):
