@@ -787,3 +787,11 @@ def test_the_given_model_is_in_eval_mode_from_the_start():
     assert not any(parameter.requires_grad for parameter in given.parameters())
     assert head.train().head.training
     assert not given.training
+
+
+def test_a_head_of_ones_own_without_checkpointing_says_so():
+    class Own(nn.Module):
+        def forward(self, x, sigma, scaled_score):
+            return Scores(scaled_score, torch.ones_like(x))
+
+    assert SecondOrderHead(lambda x, sigma: -x, Own()).gradient_checkpointing is False
