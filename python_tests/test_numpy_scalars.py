@@ -87,3 +87,10 @@ def test_a_device_that_is_not_there_is_named(tmp_path, device):
     hos_ext.save_model(nn.MLP((4,), rank=1), tmp_path / "model")
     with pytest.raises((TypeError, ValueError), match=r"^load_model: device must be a device"):
         hos_ext.load_model(tmp_path / "model", device=device)
+
+
+@pytest.mark.parametrize("name", ["n_steps", "burn_in", "thin", "chunk_size", "first_chain"])
+def test_a_row_of_one_number_is_no_number(name):
+    options = {"step_size": 0.25, "n_steps": 4, "seed": 3} | {name: torch.tensor([2])}
+    with pytest.raises(TypeError, match=f"^sample: {name} must be an integer, got Tensor"):
+        drawn(**options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -104,10 +104,11 @@ def check_step_size(step_size: float | Tensor, x: Tensor) -> None:
     check(_WHERE, bool(fine.all()), rule, lambda: float(h[~fine][0]))
 
 
-def whole(name: str, value: int, least: int, limit: int = 2**63) -> int:
+def whole(name: str, value: Any, least: int, limit: int = 2**63) -> int:
     """An argument that counts, from `least` up. Any type that Python takes for an index will do."""
+    several = isinstance(value, Tensor) and value.dim() > 0
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if several or isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
