@@ -24,9 +24,6 @@ import os
 import random
 import re
 import resource
-import select
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,12 +40,12 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 from entries import Entry, entries, invoke, valid_call  # noqa: E402
 from values import Changed, change, excluded  # noqa: E402
+from workers import Record, Worker, answers  # noqa: E402
 
 from hos_ext import DPLR  # noqa: E402
 from hos_ext.scores import SymmetricOperator  # noqa: E402
 
-RECORD = HERE / "api_fuzz.json"
-FIXED = 1000  # the seeds below belong to the test
+RECORD = Record(HERE / "api_fuzz.json", "calls", {})
 SECONDS = 5.0  # of the processor, for one call
 WAIT = 120.0  # by the clock: the machine may have other work
 MEMORY = 3 << 30  # beyond what torch takes to begin with
@@ -230,108 +227,21 @@ def work() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-class Worker:
-    """A process that makes calls, in a folder of its own."""
-
-    def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="hos_api_fuzz_")
-        env = os.environ | {"TMPDIR": self.folder, "OMP_NUM_THREADS": "1"}
-        paths = [str(HERE.parents[1]), env.get("PYTHONPATH", "")]
-        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        command = [sys.executable, str(HERE / "api_fuzz.py"), "--worker"]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=self.folder,
-            env=env,
-            text=True,
-            bufsize=1,
-        )
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("api_fuzz: the worker did not start")
-
-    def ask(self, seed: int) -> dict[str, Any]:
-        """The outcome of a seed; a hang or a crash ends this worker."""
-        process = self.process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        start, spent = time.monotonic(), self._processor_time()
-        process.stdin.write(f"{seed}\n")
-        process.stdin.flush()
-        while not select.select([process.stdout], [], [], 0.25)[0]:
-            used = self._processor_time() - spent
-            if used > SECONDS or time.monotonic() - start > WAIT:
-                self.close()
-                return {"seed": seed, "kind": "hang", "said": f"{used:.1f} s of the processor"}
-        line = process.stdout.readline()
-        if not line:
-            code = process.wait()
-            self.close()
-            return {"seed": seed, "kind": "crash", "said": f"exit code {code}"}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _processor_time(self) -> float:
-        try:
-            text = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii")
-        except FileNotFoundError:
-            return 0.0
-        user, system = text.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-
 def run(seeds: Iterable[int], until: float = float("inf")) -> Iterator[dict[str, Any]]:
     """The outcomes of some seeds, until a time of the clock."""
-    worker = Worker()
-    try:
-        for count, seed in enumerate(seeds):
-            if time.monotonic() > until:
-                return
-            if not worker.alive or count % 20000 == 19999:
-                worker.close()
-                worker = Worker()
-            answer = worker.ask(seed)
-            if "call" not in answer:
-                answer["call"] = str(make_call(seed))
+    with tempfile.TemporaryDirectory(prefix="hos_api_fuzz_") as folder:
+
+        def start() -> Worker:
+            program, env = ("api_fuzz.py", "--worker"), {"TMPDIR": folder}
+            return Worker(*program, seconds=SECONDS, wait=WAIT, cwd=folder, env=env)
+
+        for answer in answers(seeds, start, until=until):
+            if "call" not in answer:  # the worker is gone
+                answer["call"] = str(make_call(answer["seed"]))
             yield answer
-    finally:
-        worker.close()
 
 
 # ------------------------------------------------------------------------------------- the command
-
-
-def read_record() -> dict[str, Any]:
-    """The runs so far."""
-    if RECORD.exists():
-        record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
-        return record
-    return {"next_seed": FIXED, "calls": 0, "outcomes": {}, "runs": []}
-
-
-def keep(first: int, counts: Counter[str], unclear: list[int]) -> None:
-    """Adds a run to the record."""
-    record = read_record()
-    calls = sum(counts.values())
-    record["next_seed"] = max(record["next_seed"], first + calls)
-    record["calls"] += calls
-    record["outcomes"] = dict(sorted((Counter(record["outcomes"]) + counts).items()))
-    run_ = {"seeds": [first, first + calls], "outcomes": dict(sorted(counts.items()))}
-    record["runs"].append(run_ | ({"unclear_seeds": unclear[:200]} if unclear else {}))
-    new = RECORD.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    new.replace(RECORD)
 
 
 def repeat(seed: int) -> int:
@@ -389,7 +299,7 @@ def main() -> int:
         return check_valid()
     if asked.repeat is not None:
         return repeat(asked.repeat)
-    first = read_record()["next_seed"] if asked.first is None else asked.first
+    first = RECORD.read()["next_seed"] if asked.first is None else asked.first
     until = float("inf") if asked.calls else time.monotonic() + 60 * asked.minutes
     seeds = range(first, first + (asked.calls or 10**9))
     counts: Counter[str] = Counter()
@@ -401,11 +311,8 @@ def main() -> int:
             line = f"--repeat {answer['seed']}  {answer['kind']}  {answer['call']}"
             print(f"{line}\n    {answer['said']}", flush=True)
     if asked.first is None:
-        keep(first, counts, unclear)
-    total = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
-    print(f"{sum(counts.values())} calls from seed {first}: {total}")
-    everything = read_record()
-    print(f"{everything['calls']} calls in all runs: {everything['outcomes']}")
+        RECORD.keep(first, counts, {"unclear_seeds": unclear[:200]} if unclear else {})
+    RECORD.tell(first, counts)
     return any(counts[kind] for kind in BAD)
 
 

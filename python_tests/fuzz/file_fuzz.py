@@ -27,7 +27,6 @@ import json
 import os
 import random
 import resource
-import select
 import shutil
 import struct
 import subprocess
@@ -40,9 +39,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from workers import Record, Worker, answers
+
 HERE = Path(__file__).resolve().parent
-RECORD = HERE / "file_fuzz.json"
-FIXED = 1000  # the seeds below belong to the test
+COMMAND = "python python_tests/fuzz/file_fuzz.py --files N"
+RECORD = Record(HERE / "file_fuzz.json", "files", {"command": COMMAND})
 SECONDS = 20.0  # for one file, by the clock
 MEMORY = 3 << 30  # of addresses, beyond what a worker takes to begin with
 RESIDENT = 3 << 29  # of memory, likewise
@@ -569,93 +570,23 @@ def work(place: Path) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-class Worker:
-    """A process that reads damaged files."""
-
-    def __init__(self, place: Path) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        paths = [str(HERE.parents[1]), env.get("PYTHONPATH", "")]
-        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        command = [sys.executable, str(HERE / "file_fuzz.py"), "--worker", str(place)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, bufsize=1
-        )
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("file_fuzz: the worker did not start")
-
-    def ask(self, seed: int) -> dict[str, Any]:
-        """The outcome of a seed; a hang or a crash ends this worker."""
-        process = self.process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{seed}\n")
-        process.stdin.flush()
-        if not select.select([process.stdout], [], [], SECONDS)[0]:
-            self.close()
-            return {"seed": seed, "kind": "hang", "case": "", "said": f"{SECONDS} s"}
-        line = process.stdout.readline()
-        if not line:
-            code = process.wait()
-            self.close()
-            return {"seed": seed, "kind": "crash", "case": "", "said": f"exit code {code}"}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-
 def run(seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
     """The outcomes of some seeds."""
     with tempfile.TemporaryDirectory(prefix="hos_file_fuzz_") as name:
-        place = Path(name)
         subprocess.run(
             [sys.executable, str(HERE / "file_fuzz.py"), "--build", name],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        worker = Worker(place)
-        try:
-            for seed in seeds:
-                if not worker.alive:
-                    worker = Worker(place)
-                yield worker.ask(seed)
-        finally:
-            worker.close()
+        program, env = ("file_fuzz.py", "--worker", name), {"HF_HUB_OFFLINE": "1"}
+        for answer in answers(
+            seeds, lambda: Worker(*program, seconds=SECONDS, wait=SECONDS, env=env)
+        ):
+            yield {"case": ""} | answer
 
 
 # ------------------------------------------------------------------------------------- the command
-
-
-def read_record() -> dict[str, Any]:
-    """The runs so far."""
-    if RECORD.exists():
-        record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
-        return record
-    command = "python python_tests/fuzz/file_fuzz.py --files N"
-    return {"command": command, "next_seed": FIXED, "files": 0, "outcomes": {}, "runs": []}
-
-
-def keep(first: int, counts: Counter[str], by_reader: dict[str, Counter[str]]) -> None:
-    """Adds a run to the record."""
-    record = read_record()
-    files = sum(counts.values())
-    record["next_seed"] = max(record["next_seed"], first + files)
-    record["files"] += files
-    record["outcomes"] = dict(sorted((Counter(record["outcomes"]) + counts).items()))
-    readers = {name: dict(sorted(by_reader[name].items())) for name in sorted(by_reader)}
-    run_ = {"seeds": [first, first + files], "outcomes": dict(sorted(counts.items()))}
-    record["runs"].append(run_ | {"readers": readers})
-    new = RECORD.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    new.replace(RECORD)
 
 
 def repeat(seed: int) -> int:
@@ -696,7 +627,7 @@ def main() -> int:
         return 0
     if asked.repeat is not None:
         return repeat(asked.repeat)
-    first = read_record()["next_seed"] if asked.first is None else asked.first
+    first = RECORD.read()["next_seed"] if asked.first is None else asked.first
     counts: Counter[str] = Counter()
     by_reader: dict[str, Counter[str]] = {}
     try:
@@ -710,11 +641,9 @@ def main() -> int:
     except KeyboardInterrupt:
         pass  # what was read counts
     if asked.first is None:
-        keep(first, counts, by_reader)
-    total = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
-    print(f"{sum(counts.values())} files from seed {first}: {total}")
-    everything = read_record()
-    print(f"{everything['files']} files in all runs: {everything['outcomes']}")
+        readers = {name: dict(sorted(by_reader[name].items())) for name in sorted(by_reader)}
+        RECORD.keep(first, counts, {"readers": readers})
+    RECORD.tell(first, counts)
     return any(counts[kind] for kind in BAD)
 
 
