@@ -9,7 +9,7 @@ A public function checks its arguments once; what it calls trusts them. Every me
     check_shape(where, "x", x, ("B", "C", "*dims"))                       a letter fits any length
     check_samples(where, "x", x), check_like(where, "score", score, x)    (B, *dims), and as x
     check_low_rank(where, factor, sign, x)                                (B, D, r) and (r,)
-    check_int, check_count, check_number, one_of                          numbers and names
+    check_int, check_count, check_number, is_int, is_number, one_of       numbers and names
     positive(where, "sigma", sigma, x), per_sample(...)                   shaped to broadcast
     check_flag(where, central=central, ...)                               True or False, no other
     check_callable(where, "model", model)
@@ -354,7 +354,7 @@ def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Te
         check_tensor(where, name, value, dtypes=FLOATING)
         rows = tuple(like.shape[:1])
         _check_rows(where, name, value, rows, like, str(rows))
-    elif isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+    elif not is_number(value):
         raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
     elif isinstance(value, int):
         value = as_float(value)
@@ -405,6 +405,16 @@ def range_of(where: str, name: str, value: object) -> tuple[float, float]:
     low, high = (check_number(where, name, v) for v in value)  # type: ignore[attr-defined]
     check(where, low <= high, f"{name} must be (low, high), low <= high", lambda: show(value))
     return low, high
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an int, of Python or of numpy; a bool is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float, of Python or of numpy; a bool is none."""
+    return is_int(value) or isinstance(value, (float, np.floating))
 
 
 def check_int(where: str, name: str, value: Any, limit: int) -> int:

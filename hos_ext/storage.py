@@ -93,9 +93,9 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left in a folder under temporary names."""
-    for left in folder.glob(".*.tmp"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed writers of a name, or of any, left in a folder under temporary names."""
+    for left in folder.glob(f".{name}.*.tmp"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

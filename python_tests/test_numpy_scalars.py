@@ -43,7 +43,16 @@ CALLS = {
     "unscaled": lambda i, f: model(X, 1).unscaled(f(0.5)).score,
     "VP": lambda i, f: schedules.VP(beta_min=f(0.25)).sigma(f(0.5)),
     "sample_t": lambda i, f: schedules.VP().sample_t(i(3), seed=i(200)),
-    "MLP": lambda i, f: nn.MLP((i(4),), rank=i(1), width=i(8), sigma_data=f(0.5)).config,
+    "MLP": lambda i, f: nn.MLP((i(4),), rank=i(200), width=i(8), sigma_data=f(0.5)).config,
+    "UNet": lambda i, f: (
+        nn.UNet(
+            (i(1), i(8), i(8)),
+            i(200),
+            channels=(i(8), i(8)),
+            norm_num_groups=i(2),
+            layers_per_block=i(1),
+        ).config
+    ),
     "DPLR.sample": lambda i, f: WIDE.sample(i(2), seed=i(200), first=i(1)),
     "DPLR.eigh": lambda i, f: WIDE.eigh(i(2))[0],
     "DPLR.scale": lambda i, f: (WIDE.scale(f(2.0)) + f(0.5)).diag,
@@ -56,6 +65,7 @@ CALLS = {
     "open_source": lambda i, f: (
         data.open_source("digits", seed=i(1), validation=i(20), test=i(10)).test
     ),
+    "held out": lambda i, f: data.open_source("digits", validation=i(200), test=i(200)).parts,
     "credible_interval": lambda i, f: hos_ext.Posterior(X, WIDE).credible_interval(f(0.875))[0],
     "correlation": lambda i, f: hos_ext.Posterior(X, WIDE).correlation(i(1)),
 }
@@ -70,6 +80,8 @@ def test_numpy_scalars_are_numbers(name, whole, real):
     if isinstance(expected, torch.Tensor):
         assert torch.equal(got, expected)
         assert got.dtype == expected.dtype
+    elif name == "held out":
+        assert all(map(torch.equal, got, expected))
     else:
         assert got == expected
         assert repr(got) == repr(expected)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import WIDE, check, check_number, device_of, dtype_of, show
+from ..checks import WIDE, check, check_number, device_of, dtype_of, is_int, show
 from ..scores import tweedie_covariance, tweedie_mean
 
 Law = TypeVar("Law", bound="Density")
@@ -59,8 +58,7 @@ class Density(ABC):
         """
         where = f"{type(self).__name__}.sample"
         for name, value in (("n", n), ("seed", seed)):
-            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-            check(where, whole, f"{name} must be an int", show(value), TypeError)
+            check(where, is_int(value), f"{name} must be an int", show(value), TypeError)
         n, seed = int(n), int(seed)
         check(where, n >= 0, "n must be >= 0", n)
         check(where, n < 2**31, "n must be below 2**31", n)

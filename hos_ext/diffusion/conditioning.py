@@ -236,7 +236,7 @@ def conjugate_gradients(
 
 def check_stop(where: str, tolerance: float | None, max_iterations: int, y: Tensor) -> float:
     """The tolerance, after checks of both."""
-    max_iterations = check_count(where, "max_iterations", max_iterations)
+    check_count(where, "max_iterations", max_iterations)
     if tolerance is None:
         return 1e-4 if y.dtype == torch.float32 else 1e-6
     return check_number(where, "tolerance", tolerance)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..checks import (
     check_seed,
     check_shape,
     check_tensor,
+    is_int,
     per_sample,
     rows_at,
     said_by,
@@ -342,8 +342,7 @@ class DPLR:
             RuntimeError: no convergence; on a second derivative.
         """
         where, (batch, size) = "DPLR.eigh", self.diag.shape
-        whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
-        check(where, whole, "k must be an int", type(k).__name__, TypeError)
+        check(where, is_int(k), "k must be an int", type(k).__name__, TypeError)
         k = int(k)
         if not 1 <= k <= size:
             raise ValueError(f"{where}: k must be an integer in 1..{size}, got {k}")

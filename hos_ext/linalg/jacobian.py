@@ -434,4 +434,4 @@ def _check_input(score_fn: FirstOrderScore, x: Tensor, chunk_size: int | None) -
     some = x[0:1].numel() > 0 or x.shape[0] == 0
     check(where, some, "x must have D >= 1", f"shape {tuple(x.shape)}")
     if chunk_size is not None:
-        chunk_size = check_count(where, "chunk_size", chunk_size)
+        check_count(where, "chunk_size", chunk_size)

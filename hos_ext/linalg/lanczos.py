@@ -224,7 +224,7 @@ def _check_arguments(
     )
     check(where, 0 < tolerance < 1, "tolerance must be in (0, 1)", tolerance)
     if max_iterations is not None:
-        max_iterations = check_count(where, "max_iterations", max_iterations)
+        check_count(where, "max_iterations", max_iterations)
 
 
 def _normalised(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ..checks import (
     check_flag,
     check_level,
     fits,
+    is_number,
     refuse_dropout,
     refuse_half,
     show,
@@ -364,9 +364,7 @@ def check_objective(
     named = isinstance(first_order, str) and first_order in ("antithetic", "vr", "plain")
     rule = "first_order must be 'antithetic', 'vr' or 'plain'"
     check(where, named, rule, lambda: show(first_order))
-    kinds = (float, int, np.floating, np.integer)
-    number = isinstance(gamma, kinds) and not isinstance(gamma, bool)
-    check(where, number, "gamma must be a float", type(gamma).__name__, TypeError)
+    check(where, is_number(gamma), "gamma must be a float", type(gamma).__name__, TypeError)
     check(where, gamma >= 0, "gamma must be at least 0", gamma)
     check(where, as_float(gamma) < math.inf, "gamma must be finite", gamma)
     fine = detach_score or not centred

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +22,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     device_of,
+    is_int,
     one_of,
     path_of,
     said_by,
@@ -302,8 +302,7 @@ def check_sizes(name: str, what: str, values: Any) -> tuple[int, ...]:
 
 def check_size(name: str, what: str, value: Any, *, least: int = 1) -> int:
     """An int of at least `least`; one of numpy's is given back as Python's."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    check(name, whole, f"{what} must be an int", lambda: show(value), TypeError)
+    check(name, is_int(value), f"{what} must be an int", lambda: show(value), TypeError)
     check(name, value >= least, f"{what} must be at least {least}", value)
     check(name, value < 2**31, f"{what} must be below 2**31", value)
     return int(value)

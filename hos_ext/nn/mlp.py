@@ -102,6 +102,7 @@ class MLP(Network):
             c_min=c_min,
             given_score=given_score,
         )
+        rank = self.rank
         sizes = {
             "width": width,
             "depth": depth,

@@ -104,8 +104,13 @@ class UNet(Network):
             c_min=c_min,
             given_score=given_score,
         )
+        dims, rank = self.dims, self.rank
         _check_shape(dims, spatial)
-        _check_channels(channels, head_channels, norm_num_groups, trunk == "shared" or given_score)
+        norm_num_groups = check_size("UNet", "norm_num_groups", norm_num_groups)
+        one_body = trunk == "shared" or given_score
+        channels, head_channels = _checked_channels(
+            channels, head_channels, norm_num_groups, one_body
+        )
         layers_per_block = check_size("UNet", "layers_per_block", layers_per_block)
         _check_options(options, spatial, min([*channels][-1], [*(head_channels or channels)][-1]))
         self.spatial = spatial
@@ -243,19 +248,25 @@ def _check_shape(dims: Sequence[int], spatial: int) -> None:
     check("UNet", len(dims) in (spatial, spatial + 1), f"dims must be {rule}", tuple(dims))
 
 
-def _check_channels(
+def _checked_channels(
     channels: Sequence[int], head_channels: Sequence[int] | None, groups: int, one_body: bool
-) -> None:
-    check_size("UNet", "norm_num_groups", groups)
-    for name, each in (("channels", channels), ("head_channels", head_channels)):
-        if each is not None:
-            check_sizes("UNet", name, each)
-            fine = each[0] % 2 == 0 and all(n % groups == 0 for n in each)
-            rule = f"{name} must be multiples of norm_num_groups = {groups}, the first even"
-            check("UNet", fine, rule, tuple(each))
-    if head_channels is not None:
-        rule = "head_channels must be None but with trunk='separate' and a score of its own"
-        check("UNet", not one_body, rule, tuple(head_channels))
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Both as plain ints."""
+
+    def checked(name: str, given: Sequence[int]) -> tuple[int, ...]:
+        each = check_sizes("UNet", name, given)
+        fine = each[0] % 2 == 0 and all(n % groups == 0 for n in each)
+        rule = f"{name} must be multiples of norm_num_groups = {groups}, the first even"
+        check("UNet", fine, rule, each)
+        return each
+
+    found = checked("channels", channels)
+    if head_channels is None:
+        return found, None
+    heads = checked("head_channels", head_channels)
+    rule = "head_channels must be None but with trunk='separate' and a score of its own"
+    check("UNet", not one_body, rule, heads)
+    return found, heads
 
 
 def _check_options(options: dict[str, Any], spatial: int, coarsest: int) -> None:

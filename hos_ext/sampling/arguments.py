@@ -5,11 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, is_number
 from ..random import fresh_seed
 
 _WHERE = "sample"
@@ -88,8 +87,7 @@ def check_dtype(where: str, method: str, x: Tensor, dtypes: tuple[torch.dtype, .
 
 def check_step_size(step_size: float | Tensor, x: Tensor) -> None:
     """A positive finite number, 0-d tensor or one for each chain of x."""
-    kinds = (int, float, np.floating, np.integer, Tensor)
-    good = isinstance(step_size, kinds) and not isinstance(step_size, bool)
+    good = isinstance(step_size, Tensor) or is_number(step_size)
     kind = type(step_size).__name__
     check(_WHERE, good, "step_size must be a float or a tensor", kind, TypeError)
     h = step_size if isinstance(step_size, Tensor) else torch.tensor(float(step_size))

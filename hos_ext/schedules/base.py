@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..checks import (
     check_kind,
     check_tensor,
     dtype_of,
+    is_number,
     per_sample,
     said_by,
 )
@@ -220,10 +220,8 @@ def _checked(where: str, name: str, value: float | Tensor, low: float, high: flo
         rule = f"{name} must be a float or have shape () or (B,)"
         check(where, value.dim() <= 1, rule, tuple(value.shape))
     else:
-        real = isinstance(value, (int, float, np.floating, np.integer))
         rule = f"{name} must be a float or a Tensor"
-        fits = real and not isinstance(value, bool)
-        check(where, fits, rule, type(value).__name__, TypeError)
+        check(where, is_number(value), rule, type(value).__name__, TypeError)
         value = torch.tensor(as_float(value), dtype=torch.float64)
     if not torch.compiler.is_compiling():
         # Not new_tensor: torch cannot make one like a view with its negative bit set.
@@ -247,8 +245,7 @@ def number(schedule: Schedule, name: str) -> float:
     """A field that must be a finite number."""
     where = type(schedule).__name__
     value: float = getattr(schedule, name)
-    real = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
-    check(where, real, f"{name} must be a float", type(value).__name__, TypeError)
+    check(where, is_number(value), f"{name} must be a float", type(value).__name__, TypeError)
     check(where, math.isfinite(as_float(value)), f"{name} must be finite", value)
     return value
 

@@ -86,10 +86,8 @@ def denoise(
                 files, shape, scaling, sigma=level, std=facts["data"]["std"], units=units
             )
         else:
-            source, names = (
-                runs.open_data(facts, data, test_data),
-                [f"held-out {i}" for i in range(count)],
-            )
+            names = [f"held-out {i}" for i in range(count)]
+            source = runs.open_data(facts, data, test_data)
             check_available("denoise", "--count", count, len(source.test))
         storage.check_writable(place)
     recalibration = facts["recalibration"]

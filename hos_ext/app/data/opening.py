@@ -89,9 +89,10 @@ def open_source(
     seed = check_int("open_source", "seed", seed, 2**63)
     limit = check_count("open_source", "limit", limit, limit=2**63)
     buffer = check_count("open_source", "buffer", buffer)
-    for name, value in (("validation", validation), ("test", test)):
-        if value is not None:
-            check_count("open_source", name, value)
+    if validation is not None:
+        validation = check_count("open_source", "validation", validation)
+    if test is not None:
+        test = check_count("open_source", "test", test)
     request = Request(spec, target, seed, column, split, limit)
     _check_request(kind, request)
     own: tuple[Kind, Request] | None = None  # a test set of its own

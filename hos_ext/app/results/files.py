@@ -36,8 +36,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes each file whole or not at all; what killed writers of it left beside it goes."""
     for name, content in files.items():
         storage.write_whole(folder / name, content)
-        for left in folder.glob(f".{name}.*.tmp"):
-            left.unlink(missing_ok=True)
+        storage.remove_leftovers(folder, name)
 
 
 def refuse_existing(where: str, folder: Path, names: Iterable[str], *, force: bool) -> None:

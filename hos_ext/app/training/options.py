@@ -69,9 +69,8 @@ class TrainingOptions:
     """What a training does. Checked when it is made.
 
     A run goes on from a checkpoint with the same options, but for those of devices and files
-    (accumulate, device, timeout, save_every, keep,
-    log_every, tracker). With decay "constant", steps may
-    become more.
+    (accumulate, device, timeout, save_every, keep, log_every, tracker). With decay "constant",
+    steps may become more.
 
     Raises:
         ValueError: an option out of range.
