@@ -74,6 +74,7 @@ __all__ = [
 
 _ROOMS = (
     "app",
+    "conditions",
     "densities",
     "diffusion",
     "integrations",

@@ -5,8 +5,8 @@ The words of the package: everything else speaks in them and none of them import
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -187,6 +187,8 @@ Level: TypeAlias = float | Tensor
 class Model(Protocol):
     """A network: scaled scores of noisy samples x (B, *dims) at sigma, a float or (B,).
 
+    A conditional one is called as `model(x, sigma, **model_kwargs)` (see `hos_ext.conditions`).
+
     Example:
         >>> import torch
         >>> from hos_ext import Scores, posterior
@@ -200,9 +202,9 @@ class Model(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor | float, /) -> Scores: ...
 
 
-ScoreModel: TypeAlias = Callable[[Tensor, Tensor | float], Tensor | Scores]
+ScoreModel: TypeAlias = Callable[..., Tensor | Scores]
 """A first-order network: maps x (B, *dims) and sigma, a float or (B,), to its score, as x, or
-`Scores`."""
+`Scores`. A conditional one takes its conditions by name besides."""
 
 FirstOrderScore: TypeAlias = Callable[[Tensor], Tensor]
 """Maps points x (B, *dims) to s1, as x, each row by itself."""
@@ -214,7 +216,13 @@ LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 """Maps points x (B, *dims) to log p(x), shape (B,); a constant may be missing."""
 
 
-def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> Scores:
+def model_scores(
+    where: str,
+    model: Model,
+    x: Tensor,
+    sigma: Tensor | float,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Scores:
     """What `model(x, sigma)` returns: `Scores` whose scaled_score is like x.
 
     Args:
@@ -222,6 +230,7 @@ def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> 
         model: the network.
         x: noisy samples. Shape (B, *dims).
         sigma: noise standard deviation, as the model takes it.
+        model_kwargs: conditions of the model, checked.
 
     Raises:
         TypeError: the model returned something else.
@@ -236,7 +245,8 @@ def model_scores(where: str, model: Model, x: Tensor, sigma: Tensor | float) -> 
         tensor([[-1., -1.]])
     """
     check_callable(where, "model", model)
-    scores = model(x, sigma)
+    conditional: Callable[..., Scores] = model
+    scores = conditional(x, sigma, **(model_kwargs or {}))
     kind = type(scores).__name__
     check(where, isinstance(scores, Scores), "model must return Scores", kind, TypeError)
     check_like(where, "scaled_score from model", scores.scaled_score, x)

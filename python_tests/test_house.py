@@ -18,7 +18,7 @@ import hos_ext
 
 PACKAGE = Path(hos_ext.__file__).parent
 
-WORDS = {"scores", "random", "checks", "storage"}
+WORDS = {"scores", "random", "checks", "conditions", "storage"}
 BELOW = WORDS | {"ops", "schedules", "linalg", "tweedie"}
 WING = {"losses", "nn", "sampling", "diffusion", "uncertainty", "integrations"}
 LIBRARY = BELOW | WING | {"densities"}

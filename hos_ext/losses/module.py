@@ -16,6 +16,7 @@ from ..checks import (
     range_of,
     said_by,
 )
+from ..conditions import Conditions
 from ..ops._checks import check_counter
 from ..ops.noise import uniform
 from ..random import STREAM_TIME, Key
@@ -99,6 +100,7 @@ class ScoreMatchingLoss(nn.Module):
         *,
         step: Tensor | int | None = None,
         first: int | None = None,
+        model_kwargs: Conditions | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -108,6 +110,7 @@ class ScoreMatchingLoss(nn.Module):
             step: number of the step, in place of the module's own, which then stands still.
             first: global index of row 0, for micro-batches of one step. None: the rank times the
                 rows of the batch under torch.distributed (the same number on every rank), else 0.
+            model_kwargs: conditions of the model, as `score_matching_loss` takes them.
 
         Returns:
             As `score_matching_loss`: a scalar, or (B,) with reduction="none".
@@ -130,7 +133,13 @@ class ScoreMatchingLoss(nn.Module):
         draws: dict[str, Any] = key._asdict()
         with said_by(where, "score_matching_loss"):
             loss: Tensor = score_matching_loss(
-                model, x0, sigma, alpha=alpha, **draws, **self.options
+                model,
+                x0,
+                sigma,
+                alpha=alpha,
+                model_kwargs=model_kwargs,
+                **draws,
+                **self.options,
             )
         return loss
 

@@ -9,6 +9,7 @@ of Meng et al. 2021.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -29,6 +30,7 @@ from ..checks import (
     refuse_half,
     show,
 )
+from ..conditions import Conditions, check_conditions, repeat_conditions
 from ..ops._checks import check_key
 from ..ops._operator import functorch_active, is_plain
 from ..ops.noise import draw_normal
@@ -57,6 +59,7 @@ class Objective(TypedDict, total=False):
 
 
 class _Options(Objective, total=False):
+    model_kwargs: Conditions | None
     alpha: Tensor | float
     noise: Tensor | None
     seed: Tensor | int | None
@@ -103,6 +106,7 @@ def score_matching_loss(
     seed: Tensor | int | None = None,
     offset: Tensor | int = 0,
     first: int = 0,
+    model_kwargs: Conditions | None = None,
     reduction: Reduction = "mean",
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -144,6 +148,8 @@ def score_matching_loss(
             generator.
         offset: second key, such as the step number; likewise.
         first: global index of row 0: ranks and micro-batches then draw what one batch would.
+        model_kwargs: conditions, such as class labels: `model(x, sigma, **model_kwargs)`. Each
+            tensor has one row for each sample, and is repeated for the points.
         reduction: "mean" or "sum" over the batch, or "none".
         return_terms: also return {"first": ..., "second": ...}: the terms without gamma, reduced
             alike, detached.
@@ -189,6 +195,7 @@ def score_matching_loss(
     )
     check_flag(where, return_terms=return_terms)
     sigma, alpha = _check_batch(x0, sigma, alpha, noise, seed)
+    conditions = check_conditions(where, model_kwargs, x0.shape[0], "x0")
     seed, offset, first = check_key(where, seed, offset, first, x0)
     with_clean = variance_reduction or first_order == "vr"
     with_minus = variance_reduction or first_order == "antithetic"
@@ -204,7 +211,9 @@ def score_matching_loss(
     if isinstance(sigma, Tensor) and sigma.dim() == 0 and sigma.device != x0.device:
         sigma = sigma.item()  # a scalar on the CPU
     points, levels = _evaluation_points(x0, noise, sigma, alpha, with_minus, with_clean)
-    scores = model(points, levels)
+    conditions = repeat_conditions(conditions, 1 + with_minus + with_clean)
+    conditional: Callable[..., Scores] = model
+    scores = conditional(points, levels, **conditions)
     _check_scores(scores, points, diagonal, with_clean)
     with torch.autocast(x0.device.type, enabled=False):
         z = _wide(noise).flatten(1)

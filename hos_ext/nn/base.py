@@ -28,6 +28,7 @@ from ..checks import (
     said_by,
     show,
 )
+from ..ops._operator import functorch_active, is_plain
 from ..scores import Scores
 from .weights import HOLD, WEIGHTS, arguments_of, check_folder, read_weights, write_weights
 
@@ -60,7 +61,8 @@ class Network(nn.Module):
     defines `_features`, `_raw_score` and `_factor`.
 
     Args:
-        dims, rank, trunk, sigma_data, constrained, c_min, given_score: as `MLP` describes them.
+        dims, rank, trunk, sigma_data, constrained, c_min, given_score, num_classes: as `MLP`
+            describes them.
     """
 
     class_name: ClassVar[str]
@@ -79,6 +81,7 @@ class Network(nn.Module):
         constrained: bool,
         c_min: float,
         given_score: bool,
+        num_classes: int | None,
     ) -> None:
         super().__init__()
         name = self.class_name
@@ -88,17 +91,30 @@ class Network(nn.Module):
         sigma_data = check_number(name, "sigma_data", sigma_data)
         c_min = check_number(name, "c_min", c_min, positive=False)
         one_of(name, "trunk", trunk, ("separate", "shared"))
+        if num_classes is not None:
+            num_classes = check_size(name, "num_classes", num_classes)
         self.dims = tuple(dims)
         self.rank = rank
         self.sigma_data = sigma_data
         self.constrained = constrained
         self.c_min = c_min
         self.given_score = given_score
+        self.num_classes = num_classes
         self._size = math.prod(dims)
         self._shape: tuple[int, ...] = self.dims
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of what the network takes besides x, sigma and a given score."""
+        return () if self.num_classes is None else ("label",)
+
     def forward(
-        self, x: Tensor, sigma: Tensor | float, scaled_score: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        scaled_score: Tensor | None = None,
+        *,
+        label: Tensor | None = None,
     ) -> Scores:
         """Scaled scores at noise level sigma.
 
@@ -107,6 +123,9 @@ class Network(nn.Module):
             sigma: noise standard deviation, > 0 (a tensor is not checked for it, and gives NaN).
                 Float or shape (B,). Data units.
             scaled_score: the known sigma * s1, as x, for a model with given_score. No units.
+            label: classes, for a model with num_classes. Shape (B,), int64, from 0 to num_classes,
+                the last of which means no class (on an accelerator it is not checked for it, as
+                that would wait for the device). None is no class for any sample.
 
         Returns:
             Scores, without units: scaled_score sigma * s1 and c, shape (B, *dims); factor
@@ -114,11 +133,13 @@ class Network(nn.Module):
             MLP and D for a UNet, where it is a view of a convolution's channels.
 
         Raises:
-            TypeError: x or scaled_score is not a tensor.
-            ValueError: x, sigma or scaled_score has another shape, dtype or device, a float sigma
-                is not > 0, or scaled_score is given where it must not be, or the other way round.
+            TypeError: x, scaled_score or label is not a tensor.
+            ValueError: x, sigma, scaled_score or label has another shape, dtype or device, a float
+                sigma is not > 0, a label is out of range, or scaled_score or label is given where
+                it must not be, or a scaled_score is missing.
         """
         self._check_input(x, scaled_score)
+        label = self._checked_label(x, label)
         level = noise_level(self.class_name, x, sigma, self.sigma_data)
         column = (-1, *[1] * len(self._shape))
         inverse_std, skip, k = (each.view(column) for each in level[1:])
@@ -126,15 +147,17 @@ class Network(nn.Module):
         inputs = rows * inverse_std
         if scaled_score is not None:
             inputs = torch.cat([inputs, scaled_score.reshape(rows.shape)], 1)
-        for_score, for_c, for_factor = self._features(inputs, level)
+        for_score, for_c, for_factor = self._features(inputs, level, label)
         if scaled_score is None:
             scaled_score = (self._raw_score(for_score, k) - skip * rows).reshape(x.shape)
         c = c_head(self.c(for_c), k, self.constrained, self.c_min).reshape(x.shape)
         return Scores(scaled_score, c, self._factor(for_factor, k) if self.rank else None)
 
     @abstractmethod
-    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
-        """What the last layers of score, c and factor see."""
+    def _features(
+        self, inputs: Tensor, level: NoiseLevel, label: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the last layers of score, c and factor see. label is None without num_classes."""
 
     @abstractmethod
     def _raw_score(self, features: Tensor, k: Tensor) -> Tensor:
@@ -173,6 +196,7 @@ class Network(nn.Module):
             "constrained": bool(self.constrained),
             "c_min": float(self.c_min),
             "given_score": bool(self.given_score),
+            "num_classes": self.num_classes,
         }
 
     def _check_input(self, x: Tensor, scaled_score: Tensor | None) -> None:
@@ -189,6 +213,30 @@ class Network(nn.Module):
         check(name, fine, f"scaled_score must be {rule}", scaled_score)
         if scaled_score is not None:
             check_like(name, "scaled_score", scaled_score, x)
+
+    def _checked_label(self, x: Tensor, label: Tensor | None) -> Tensor | None:
+        """The label of every sample; where there is none, the one that means no class."""
+        name, last = self.class_name, self.num_classes
+        if last is None:
+            rule = "label must be None (the model has no num_classes)"
+            check(name, label is None, rule, lambda: show(label))
+            return None
+        if label is None:
+            return torch.full((x.shape[0],), last, device=x.device)
+        got = type(label).__name__
+        check(name, isinstance(label, Tensor), "label must be a Tensor", got, TypeError)
+        fine = label.dtype == torch.int64 and label.dim() == 1 and label.shape[0] == x.shape[0]
+        rule = "label must be int64 of shape (B,) like x"
+        check(name, fine, rule, lambda: show(label))
+        check(name, label.device == x.device, "label must be on the device of x", label.device)
+        if label.device.type != "cpu" or torch.compiler.is_compiling():
+            return label
+        if functorch_active() or not is_plain(label):
+            return label
+        good = (label >= 0) & (label <= last)
+        rule = f"label must be in [0, {last}] ({last} is no class)"
+        check(name, good.all(), rule, lambda: int(label[~good][0]))
+        return label
 
     # ------------------------------------------------------------------------------------- files
 

@@ -17,6 +17,7 @@ from .base import KINK, Network, NoiseLevel, check_size
 # levels differ; the fastest resolves a factor of two.
 _FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
 _NOISE_FEATURES = 2 * len(_FREQUENCIES)
+_CLASS_FEATURES = 16
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -50,6 +51,8 @@ class MLP(Network):
         given_score: a second-order head for a score that is known (see `SecondOrderHead`). There is
             no score network: `model(x, sigma, scaled_score)` sees it beside x, and returns
             it with c and the factor. width and depth are then those of the shared trunk only.
+        num_classes: classes of a conditional model, called with `label=`. Each hidden layer then
+            sees an embedding of the class. None: no condition.
 
     The score and c start at the values for Gaussian data, the constrained c at c_min more than
     that. The factor starts small but not at zero. The loss depends on U U^T and its gradient 4 R U
@@ -92,6 +95,7 @@ class MLP(Network):
         constrained: bool = True,
         c_min: float = 1e-3,
         given_score: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(
             dims,
@@ -101,6 +105,7 @@ class MLP(Network):
             constrained=constrained,
             c_min=c_min,
             given_score=given_score,
+            num_classes=num_classes,
         )
         rank = self.rank
         sizes = {
@@ -118,12 +123,13 @@ class MLP(Network):
         size = self._size
         self._shape = (size,)
         inputs = 2 * size if given_score else size
+        told = _NOISE_FEATURES + (_CLASS_FEATURES if self.num_classes else 0)
         bodies = []
         if trunk == "shared" or not given_score:
-            bodies.append(_Body(inputs, width, depth, function))
+            bodies.append(_Body(inputs, told, width, depth, function))
         if trunk == "separate":
             heads = 1 if rank == 0 else 2
-            bodies += [_Body(inputs, head_width, head_depth, function) for _ in range(heads)]
+            bodies += [_Body(inputs, told, head_width, head_depth, function) for _ in range(heads)]
         else:
             head_width = width
         self.bodies = nn.ModuleList(bodies)
@@ -132,10 +138,16 @@ class MLP(Network):
             nn.Linear(head_width, size),
             nn.Linear(head_width + 1, size * rank, bias=False) if rank else None,
         )
+        if self.num_classes:
+            self.classes = nn.Embedding(self.num_classes + 1, _CLASS_FEATURES)
 
-    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
-        noise = _noise_features(level)
-        hidden = [self._hidden(body, inputs, noise) for body in self.bodies]
+    def _features(
+        self, inputs: Tensor, level: NoiseLevel, label: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        told = _noise_features(level)
+        if label is not None:
+            told = torch.cat([told, self.classes(label).to(told.dtype)], -1)
+        hidden = [self._hidden(body, inputs, told) for body in self.bodies]
         # From the end: [score, c, factor], [c, factor], [score, c], [c] or the shared trunk.
         of_c = len(hidden) - 2 if self.rank and len(hidden) > 1 else len(hidden) - 1
         return hidden[0], hidden[of_c], hidden[-1]
@@ -151,11 +163,11 @@ class MLP(Network):
         factor: Tensor = self.factor(scaled)
         return factor.reshape(features.shape[0], self._size, self.rank)
 
-    def _hidden(self, body: nn.Module, inputs: Tensor, noise: Tensor) -> Tensor:
+    def _hidden(self, body: nn.Module, inputs: Tensor, told: Tensor) -> Tensor:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            hidden: Tensor = body(inputs, noise)
+            hidden: Tensor = body(inputs, told)
             return hidden
-        hidden = checkpoint(body, inputs, noise, use_reentrant=False, preserve_rng_state=False)
+        hidden = checkpoint(body, inputs, told, use_reentrant=False, preserve_rng_state=False)
         return hidden
 
     def saved_config(self) -> dict[str, Any]:
@@ -166,19 +178,19 @@ class MLP(Network):
 
 
 class _Body(nn.Module):
-    """Hidden layers, each of which sees the noise features beside its input."""
+    """Hidden layers, each of which is told the noise level and the class beside its input."""
 
     def __init__(
-        self, size: int, width: int, depth: int, activation: Callable[[Tensor], Tensor]
+        self, size: int, told: int, width: int, depth: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__()
         sizes = [size] + [width] * (depth - 1)
-        self.layers = nn.ModuleList(nn.Linear(n + _NOISE_FEATURES, width) for n in sizes)
+        self.layers = nn.ModuleList(nn.Linear(n + told, width) for n in sizes)
         self.activation = activation
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
         for layer in self.layers:
-            x = self.activation(layer(torch.cat([x, features], -1)))
+            x = self.activation(layer(torch.cat([x, told], -1)))
         return x
 
 

@@ -47,6 +47,8 @@ class UNet(Network):
         constrained: as in `MLP`: c >= c_min by construction, or the paper's free c.
         c_min: least value of c when constrained, >= 0.
         given_score: as in `MLP`: a second-order head for a known score, always of one network.
+        num_classes: as in `MLP`: classes of a conditional model, whose embedding is added to that
+            of the noise level.
         options: further arguments of `UNet2DModel`, such as down_block_types and up_block_types
             (default: no attention but in the middle). Refused: dropout, whose masks differ between
             the points of a variance-reduced loss, an act_fn with a kink, and class embeddings.
@@ -93,6 +95,7 @@ class UNet(Network):
         constrained: bool = True,
         c_min: float = 1e-3,
         given_score: bool = False,
+        num_classes: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -103,6 +106,7 @@ class UNet(Network):
             constrained=constrained,
             c_min=c_min,
             given_score=given_score,
+            num_classes=num_classes,
         )
         dims, rank = self.dims, self.rank
         _check_shape(dims, spatial)
@@ -131,8 +135,9 @@ class UNet(Network):
         if trunk == "separate" and not given_score:
             widths.append(tuple(head_channels or channels))
         inputs = 2 * depth if given_score else depth
+        classes = {} if self.num_classes is None else {"num_class_embeds": self.num_classes + 1}
         self.bodies = nn.ModuleList(
-            _unet(inputs, width, spatial, **(blocks | options)) for width in widths
+            _unet(inputs, width, spatial, **(blocks | classes | options)) for width in widths
         )
         coarse = [2 ** (len(width) - 1) for width in widths]
         self._multiples = [(1 if spatial == 1 else n, n) for n in coarse]
@@ -157,10 +162,12 @@ class UNet(Network):
                 switch.disable_gradient_checkpointing()
         self._checkpointing = bool(value)
 
-    def _features(self, inputs: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(
+        self, inputs: Tensor, level: NoiseLevel, label: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         timestep = 250 * level.log_ratio
         features = [
-            _padded(body, inputs, timestep, multiples)
+            _padded(body, inputs, timestep, label, multiples)
             for body, multiples in zip(self.bodies, self._multiples, strict=True)
         ]
         return features[0], features[-1], features[-1]
@@ -231,13 +238,19 @@ def _last_layer(channels: int, outputs: int, spatial: int, *, bias: bool = False
     return nn.Conv2d(channels, outputs, kernel, padding=padding, bias=bias)
 
 
-def _padded(body: nn.Module, image: Tensor, timestep: Tensor, multiples: tuple[int, int]) -> Tensor:
+def _padded(
+    body: nn.Module,
+    image: Tensor,
+    timestep: Tensor,
+    label: Tensor | None,
+    multiples: tuple[int, int],
+) -> Tensor:
     """Output of a U-Net: padded to multiples of its coarsest cell, and cropped again."""
     height, width = image.shape[-2:]
     extra_h, extra_w = -height % multiples[0], -width % multiples[1]
     top, left = extra_h // 2, extra_w // 2
     padded = functional.pad(image, (left, extra_w - left, top, extra_h - top))
-    features: Tensor = body(padded, timestep).sample
+    features: Tensor = body(padded, timestep, class_labels=label).sample
     return features[:, :, top : top + height, left : left + width]
 
 

@@ -744,7 +744,18 @@ def test_options_by_name_are_those_of_the_function():
     for name, kind in Objective.__annotations__.items():
         text = kind if isinstance(kind, str) else kind.__forward_arg__
         assert parameters[name].annotation == text
-    others = {"model", "x0", "sigma", "alpha", "noise", "seed", "offset", "first", "return_terms"}
+    others = {
+        "model",
+        "x0",
+        "sigma",
+        "alpha",
+        "noise",
+        "seed",
+        "offset",
+        "first",
+        "return_terms",
+        "model_kwargs",
+    }
     assert parameters.keys() - Objective.__annotations__.keys() == others
 
 
