@@ -86,7 +86,13 @@ def check_kind(
         return value
     names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
     rule = " or ".join(f"{'an' if n[0] in 'aeiou' else 'a'} {n}" for n in names)
-    raise TypeError(f"{where}: {name} must be {rule}, got {type(value).__name__}")
+    raise TypeError(f"{where}: {name} must be {rule}, got {kind_name(value)}")
+
+
+def kind_name(value: object) -> str:
+    """The class of what came, for an error message; of an array of numpy also the way out."""
+    name = type(value).__name__
+    return f"{name} (torch.from_numpy makes a Tensor of it)" if name == "ndarray" else name
 
 
 def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:
@@ -189,7 +195,7 @@ def check_tensor(
 ) -> None:
     """A strided tensor of an allowed dtype; as `like` in dtype and device; of a given shape."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{where}: {name} must be a Tensor, got {kind_name(value)}")
     rule: str
     got: object
     if value.layout is not torch.strided:
@@ -315,7 +321,7 @@ def check_level(
             value, (float, int, np.floating, np.integer, torch.SymFloat, torch.SymInt)
         )
     ):
-        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {kind_name(value)}")
     number = as_float(value) if isinstance(value, (int, np.floating, np.integer)) else value
     if not ((number > 0 if positive else number > -math.inf) and number < math.inf):
         rule = "positive and finite" if positive else "finite"
@@ -355,7 +361,7 @@ def per_sample(where: str, name: str, value: float | Tensor, like: Tensor) -> Te
         rows = tuple(like.shape[:1])
         _check_rows(where, name, value, rows, like, str(rows))
     elif not is_number(value):
-        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{where}: {name} must be a float or a Tensor, got {kind_name(value)}")
     elif isinstance(value, int):
         value = as_float(value)
     column = torch.as_tensor(value, dtype=like.dtype, device=like.device)

@@ -11,6 +11,7 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -685,3 +686,23 @@ def test_build_info_says_what_runs():
     assert info["threads"] == torch.get_num_threads()
     assert info["cpu_level"] in ("baseline", "x86_v3", "x86_v4")
     assert isinstance(info["cuda_built"], bool)
+
+
+NUMPY = {
+    "posterior": lambda x: hos_ext.posterior(
+        x, hos_ext.Scores(torch.zeros(2, 3), torch.ones(2, 3)), 0.5
+    ),
+    "dsm_loss": lambda x: hos_ext.dsm_loss(x, torch.zeros(2, 3), 0.5),
+    "langevin_step": lambda x: hos_ext.langevin_step(torch.zeros(2, 3), x, 0.1),
+    "score_matching_loss": lambda x: hos_ext.score_matching_loss(hos_ext.MLP((3,), 1), x, 0.5),
+    "MLP": lambda x: hos_ext.MLP((3,), 1)(x, 0.5),
+    "sample": lambda x: hos_ext.sample(lambda y: -y, x, step_size=0.1, n_steps=1),
+    "Gaussian": lambda x: hos_ext.densities.Gaussian(x, torch.eye(3)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_an_array_of_numpy_where_a_tensor_is_meant_names_the_way_out(name):
+    way = r" must be a [Tt]ensor, got ndarray \(torch\.from_numpy makes a Tensor of it\)$"
+    with pytest.raises(TypeError, match=way):
+        NUMPY[name](np.zeros((2, 3), np.float32))

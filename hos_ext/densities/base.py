@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import WIDE, check, check_number, device_of, dtype_of, is_int, show
+from ..checks import WIDE, check, check_number, device_of, dtype_of, is_int, kind_name, show
 from ..scores import tweedie_covariance, tweedie_mean
 
 Law = TypeVar("Law", bound="Density")
@@ -154,7 +154,7 @@ class Density(ABC):
 
     def _points(self, method: str, x: Tensor) -> Tensor:
         where, like = f"{type(self).__name__}.{method}", self._tensors()[0]
-        check(where, isinstance(x, Tensor), "x must be a tensor", type(x).__name__, TypeError)
+        check(where, isinstance(x, Tensor), "x must be a tensor", kind_name(x), TypeError)
         flat = x.dim() == 2 and x.shape[1] == self.dim
         check(where, flat, f"x must have shape (B, {self.dim})", tuple(x.shape))
         check(where, x.layout is torch.strided, "x must be strided", x.layout)

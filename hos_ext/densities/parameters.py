@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, kind_name
 
 
 class Whitening(NamedTuple):
@@ -81,7 +81,7 @@ def whitening(name: str, argument: str, covariance: Tensor) -> Whitening:
 
 
 def _check_tensor(name: str, argument: str, value: object) -> None:
-    kind = type(value).__name__
+    kind = kind_name(value)
     check(name, isinstance(value, Tensor), f"{argument} must be a tensor", kind, TypeError)
     if isinstance(value, Tensor):
         check(name, value.layout is torch.strided, f"{argument} must be strided", value.layout)

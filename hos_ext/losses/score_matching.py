@@ -26,6 +26,7 @@ from ..checks import (
     check_level,
     fits,
     is_number,
+    kind_name,
     refuse_dropout,
     refuse_half,
     show,
@@ -386,7 +387,7 @@ def _check_batch(
 ) -> tuple[Tensor | float, Tensor | float]:
     """sigma and alpha, as numbers of Python where they are numbers."""
     where = _WHERE
-    check(where, isinstance(x0, Tensor), "x0 must be a Tensor", type(x0).__name__, TypeError)
+    check(where, isinstance(x0, Tensor), "x0 must be a Tensor", kind_name(x0), TypeError)
     fine, rule = x0.dim() > 1 and x0.is_floating_point(), "x0 must be floating point of shape"
     check(where, fine, f"{rule} (B, *dims)", lambda: f"{x0.dtype} of shape {tuple(x0.shape)}")
     levels = (
@@ -396,7 +397,7 @@ def _check_batch(
     if noise is None:
         return levels
     check(where, seed is None, "seed must be None where noise is given", lambda: show(seed))
-    kind = type(noise).__name__
+    kind = kind_name(noise)
     check(where, isinstance(noise, Tensor), "noise must be a Tensor", kind, TypeError)
     if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
         want, got = ((tuple(t.shape), t.dtype, t.device) for t in (x0, noise))

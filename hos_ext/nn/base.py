@@ -23,6 +23,7 @@ from ..checks import (
     check_tensor,
     device_of,
     is_int,
+    kind_name,
     one_of,
     path_of,
     said_by,
@@ -201,7 +202,7 @@ class Network(nn.Module):
 
     def _check_input(self, x: Tensor, scaled_score: Tensor | None) -> None:
         name, dtype = self.class_name, self.c.weight.dtype
-        check(name, isinstance(x, Tensor), "x must be a tensor", lambda: repr(x), TypeError)
+        check(name, isinstance(x, Tensor), "x must be a tensor", lambda: kind_name(x), TypeError)
         if x.shape[1:] != self.dims:
             check_shape(name, "x", x, ("B", *self.dims))
         # Autocast brings x and the parameters to one dtype itself.

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import check, is_number
+from ..checks import check, is_number, kind_name
 from ..random import fresh_seed
 
 _WHERE = "sample"
@@ -71,7 +71,7 @@ def _resume(state: ChainState, seed: int | None, first_chain: int) -> ChainState
 
 def _check_init(name: str, x: Tensor | None) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{_WHERE}: {name} must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{_WHERE}: {name} must be a tensor, got {kind_name(x)}")
     rule = f"{name} must have shape (chain, *dims) with at least one entry in a chain"
     check(_WHERE, x.dim() >= 2 and 0 not in x.shape[1:], rule, tuple(x.shape))
     check(_WHERE, not x.is_meta, f"{name} must hold values", "a meta tensor")

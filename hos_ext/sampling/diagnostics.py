@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check, check_tensor, one_of, positive, require, said_by
+from ..checks import FLOATING, check, check_tensor, kind_name, one_of, positive, require, said_by
 
 ESS_KINDS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
@@ -177,7 +177,7 @@ def mode_jumps(draws: Tensor, modes: Tensor | Callable[[Tensor], Tensor]) -> Ten
     if isinstance(modes, Tensor):
         _check_modes(caller, modes, draws)
     else:
-        rule, kind = "modes must be a Tensor or a function", type(modes).__name__
+        rule, kind = "modes must be a Tensor or a function", kind_name(modes)
         check(caller, callable(modes), rule, kind, TypeError)
     finite = draws.isfinite().reshape(*draws.shape[:2], -1).all(2)
     jumps = []

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check, check_like, check_tensor, one_of, positive, said_by
+from ..checks import check, check_like, check_tensor, kind_name, one_of, positive, said_by
 from ..linalg.dplr import DPLR, check_whole
 from ..linalg.jacobian import ScoreHessian
 from .posterior import posterior_mean
@@ -290,7 +290,7 @@ def _affine(
 def _flat(where: str, name: str, matrix: object) -> Tensor:
     """(B, *dims, *dims) as (B, D, D)."""
     if not isinstance(matrix, Tensor):
-        raise TypeError(f"{where}: {name} must be a Tensor or a DPLR, got {type(matrix).__name__}")
+        raise TypeError(f"{where}: {name} must be a Tensor or a DPLR, got {kind_name(matrix)}")
     check_tensor(where, name, matrix)
     half = matrix.dim() // 2
     dims = matrix.shape[1 : 1 + half]
