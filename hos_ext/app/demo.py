@@ -163,7 +163,7 @@ def next_commands(out: Path, program: str) -> str:
     """The commands that the report of `out` ends with."""
     folder = (out / "run").as_posix()
     return f"""{program} denoise {folder} --sigma 0.6
-{program} sample {folder} --method ozaki --step-size 0.3
+{program} chains {folder} --method ozaki --step-size 0.3
 {program} evaluate {folder}
 {program} train --out runs/rank4 --rank 4
 {program} denoise runs/rank4"""

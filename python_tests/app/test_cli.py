@@ -108,7 +108,7 @@ def test_every_option_of_a_run_can_be_typed_and_is_explained(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "resume", "denoise", "sample", "evaluate", "info", "demo"]
+    "command", ["train", "resume", "denoise", "chains", "evaluate", "info", "demo"]
 )
 def test_every_help_has_an_example(capsys, command):
     assert cli.run([command, "--help"]) == 0
@@ -400,15 +400,15 @@ def test_files_need_a_noise_level(run_folder, tmp_path, capsys):
     )
 
 
-# --------------------------------------------------------------------- sample, evaluate and info
+# --------------------------------------------------------------------- chains, evaluate and info
 
 
 @pytest.mark.parametrize("method", ["langevin", "ozaki", "mh_ozaki_cayley"])
-def test_sample_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
+def test_chains_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
     short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
-    assert cli.run(["sample", str(run_folder), "--method", method, *short]) == 0
-    assert _files(tmp_path) == [f"sample-{method}.npz", f"sample-{method}.png"]
-    arrays = dict(np.load(tmp_path / f"sample-{method}.npz"))
+    assert cli.run(["chains", str(run_folder), "--method", method, *short]) == 0
+    assert _files(tmp_path) == [f"chains-{method}.npz", f"chains-{method}.png"]
+    arrays = dict(np.load(tmp_path / f"chains-{method}.npz"))
     assert arrays["draws"].shape == (3, 6, 8, 8)
     assert arrays["starts"].shape == arrays["denoised"].shape == (3, 8, 8)
     assert arrays["step_size"] == pytest.approx(results.methods()[method] * 0.16)
@@ -418,7 +418,7 @@ def test_sample_writes_figure_and_chains(run_folder, tmp_path, capsys, method):
     assert "of 3 x 6 draws" in capsys.readouterr().out
 
 
-def test_sample_takes_a_step_that_is_registered_from_outside(run_folder, tmp_path):
+def test_chains_takes_a_step_that_is_registered_from_outside(run_folder, tmp_path):
     class Halved(Langevin):
         name, adjusted_name, relative_step_size = "halved", "mh_halved", 0.05
 
@@ -431,33 +431,33 @@ def test_sample_takes_a_step_that_is_registered_from_outside(run_folder, tmp_pat
         register_step(FirstOrder)
         assert results.methods()["halved"] == 0.05
         assert not {"first_order", "mh_first_order"} & set(results.methods())
-        assert cli.run(["sample", str(run_folder), "--method", "halved", *short]) == 0
+        assert cli.run(["chains", str(run_folder), "--method", "halved", *short]) == 0
     finally:
         unregister_step(Halved)
         unregister_step(FirstOrder)
-    assert np.load(tmp_path / "sample-halved.npz")["step_size"] == pytest.approx(0.05 * 0.16)
+    assert np.load(tmp_path / "chains-halved.npz")["step_size"] == pytest.approx(0.05 * 0.16)
 
 
-def test_sample_draws_what_run_chains_draws(run_folder, tmp_path):
+def test_chains_draws_what_run_chains_draws(run_folder, tmp_path):
     short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
-    assert cli.run(["sample", str(run_folder), *short]) == 0
+    assert cli.run(["chains", str(run_folder), *short]) == 0
     model, _ = runs.load_run(run_folder)
     source = data.open_source("digits", seed=0)
     starts = evaluation.denoise_held_out(model, source, 0.4, count=3, seed=0).x
     draws, _ = evaluation.run_chains(
         model, starts, 0.4, method="ozaki", step_size=0.16, n_steps=6, burn_in=2, seed=0
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "sample-ozaki.npz")["draws"], draws)
+    np.testing.assert_array_equal(np.load(tmp_path / "chains-ozaki.npz")["draws"], draws)
 
 
-def test_sample_writes_netcdf_for_arviz(run_folder, tmp_path):
+def test_chains_writes_netcdf_for_arviz(run_folder, tmp_path):
     for module in ("h5netcdf", "h5py"):
         pytest.importorskip(module)
     xarray = pytest.importorskip("xarray")
     short = ["--chains", "3", "--steps", "6", "--burn-in", "2", "--out", str(tmp_path)]
-    assert cli.run(["sample", str(run_folder), *short, "--netcdf"]) == 0
-    tree = xarray.open_datatree(tmp_path / "sample-ozaki.nc", engine="h5netcdf")
-    draws = np.load(tmp_path / "sample-ozaki.npz")["draws"]
+    assert cli.run(["chains", str(run_folder), *short, "--netcdf"]) == 0
+    tree = xarray.open_datatree(tmp_path / "chains-ozaki.nc", engine="h5netcdf")
+    draws = np.load(tmp_path / "chains-ozaki.npz")["draws"]
     np.testing.assert_array_equal(tree["posterior"]["x"].values, draws)
     tree.close()
 
@@ -526,7 +526,7 @@ def test_info_says_what_a_run_is(run_folder, capsys):
     ("command", "name"),
     [
         (["denoise"], "denoise.md"),
-        (["sample"], "sample-ozaki.png"),
+        (["chains"], "chains-ozaki.png"),
         (["evaluate"], "evaluate.json"),
         (["demo"], "report.html"),
     ],
@@ -553,7 +553,7 @@ def test_force_replaces(run_folder, tmp_path):
 def test_no_command_shows_help(capsys):
     assert cli.run([]) == 0
     shown = capsys.readouterr().out
-    commands = ("train", "resume", "denoise", "sample", "evaluate", "info", "demo")
+    commands = ("train", "resume", "denoise", "chains", "evaluate", "info", "demo")
     assert all(name in shown for name in commands)
     assert "Exit codes: 0 done; 1 the work failed; 2 wrong arguments" in " ".join(shown.split())
 
@@ -582,9 +582,9 @@ def test_no_command_shows_help(capsys):
             "load_run: device must be auto, cpu, or one that is there, got 'tpu'",
         ),
         (
-            ["sample", "FOLDER", "--steps", "8", "--thin", "3"],
+            ["chains", "FOLDER", "--steps", "8", "--thin", "3"],
             2,
-            "sample: --steps must be at least 4 --thin, for 4 draws, got 8 steps and --thin 3",
+            "chains: --steps must be at least 4 --thin, for 4 draws, got 8 steps and --thin 3",
         ),
         (
             ["denoise", "FOLDER", "--count", "361"],
@@ -592,29 +592,29 @@ def test_no_command_shows_help(capsys):
             "denoise: --count must be at most 360, the held-out samples, got 361",
         ),
         (
-            ["sample", "FOLDER", "--method", "gibbs"],
+            ["chains", "FOLDER", "--method", "gibbs"],
             2,
             (
-                "sample: --method must be one of 'langevin', 'ozaki', 'ozaki_full', "
+                "chains: --method must be one of 'langevin', 'ozaki', 'ozaki_full', "
                 "'ozaki_lanczos', 'ozaki_cayley', 'mala', 'mh_ozaki', 'mh_ozaki_full', "
                 "'mh_ozaki_cayley', got 'gibbs'"
             ),
         ),
         (
-            ["sample", "FOLDER", "--step-size", "-1"],
+            ["chains", "FOLDER", "--step-size", "-1"],
             2,
-            "sample: --step-size must be finite and > 0, got -1",
+            "chains: --step-size must be finite and > 0, got -1",
         ),
         (
-            ["sample", "FOLDER", "--chains", "361"],
+            ["chains", "FOLDER", "--chains", "361"],
             2,
-            "sample: --chains must be at most 360, the held-out samples, got 361",
+            "chains: --chains must be at most 360, the held-out samples, got 361",
         ),
         (
-            ["sample", "FOLDER", "--method", "langevin", "--step-size", "1000"],
+            ["chains", "FOLDER", "--method", "langevin", "--step-size", "1000"],
             1,
             (
-                "sample: --step-size must keep the chains finite, got 1000 with which 16 of 16 "
+                "chains: --step-size must keep the chains finite, got 1000 with which 16 of 16 "
                 "langevin chains diverged"
             ),
         ),
@@ -678,6 +678,14 @@ def test_data_that_are_not_there_are_exit_code_2(tmp_path, capsys, spec):
 def test_what_typer_refuses_is_one_line_and_exit_code_2(capsys, arguments, start):
     assert cli.run(arguments) == 2
     assert _one_line(capsys).startswith(start)
+
+
+def test_an_unknown_command_is_told_which_there_are(capsys):
+    assert cli.run(["sample", "runs/digits"]) == 2
+    error = _one_line(capsys)
+    assert error.startswith("hos-ext: No such command 'sample'.")
+    assert error.endswith(f" It must be one of {', '.join(cli.COMMANDS)}.")
+    assert "chains" in cli.COMMANDS
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_3(tmp_path, capsys):
@@ -748,7 +756,7 @@ def test_a_folder_that_cannot_be_made_is_exit_code_2_before_the_work(
     [
         ("typer", ["demo"], "cli: typer"),
         ("matplotlib.figure", ["denoise", "FOLDER", "--out", "OUT"], "plots: matplotlib.figure"),
-        ("h5netcdf", ["sample", "FOLDER", "--netcdf", "--out", "OUT"], "sample --netcdf: h5netcdf"),
+        ("h5netcdf", ["chains", "FOLDER", "--netcdf", "--out", "OUT"], "chains --netcdf: h5netcdf"),
     ],
 )
 def test_a_missing_extra_is_exit_code_1_and_named(
@@ -819,7 +827,7 @@ def test_chains_say_that_another_process_did_not_come(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", fail)
     message = (
-        r"^sample: every process must answer within timeout 1800 s, got none from another while "
+        r"^chains: every process must answer within timeout 1800 s, got none from another while "
         r"chains were shared out \(wait timeout after 1800000ms\); what stopped first is in the log"
     )
     with pytest.raises(training.Lost, match=message), results.ranks():

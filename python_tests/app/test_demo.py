@@ -138,7 +138,7 @@ def test_report_commands_and_example_work_as_printed(demo, monkeypatch, capsys):
     assert "torch.Size([8, 8, 8])" in capsys.readouterr().out
     assert len(example.strip().splitlines()) <= 12
     short = {
-        "sample": ["--steps", "4", "--chains", "2"],
+        "chains": ["--steps", "4", "--chains", "2"],
         "train": ["--steps", "2", "--width", "8", "--tracker", "none"],
         "evaluate": ["--limit", "20"],
     }

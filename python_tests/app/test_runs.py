@@ -535,7 +535,7 @@ def test_data_that_moved_are_named_and_must_be_the_same(tmp_path, capsys):
     commands = {
         "denoise": ["--sigma=0.4", "--count=2"],
         "evaluate": ["--sigma=0.4"],
-        "sample": ["--sigma=0.4", "--chains=2", "--steps=8", "--burn-in=0"],
+        "chains": ["--sigma=0.4", "--chains=2", "--steps=8", "--burn-in=0"],
     }
     for command, more in commands.items():
         words = [command, str(run), *more, "--out", str(tmp_path / command)]

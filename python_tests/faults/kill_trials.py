@@ -124,7 +124,7 @@ class Trials:
         self.train = ["train", "--data", f"npy:{folder / 'x.npy'}", *SMALL]
         self.run = folder / "run"
         self.undisturbed: dict[str, tuple[dict[str, Any], float]] = {}
-        for kind in ("train", "denoise", "evaluate", "sample"):
+        for kind in ("train", "denoise", "evaluate", "chains"):
             out = self.run if kind == "train" else folder / f"{kind}-undisturbed"
             start = time.monotonic()
             code = in_a_process(command(*self.words(kind, out)))
@@ -138,7 +138,7 @@ class Trials:
         more: dict[str, list[object]] = {
             "denoise": ["--sigma=0.4", "--count=3"],
             "evaluate": ["--sigma=0.4,0.8", "--limit=3"],
-            "sample": ["--sigma=0.4", "--chains=3", "--steps=60", "--burn-in=10"],
+            "chains": ["--sigma=0.4", "--chains=3", "--steps=60", "--burn-in=10"],
         }
         return [kind, self.run, *more[kind], "--out", out]
 
@@ -181,7 +181,7 @@ def run_trials(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[
     counts: Counter[str] = Counter()
     lost = []
     for i in range(count):
-        kind = ("train", "denoise", "evaluate", "sample")[i % 4]
+        kind = ("train", "denoise", "evaluate", "chains")[i % 4]
         part = source.random()
         counts[kind] += 1
         wrong = trials.trial(kind, part)

@@ -107,7 +107,7 @@ def test_training_on_a_full_disk_names_it_and_goes_on_when_there_is_room(disk, p
     assert weights(run) == weights(other)
 
 
-@pytest.mark.parametrize("command", ["denoise", "evaluate", "sample"])
+@pytest.mark.parametrize("command", ["denoise", "evaluate", "chains"])
 @pytest.mark.parametrize("how", ["full", "read-only", "out of names"])
 def test_results_on_a_disk_that_takes_none_are_named_and_the_old_ones_stay(
     tmp_path, undisturbed, capsys, command, how
@@ -120,9 +120,9 @@ def test_results_on_a_disk_that_takes_none_are_named_and_the_old_ones_stay(
         more = {
             "denoise": ["--sigma=0.4", "--count=2"],
             "evaluate": ["--sigma=0.4"],
-            "sample": ["--sigma=0.4", "--chains=2", "--steps=8", "--burn-in=0"],
+            "chains": ["--sigma=0.4", "--chains=2", "--steps=8", "--burn-in=0"],
         }[command]
-        name = {"denoise": "denoise.npz", "evaluate": "evaluate.json", "sample": "sample-ozaki.npz"}
+        name = {"denoise": "denoise.npz", "evaluate": "evaluate.json", "chains": "chains-ozaki.npz"}
         out = disk / "out"
         out.mkdir()
         (out / name[command]).write_bytes(b"of before")

@@ -4,7 +4,7 @@ Samples are in data units inside; what other programs read and write (images, `r
 units. A command builds all of its files in memory, then writes each whole.
 """
 
-from .chains import Dynamics, methods, ranks, run_chains_over_ranks, sample_files, sampled
+from .chains import Dynamics, chains_files, drawn, methods, ranks, run_chains_over_ranks
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
@@ -16,8 +16,10 @@ __all__ = [
     "UNITS",
     "Dynamics",
     "Samples",
+    "chains_files",
     "denoise_files",
     "denoised",
+    "drawn",
     "evaluated",
     "methods",
     "npz",
@@ -25,8 +27,6 @@ __all__ = [
     "read_files",
     "refuse_existing",
     "run_chains_over_ranks",
-    "sample_files",
-    "sampled",
     "tiff",
     "to_data_units",
     "write",

@@ -1,4 +1,4 @@
-"""The chains of `hos-ext sample`, and their files."""
+"""The chains of `hos-ext chains`, and their files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    with training.name_lost("sample", _WAIT, lambda: "while chains were shared out"):
+    with training.name_lost("chains", _WAIT, lambda: "while chains were shared out"):
         dist.init_process_group("gloo", timeout=timedelta(seconds=_WAIT))
         try:
             yield
@@ -89,18 +89,18 @@ def run_chains_over_ranks(
     chains = distributed.sample_sharded(
         scores_at(model, sigma), init, method=method, step_size=step_size, **options
     )
-    refuse_diverged("sample", "--step-size", step_size, chains, method)
+    refuse_diverged("chains", "--step-size", step_size, chains, method)
     return chains, diagnostics.min_ess(chains.draws)
 
 
-def sample_files(method: str, *, netcdf: bool) -> list[str]:
-    """The names that `sampled` gives its files."""
+def chains_files(method: str, *, netcdf: bool) -> list[str]:
+    """The names that `drawn` gives its files."""
     endings = (".npz", ".png", ".nc") if netcdf else (".npz", ".png")
-    return [f"sample-{method}{ending}" for ending in endings]
+    return [f"chains-{method}{ending}" for ending in endings]
 
 
 @torch.no_grad()
-def sampled(
+def drawn(
     model: Model,
     chains: Chains,
     starts: Tensor,
@@ -120,7 +120,7 @@ def sampled(
         netcdf: whether ArviZ data are wanted.
 
     Returns:
-        The content of each of `sample_files`.
+        The content of each of `chains_files`.
 
     Raises:
         RuntimeError: matplotlib or an extra of ArviZ is missing.
@@ -142,12 +142,12 @@ def sampled(
         ("the same, denoised", ends.cpu()),
     ]
     files = {
-        f"sample-{method}.npz": npz(arrays),
-        f"sample-{method}.png": plots.png(plots.chains_figure(rows)),
+        f"chains-{method}.npz": npz(arrays),
+        f"chains-{method}.png": plots.png(plots.chains_figure(rows)),
     }
     if netcdf:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "chains.nc"
             chains.to_arviz().to_netcdf(path, engine="h5netcdf")
-            files[f"sample-{method}.nc"] = path.read_bytes()
+            files[f"chains-{method}.nc"] = path.read_bytes()
     return files

@@ -1,4 +1,4 @@
-"""`hos-ext sample`."""
+"""`hos-ext chains`."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from .errors import checking
 CHAINS = "Chains"  # a panel of --help
 
 
-def sample(
+def chains(
     folder: RunFolder,
     method: Annotated[
         str, typer.Option(help=", ".join(results.methods()) + ".", rich_help_panel=CHAINS)
@@ -64,26 +64,26 @@ def sample(
 
     Examples:
 
-      hos-ext sample runs/mnist --sigma 0.4 --method ozaki
+      hos-ext chains runs/mnist --sigma 0.4 --method ozaki
 
-      torchrun --nproc-per-node 2 -m hos_ext.app.cli sample runs/mnist --chains 64 --netcdf
+      torchrun --nproc-per-node 2 -m hos_ext.app.cli chains runs/mnist --chains 64 --netcdf
 
-    Writes sample-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
+    Writes chains-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
     of a chain does not depend on the number of processes.
     """
     place, main = out or folder, training.is_main()
     with checking():
         _check_chains(method, step_size, steps, thin)
         model, facts = runs.load_run(folder, device=device)
-        level = noise_level("sample", facts, sigma)
+        level = noise_level("chains", facts, sigma)
         for module in ("h5netcdf", "h5py") if netcdf else ():
-            require("sample --netcdf", module)
+            require("chains --netcdf", module)
         if main:
-            names = results.sample_files(method, netcdf=netcdf)
-            results.refuse_existing("sample", place, names, force=force)
+            names = results.chains_files(method, netcdf=netcdf)
+            results.refuse_existing("chains", place, names, force=force)
             storage.check_writable(place)
         source = runs.open_data(facts, data, test_data)
-        check_available("sample", "--chains", chains, len(source.test))
+        check_available("chains", "--chains", chains, len(source.test))
     starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
     size = results.methods()[method] * level**2 if step_size is None else step_size
     dynamics = results.Dynamics(level, method, size)
@@ -93,7 +93,7 @@ def sample(
         )
     if not main:
         return
-    made = results.sampled(model, found, starts, dynamics, scaling=source.scaling, netcdf=netcdf)
+    made = results.drawn(model, found, starts, dynamics, scaling=source.scaling, netcdf=netcdf)
     results.write(place, made)
     each = 1e6 * found.stats["seconds"] / (burn_in + steps)
     console().print(
@@ -105,8 +105,8 @@ def sample(
 
 def _check_chains(method: str, step_size: float | None, steps: int, thin: int) -> None:
     """Refuses what needs no run to be wrong."""
-    one_of("sample", "--method", method, results.methods())
+    one_of("chains", "--method", method, results.methods())
     if step_size is not None:
-        check_number("sample", "--step-size", step_size)
+        check_number("chains", "--step-size", step_size)
     rule, got = "--steps must be at least 4 --thin, for 4 draws", f"{steps} steps and --thin {thin}"
-    check("sample", steps >= 4 * thin, rule, got)
+    check("chains", steps >= 4 * thin, rule, got)
