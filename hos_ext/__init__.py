@@ -27,7 +27,7 @@ from .ops import (
     uniform,
 )
 from .sampling import Chains, sample
-from .schedules import EDM, VE, VP, CosineVP, DiscreteVP, SubVP
+from .schedules import EDM, VE, VP, CosineVP, DiscreteVP, Rectified, SubVP
 from .scores import Scores, UnscaledScores
 from .tweedie import Posterior, posterior
 
@@ -46,6 +46,7 @@ __all__ = [
     "CosineVP",
     "DiscreteVP",
     "Posterior",
+    "Rectified",
     "ScoreMatchingLoss",
     "Scores",
     "SecondOrderHead",

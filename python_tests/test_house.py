@@ -85,6 +85,7 @@ PUBLIC = {
     "ozaki_step",
     "Posterior",
     "posterior",
+    "Rectified",
     "sample",
     "save_model",
     "score_matching_loss",

@@ -11,6 +11,7 @@ import torch
 from conftest import assert_near
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
+from scipy.special import expit, logit
 from torch import Tensor
 
 from hos_ext import ops
@@ -21,6 +22,8 @@ from hos_ext.schedules import (
     VP,
     CosineVP,
     DiscreteVP,
+    Interpolant,
+    Rectified,
     Schedule,
     SubVP,
     from_alphas_cumprod,
@@ -29,7 +32,23 @@ from hos_ext.scores import Scores
 
 F64 = torch.float64
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=F64), 0)
-SCHEDULES = [VE(), VP(), CosineVP(), SubVP(), EDM(), from_alphas_cumprod(TABLE)]
+CIRCLE = Interpolant(
+    lambda t: torch.cos(math.pi / 2 * t),
+    lambda t: torch.sin(math.pi / 2 * t),
+    t_min=1e-3,
+    t_max=0.999,
+)
+GIVEN = Interpolant(  # not autodiff's slopes, alpha rises before it falls, times of both signs
+    lambda t: 1 + (t - t * t) / 4,
+    lambda t: (t + 1) ** 2,
+    t_min=-0.5,
+    t_max=2.0,
+    alpha_slope=lambda t: (1 - 2 * t) / 4,
+    sigma_slope=lambda t: 2 * (t + 1),
+)
+SHIFTED = Rectified(t_min=0.01, t_max=0.98, shift=3.0, logit_normal=(-0.2, 0.8))
+FLOWS = [Rectified(), SHIFTED, CIRCLE, GIVEN]
+SCHEDULES = [VE(), VP(), CosineVP(), SubVP(), EDM(), from_alphas_cumprod(TABLE), *FLOWS]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 
 
@@ -56,13 +75,17 @@ def test_marginals_solve_the_equations_of_the_forward_sde(schedule: Schedule):
     growth = schedule.diffusion(t) ** 2 - beta * sigma**2
     variance = derivative(lambda u: schedule.sigma(u) ** 2, t)
     torch.testing.assert_close(variance, growth, rtol=1e-11, atol=1e-14)
+    for slope, value in (("alpha_slope", schedule.alpha), ("sigma_slope", schedule.sigma)):
+        got = getattr(schedule, slope)(t)
+        torch.testing.assert_close(got, derivative(value, t), rtol=1e-10, atol=1e-13)
     x = torch.randn(len(t), 2, 3, dtype=F64)
     assert torch.equal(schedule.drift(x, t), -beta[:, None, None] / 2 * x)
 
 
 @every_schedule
 def test_noise_grows_and_time_is_found_from_it(schedule: Schedule):
-    t = torch.cat([inside(schedule, 40), torch.tensor([schedule.t_min, schedule.t_max])]).sort()[0]
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=F64)
+    t = torch.cat([inside(schedule, 40), ends]).sort()[0]
     sigma = schedule.sigma(t)
     assert bool((sigma.diff() > 0).all())
     assert bool(((sigma / schedule.alpha(t)).diff() > 0).all())
@@ -144,6 +167,8 @@ def test_grid_falls_from_t_max_to_t_min(schedule: Schedule):
     assert grid[0] == schedule.t_max
     assert grid[-1] == schedule.t_min
     warped = grid ** (1 / 7) if isinstance(schedule, EDM) else grid
+    if schedule is SHIFTED:
+        warped = grid / (3 - 2 * grid)
     torch.testing.assert_close(warped.diff(), warped.diff()[:1].expand(9), rtol=1e-9, atol=0)
     assert schedule.times(1).tolist() == [schedule.t_max, schedule.t_min]
 
@@ -160,6 +185,49 @@ def test_schedules_answer_where_their_times_lie(schedule: Schedule, device: torc
     assert_near(drawn, schedule.sample_t(9, seed=1, dtype=F64))
 
 
+# -------------------------------------------------------------------------------- flow matching
+
+
+def test_rectified_flow_is_a_straight_line():
+    schedule = Rectified()
+    for t in (1e-3, 0.25, 0.999):
+        assert schedule.alpha(t) == 1 - t
+        assert schedule.sigma(t) == schedule.t_of_sigma(t) == t
+        assert (schedule.alpha_slope(t), schedule.sigma_slope(t)) == (-1, 1)
+        assert schedule.beta(t) == 2 / (1 - t)
+        assert schedule.diffusion(t) == pytest.approx(math.sqrt(2 * t / (1 - t)), rel=1e-15)
+        assert schedule.t_of_ratio(t / (1 - t)) == pytest.approx(t, rel=1e-15)
+
+
+def test_shift_multiplies_noise_over_signal_and_keeps_the_ends():
+    plain, shifted = Rectified(0.1, 0.75), Rectified(0.1, 0.75, shift=2.0)
+    grid = shifted.times(50)
+    assert (grid[0], grid[-1]) == (0.75, 0.1)
+    unshifted = grid / (2 - grid)  # of half the ratio
+    ratio, half = (t / (1 - t) for t in (grid, unshifted))
+    torch.testing.assert_close(ratio, 2 * half)
+    torch.testing.assert_close(unshifted.diff(), unshifted.diff()[:1].expand(50), rtol=1e-9, atol=0)
+    assert shifted.times(50)[25] > plain.times(50)[25]
+    assert Rectified().times(50).tolist() == Rectified(shift=1).times(50).tolist()
+
+
+def test_a_path_of_ones_own_is_the_schedule_with_its_formulas():
+    line = Interpolant(lambda t: 1 - t, lambda t: t, t_min=1e-3, t_max=0.999)
+    b = lambda t: t * (0.1 + t * 19.9 / 2)  # noqa: E731
+    preserving = Interpolant(
+        lambda t: (-b(t) / 2).exp(), lambda t: (-torch.expm1(-b(t))).sqrt(), t_min=1e-3, t_max=1.0
+    )
+    constant = Interpolant(torch.ones_like, lambda t: 0.01 * 5000**t, t_min=0, t_max=1)
+    for mine, known in ((line, Rectified()), (preserving, VP()), (constant, VE())):
+        t = inside(known)
+        for name in ("alpha", "sigma", "beta", "diffusion", "alpha_slope", "sigma_slope"):
+            got, want = getattr(mine, name)(t), getattr(known, name)(t)
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(mine.t_of_sigma(known.sigma(t)), t, rtol=1e-11, atol=0)
+        torch.testing.assert_close(mine.times(5), known.times(5))
+        assert mine.t_of_ratio(2.0) == pytest.approx(known.t_of_ratio(2.0), rel=1e-12)
+
+
 # ------------------------------------------------------------------------------- times for training
 
 
@@ -169,10 +237,26 @@ def law(schedule: Schedule):
         a, b = ((end - schedule.p_mean) / schedule.p_std for end in (low, high))
         normal = stats.truncnorm(a, b, schedule.p_mean, schedule.p_std)
         return lambda t: normal.cdf(np.log(t))
+    if isinstance(schedule, Rectified):
+        low, high = (logit(t) - math.log(schedule.shift) for t in (schedule.t_min, schedule.t_max))
+        if schedule.logit_normal is not None:
+            mean, std = schedule.logit_normal
+            inner = stats.truncnorm((low - mean) / std, (high - mean) / std, mean, std)
+        else:
+            inner = stats.uniform(expit(low), expit(high) - expit(low))
+        turn = (lambda v: v) if schedule.logit_normal else expit
+        return lambda t: inner.cdf(turn(logit(t) - math.log(schedule.shift)))
     return stats.uniform(schedule.t_min, schedule.t_max - schedule.t_min).cdf
 
 
-@pytest.mark.parametrize("schedule", [VE(), VP(), CosineVP(), EDM(), EDM(0.1, 1.0)], ids=repr)
+OTHER_FLOWS = [Rectified(shift=0.4), Rectified(logit_normal=(0.0, 1.0)), SHIFTED, GIVEN]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [VE(), VP(), CosineVP(), EDM(), EDM(0.1, 1.0), Rectified(), *OTHER_FLOWS],
+    ids=repr,
+)
 def test_random_times_have_their_law(schedule: Schedule):
     t = schedule.sample_t(20000, seed=3, dtype=F64)
     assert stats.kstest(t, law(schedule)).pvalue > 0.01
@@ -300,6 +384,11 @@ def test_tables_come_as_any_array():
 # -------------------------------------------------------------------------------------- bad input
 
 
+def path(**changes: object) -> Interpolant:
+    line = {"alpha": lambda t: 2 - t, "sigma": lambda t: t, "t_min": 0.1, "t_max": 1.0}
+    return Interpolant(**(line | changes))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -370,6 +459,85 @@ def test_tables_come_as_any_array():
             "DiscreteVP: alphas_cumprod must have dtype float64, got torch.float32",
         ),
         (lambda: VP().times(0), "VP.times: n must be at least 1, got 0"),
+        (
+            lambda: Rectified(t_min=0.0),
+            (
+                "Rectified: t_min must be positive (sigma = 0 at t = 0, where the score is not "
+                "defined), got 0.0"
+            ),
+        ),
+        (
+            lambda: Rectified(t_max=1.0),
+            (
+                "Rectified: t_max must be below 1 (alpha = 0 at t = 1: no signal, beta = "
+                "2 / (1 - t) diverges), got 1.0"
+            ),
+        ),
+        (lambda: Rectified(0.5, 0.4), "Rectified: t_max must be greater than t_min, got 0.4"),
+        (lambda: Rectified(shift=0.0), "Rectified: shift must be positive, got 0.0"),
+        (
+            lambda: Rectified(logit_normal=(math.inf, 1)),
+            "Rectified: logit_normal must be finite, got (inf, 1)",
+        ),
+        (
+            lambda: Rectified(logit_normal=(0.0, 0.0)),
+            ("Rectified: the standard deviation of logit_normal must be finite and > 0, got 0"),
+        ),
+        (
+            lambda: Rectified().sigma(1.0),
+            (
+                "Rectified.sigma: t must be in [0.001, 0.999] (sigma = 0 at t = 0, alpha = 0 at "
+                "t = 1), got 1"
+            ),
+        ),
+        (
+            lambda: path(alpha=lambda t: 1 - t),
+            (
+                "Interpolant: alpha(t) must be positive (alpha = 0 has no signal, and beta and g "
+                "diverge), got 0 at t = 1"
+            ),
+        ),
+        (
+            lambda: path(sigma=lambda t: t - 0.1),
+            (
+                "Interpolant: sigma(t) must be positive (sigma = 0 has no noise, and no score), "
+                "got 0 at t = 0.1"
+            ),
+        ),
+        (
+            lambda: path(alpha=lambda t: t, sigma=lambda t: 2 - t),
+            "Interpolant: sigma(t) must rise, for it tells networks the time, got 1.9 at t = 0.1",
+        ),
+        (
+            lambda: path(alpha=lambda t: t**2),
+            (
+                "Interpolant: sigma(t) / alpha(t) must rise, t_min being the data (else write the "
+                "path in 1 - t), got 10 at t = 0.1"
+            ),
+        ),
+        (
+            lambda: path(alpha=lambda t: 1 / (t - 0.1)),
+            "Interpolant: alpha(t) must be finite in [t_min, t_max], got inf at t = 0.1",
+        ),
+        (
+            lambda: path(alpha_slope=lambda t: 2 * torch.ones_like(t)),
+            (
+                "Interpolant: the slope of alpha(t) must be its derivative (by torch, or "
+                "alpha_slope), got 2 at t = 0.100879"
+            ),
+        ),
+        (
+            lambda: path(sigma=lambda t: torch.from_numpy(np.square(t.detach().numpy()))),
+            (
+                "Interpolant: the slope of sigma(t) must be its derivative (by torch, or "
+                "sigma_slope), got 0 at t = 0.100879"
+            ),
+        ),
+        (
+            lambda: path(alpha=lambda t: t.sum()),
+            "Interpolant: alpha(t) must have the shape of t, got ()",
+        ),
+        (lambda: path(t_max=0.1), "Interpolant: t_max must be greater than t_min, got 0.1"),
     ],
 )
 def test_bad_values_are_refused(call, message):
@@ -392,6 +560,13 @@ def test_bad_values_are_refused(call, message):
             lambda: from_alphas_cumprod("abc"),
             "from_alphas_cumprod: alphas_cumprod must be an array of numbers, got str",
         ),
+        (
+            lambda: Rectified(logit_normal=1.0),
+            "Rectified: logit_normal must be (mean, standard deviation), got 1.0",
+        ),
+        (lambda: path(alpha=0.5), "Interpolant: alpha must be callable, got float"),
+        (lambda: path(sigma=lambda t: 1.0), "Interpolant: sigma(t) must be a Tensor, got float"),
+        (lambda: path(t_min=None), "Interpolant: t_min must be a float, got NoneType"),
     ],
 )
 def test_wrong_kinds_are_refused(call, message):

@@ -30,7 +30,7 @@ Time = TypeVar("Time", bound=float | Tensor)
 
 
 class Schedule(ABC):
-    """What all schedules share; VE, VP, CosineVP, SubVP, EDM and DiscreteVP are made.
+    """What all schedules share; VE, VP, CosineVP, SubVP, EDM, DiscreteVP, Rectified are made.
 
     Another one gives t_min, t_max and the formulas: `_alpha`, `_sigma`, `_beta`, `_diffusion2` and
     `_t_of_sigma`, float64 tensors in and out. The public methods check t and keep its kind.
@@ -53,6 +53,9 @@ class Schedule(ABC):
         tensor([1.0000, 0.7502, 0.5005, 0.2508, 0.0010], dtype=torch.float64)
     """
 
+    # Why times beyond the ends are refused, for messages.
+    _because = ""
+
     @property
     @abstractmethod
     def t_min(self) -> float: ...
@@ -70,8 +73,16 @@ class Schedule(ABC):
         return self._at("sigma", self._sigma, t)
 
     def beta(self, t: Time) -> Time:
-        """Rate of the drift, -2 alpha' / alpha >= 0. Units 1/time."""
+        """Rate of the drift, -2 alpha' / alpha; >= 0 where alpha falls. Units 1/time."""
         return self._at("beta", self._beta, t)
+
+    def alpha_slope(self, t: Time) -> Time:
+        """alpha', the derivative of `alpha` in t. Units 1/time."""
+        return self._at("alpha_slope", self._alpha_slope, t)
+
+    def sigma_slope(self, t: Time) -> Time:
+        """sigma', the derivative of `sigma` in t. Units of the data/time."""
+        return self._at("sigma_slope", self._sigma_slope, t)
 
     def diffusion(self, t: Time) -> Time:
         """g, the standard deviation of the forward noise per square root of time."""
@@ -101,22 +112,17 @@ class Schedule(ABC):
         """The time at which sigma(t) / alpha(t), the noise in units of the data, is the given one.
 
         That is the sigma of x / alpha = x0 + (sigma / alpha) z, which a denoiser for plain noise is
-        asked for. By bisection in float64, within [t_min, t_max].
+        asked for. In float64, within [t_min, t_max].
         """
         where = f"{self._name()}.t_of_ratio"
-        ends = (self.sigma(t) / self.alpha(t) for t in (self.t_min, self.t_max))
-        wide = _checked(where, "ratio", ratio, *ends)
-        low, high = torch.full_like(wide, self.t_min), torch.full_like(wide, self.t_max)
-        for _ in range(60):
-            middle = (low + high) / 2
-            short = self._sigma(middle) < wide * self._alpha(middle)
-            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-        return _like((low + high) / 2, ratio)
+        low, high = (self.sigma(t) / self.alpha(t) for t in (self.t_min, self.t_max))
+        wide = _checked(where, "ratio", ratio, low, high)
+        return _like(self._t_of_ratio(wide).clamp(self.t_min, self.t_max), ratio)
 
     def times(self, n: int) -> Tensor:
         """The grid of the samplers: n + 1 times from t_max down to t_min, float64, on the CPU.
 
-        Equal steps in t; for EDM equal steps in t^(1 / rho).
+        Equal steps in t; for EDM equal steps in t^(1 / rho), for Rectified before its shift.
         """
         n = check_count(f"{self._name()}.times", "n", n)
         grid = self._grid(torch.linspace(0, 1, n + 1, dtype=torch.float64))
@@ -136,7 +142,8 @@ class Schedule(ABC):
         """n random times for training, a function of (seed, offset, first + row) alone.
 
         Uniform on [t_min, t_max]; EDM: log sigma is N(p_mean, p_std^2), conditioned on
-        [sigma_min, sigma_max]; DiscreteVP: uniform on the integers 0 ... N - 1.
+        [sigma_min, sigma_max]; DiscreteVP: uniform on the integers 0 ... N - 1; Rectified: shifted,
+        and logit-normal where asked.
 
         Args:
             n: how many.
@@ -189,6 +196,28 @@ class Schedule(ABC):
     def _t_of_sigma(self, sigma: Tensor) -> Tensor:
         """The inverse of `_sigma`."""
 
+    def _alpha_slope(self, t: Tensor) -> Tensor:
+        """alpha'(t)."""
+        return -self._beta(t) * self._alpha(t) / 2
+
+    def _sigma_slope(self, t: Tensor) -> Tensor:
+        """sigma'(t)."""
+        sigma = self._sigma(t)
+        return (self._diffusion2(t) / sigma - self._beta(t) * sigma) / 2
+
+    def _t_of_ratio(self, ratio: Tensor) -> Tensor:
+        """The inverse of sigma(t) / alpha(t)."""
+        return self._bisect(lambda t: self._sigma(t) < ratio * self._alpha(t), ratio)
+
+    def _bisect(self, early: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+        """The times, shaped as like, up to which `early` holds."""
+        low, high = torch.full_like(like, self.t_min), torch.full_like(like, self.t_max)
+        for _ in range(60):
+            middle = (low + high) / 2
+            short = early(middle)
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return (low + high) / 2
+
     def _grid(self, part: Tensor) -> Tensor:
         """The time a fraction of the way down from t_max."""
         return self.t_max + part * (self.t_min - self.t_max)
@@ -198,7 +227,8 @@ class Schedule(ABC):
         return self.t_min + u * (self.t_max - self.t_min)
 
     def _at(self, method: str, formula: Callable[[Tensor], Tensor], t: Time) -> Time:
-        wide = _checked(f"{self._name()}.{method}", "t", t, self.t_min, self.t_max)
+        where = f"{self._name()}.{method}"
+        wide = _checked(where, "t", t, self.t_min, self.t_max, self._because)
         return _like(formula(wide), t)
 
     def _name(self) -> str:
@@ -213,7 +243,9 @@ def check_schedule(where: str, schedule: object) -> None:
     check_kind(where, "schedule", schedule, Schedule)
 
 
-def _checked(where: str, name: str, value: float | Tensor, low: float, high: float) -> Tensor:
+def _checked(
+    where: str, name: str, value: float | Tensor, low: float, high: float, because: str = ""
+) -> Tensor:
     """A time or sigma as a float64 tensor, in [low, high] to the rounding of its own dtype."""
     if isinstance(value, Tensor):
         check_tensor(where, name, value)
@@ -228,7 +260,7 @@ def _checked(where: str, name: str, value: float | Tensor, low: float, high: flo
         ends = torch.tensor([low, high], dtype=value.dtype, device=value.device)
         good = (value >= ends[0]) & (value <= ends[1])
         check(where, not good.is_meta, f"{name} must hold values", "a meta tensor")
-        rule = f"{name} must be in [{low:g}, {high:g}]"
+        rule = f"{name} must be in [{low:g}, {high:g}]{because}"
         check(where, bool(good.all()), rule, lambda: f"{value[~good].flatten()[0]:g}")
     # Apple's GPUs have no float64.
     return value if value.device.type == "mps" else value.double()

@@ -541,6 +541,7 @@ MAKERS: dict[str, Make] = LEVELS | {
     "t_max": lambda w: 0.99,
     "s": lambda w: 0.008,
     "alphas_cumprod": lambda w: torch.linspace(0.99, 0.01, 20, dtype=torch.float64),
+    "logit_normal": lambda w: (0.0, 1.0),
     "sigma_range": lambda w: (0.1, 2.0),
     "state": lambda w: None,
     "init_state": lambda w: None,
@@ -550,6 +551,17 @@ MAKERS: dict[str, Make] = LEVELS | {
     "unet": lambda w: _Network(),
     "scheduler": _scheduler,
 }
+
+
+def _curve_down(t: Any) -> Any:
+    """The signal of a path."""
+    return 1 - t**2
+
+
+def _curve_up(t: Any) -> Any:
+    """The noise of a path."""
+    return t
+
 
 SELF: dict[str, Make] = {
     "Scores": World.scores,
@@ -565,6 +577,8 @@ SELF: dict[str, Make] = {
     "SubVP": lambda w: schedules.SubVP(),
     "CosineVP": lambda w: schedules.CosineVP(),
     "DiscreteVP": lambda w: schedules.from_alphas_cumprod(torch.linspace(0.99, 0.01, 20)),
+    "Rectified": lambda w: schedules.Rectified(shift=3.0, logit_normal=(0.0, 1.0)),
+    "Interpolant": lambda w: schedules.Interpolant(_curve_down, _curve_up, t_min=0.1, t_max=0.9),
     "Gaussian": World.gaussian,
     "GaussianMixture": lambda w: densities.GaussianMixture(
         w.weights(), w.randn(2, D), torch.eye(D, dtype=w.dtype).expand(2, D, D)
@@ -605,12 +619,20 @@ SOLVERS = (
     "reverse_sde",
     "second_order_reverse",
 )
+FADING = ("VP", "SubVP", "CosineVP", "DiscreteVP", "Rectified", "Interpolant")
 OF_SIGMA = ("noisy", "posterior_covariance", "posterior_mean")
 DENSITY = ("Gaussian", "GaussianMixture", "JointLogisticMixture", "ProductLogisticMixture")
 
 SPECIAL: dict[str, dict[str, Make]] = {
     **{f"densities.{c}.{m}": SCALARS for c in DENSITY for m in OF_SIGMA},
-    **{f"schedules.{c}.t_of_sigma": OFTEN_T for c in ("VP", "SubVP", "CosineVP", "DiscreteVP")},
+    **{f"schedules.{c}.t_of_sigma": OFTEN_T for c in FADING},
+    "schedules.Interpolant": {
+        "alpha": lambda w: _curve_down,
+        "sigma": lambda w: _curve_up,
+        "alpha_slope": lambda w: lambda t: -2 * t,
+        "sigma_slope": lambda w: torch.ones_like,
+    },
+    "schedules.Rectified": {"shift": lambda w: 3.0},
     "diffusion.annealed_langevin": NO_STEP_SIZE_A_ROW,
     "integrations.MeanDenoiser": {"scale": lambda w: 2.0, "schedule": lambda w: None},
     "diffusion.log_likelihood": {"solver": lambda w: "heun"},
