@@ -10,7 +10,7 @@ from types import ModuleType
 from . import nn
 from .linalg import DPLR
 from .losses import ScoreMatchingLoss, score_matching_loss
-from .nn import MLP, SecondOrderHead, UNet, load_model, save_model
+from .nn import MLP, ModelScore, SecondOrderHead, UNet, load_model, save_model
 from .ops import (
     assemble_hessian,
     build_info,
@@ -45,6 +45,7 @@ __all__ = [
     "Chains",
     "CosineVP",
     "DiscreteVP",
+    "ModelScore",
     "Posterior",
     "Rectified",
     "ScoreMatchingLoss",

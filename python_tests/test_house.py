@@ -81,6 +81,7 @@ PUBLIC = {
     "langevin_step",
     "load_model",
     "MLP",
+    "ModelScore",
     "normal",
     "ozaki_step",
     "Posterior",

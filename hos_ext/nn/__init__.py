@@ -3,10 +3,12 @@
 from .files import load_model, save_model
 from .head import SavableScore, SecondOrderHead, register_score_reader
 from .mlp import MLP
+from .model_score import ModelScore
 from .unet import UNet
 
 __all__ = [
     "MLP",
+    "ModelScore",
     "SavableScore",
     "SecondOrderHead",
     "UNet",

@@ -96,8 +96,8 @@ def score_from_x0(
     """
     where = "score_from_x0"
     check_like(where, "x0", x0, x)
-    s = positive(where, "sigma", sigma, x)
-    return (positive(where, "alpha", alpha, x) * x0 - x) / s.square()
+    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
+    return -noise_from_x0(x, x0, s, a) / s
 
 
 def x0_from_score(
@@ -148,7 +148,7 @@ def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Ten
     where = "score_from_v"
     check_like(where, "v", v, x)
     s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
-    return -(s * x + a * v) / (s * (a.square() + s.square()))
+    return -noise_from_v(x, v, s, a) / s
 
 
 def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
@@ -270,6 +270,16 @@ def jacobian_from_hessian(
     flat = _flat(where, "hessian", hessian)
     shift, slope = _affine(where, prediction, sigma, alpha, flat.new_empty(len(flat)))
     return slope[..., None, None] * flat + _times_identity(shift, flat)
+
+
+def noise_from_x0(x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    """E[z | x] from E[x0 | x]; the levels broadcast against x."""
+    return (x - alpha * x0) / sigma
+
+
+def noise_from_v(x: Tensor, v: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
+    """E[z | x] from E[alpha z - sigma x0 | x]; the levels broadcast against x."""
+    return (sigma * x + alpha * v) / (alpha.square() + sigma.square())
 
 
 def _affine(

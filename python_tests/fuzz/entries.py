@@ -84,6 +84,7 @@ TRUSTED = {
     "sampling.unregister_step": "takes a class that was registered",
     "nn.MLP.from_weights": "called by load_model with what it has read and checked",
     "nn.UNet.from_weights": "called by load_model with what it has read and checked",
+    "nn.ModelScore.output": CHECKED,
     "nn.SecondOrderHead.from_weights": "called by load_model with what it has read and checked",
     "integrations.DiffusersScore.save_pretrained": "writes a folder as diffusers does",
     "integrations.from_diffusers": "reads a folder that diffusers wrote",
@@ -550,6 +551,9 @@ MAKERS: dict[str, Make] = LEVELS | {
     "shift": lambda w: 0.5,
     "unet": lambda w: _Network(),
     "scheduler": _scheduler,
+    "net": lambda w: _Network(),
+    "call": lambda w: None,
+    "num_timesteps": lambda w: None,
 }
 
 
@@ -595,6 +599,7 @@ SELF: dict[str, Make] = {
     "SecondOrderHead": _head,
     "Chains": _chains,
     "DiffusersScore": lambda w: integrations.DiffusersScore(_Network(), _scheduler(w)),
+    "ModelScore": lambda w: nn.ModelScore(_Network(), schedules.VP(), "eps"),
     "MeanDenoiser": lambda w: integrations.MeanDenoiser(standard_model),
 }
 
@@ -667,6 +672,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "nn.UNet.forward": {"x": lambda w: w.randn(B, 1, 4, 4)},
     "nn.load_model": {"folder": _saved},
     "nn.MLP.from_pretrained": {"folder": _saved},
+    "nn.ModelScore": {"time": lambda w: None, "sigma_data": lambda w: None},
     "nn.save_model": {"model": _mlp},
     "nn.MLP": {"activation": lambda w: w.rng.choice(["tanh", "silu"])},
     "nn.register_score_reader": {"kind": lambda w: "diffusers"},
