@@ -240,7 +240,9 @@ def training_steps(
     x, noise = (torch.randn(batch, *dims, generator=generator) for _ in range(2))
 
     def own_loss(scores_of: Callable[..., Scores]) -> Tensor:
-        return hos_ext.score_matching_loss(scores_of, x, SIGMA, noise=noise)
+        return hos_ext.score_matching_loss(
+            scores_of, x, SIGMA, variance_reduction=True, centred=False, noise=noise
+        )
 
     def dense_loss(scores_of: Callable[..., Scores]) -> Tensor:
         return dense_matching_loss(scores_of, x, noise)

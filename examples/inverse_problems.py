@@ -87,9 +87,7 @@ def train(grey: Tensor, steps: int) -> nn.Module:
         rows = (uniform((128,), seed=1, offset=step) * len(grey)).long().clamp(max=len(grey) - 1)
         x = dequantise(distort(grey[rows], seed=2, offset=step), seed=3, offset=step)
         sigma = (low + (high - low) * uniform((128,), seed=4, offset=step)).exp()
-        loss = score_matching_loss(
-            model, x, sigma, variance_reduction=False, centred=True, seed=5, offset=step
-        )
+        loss = score_matching_loss(model, x, sigma, seed=5, offset=step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)

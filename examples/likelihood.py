@@ -67,9 +67,7 @@ def train(data: GaussianMixture, steps: int) -> nn.Module:
     for step in range(steps):
         rows = (uniform((512,), seed=1, offset=step) * len(clean)).long()
         sigma = (low + (high - low) * uniform((512,), seed=2, offset=step)).exp()
-        loss = score_matching_loss(
-            model, clean[rows], sigma, variance_reduction=False, centred=True, seed=3, offset=step
-        )
+        loss = score_matching_loss(model, clean[rows], sigma, seed=3, offset=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

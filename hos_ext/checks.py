@@ -475,11 +475,17 @@ def check_first(where: str, first: Any, shape: Sequence[int]) -> int:
 
 def refuse_half(where: str, x0: Tensor) -> None:
     """The second difference of psi is divided by sigma^2, and its rounding errors with it."""
-    rule, kind = "variance reduction needs float32 or float64", x0.device.type
+    rule, dtype = "variance reduction needs float32 or float64", autocast_to(x0)
     check(where, x0.dtype not in HALF, rule, f"x0 {x0.dtype}")
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        check(where, dtype not in HALF, rule, f"autocast to {dtype}")
+    check(where, dtype is None, rule, f"autocast to {dtype}")
+
+
+def autocast_to(x: Tensor) -> torch.dtype | None:
+    """The half precision that autocast brings products to, where it is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return dtype if dtype in HALF else None
 
 
 def refuse_dropout(where: str, model: object) -> None:

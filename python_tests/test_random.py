@@ -102,7 +102,15 @@ def test_a_training_batch_draws_what_it_drew() -> None:
     x0 = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
     got = [
         hos_ext.score_matching_loss(
-            model, x0, 0.5, variance_reduction=vr, seed=11, offset=2, first=5, reduction="none"
+            model,
+            x0,
+            0.5,
+            variance_reduction=vr,
+            centred=False,
+            seed=11,
+            offset=2,
+            first=5,
+            reduction="none",
         )
         for vr in (True, False)
     ]

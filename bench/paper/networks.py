@@ -168,6 +168,7 @@ def objective(
             first_order=first_order,  # type: ignore[arg-type]
             diagonal=diagonal,
             scale_free=False,
+            variance_reduction=True,
             centred=True,
             noise=noise,
         )

@@ -187,7 +187,16 @@ def fit_head(
 
     def loss(current: nn.Module, x: Tensor, step: int) -> Tensor:
         level = draw_sigma(len(x), (low, high), seed=seed, offset=step)
-        return score_matching_loss(current, x, level, diagonal=diagonal, seed=seed, offset=step)
+        return score_matching_loss(
+            current,
+            x,
+            level,
+            variance_reduction=True,
+            centred=False,
+            diagonal=diagonal,
+            seed=seed,
+            offset=step,
+        )
 
     average = networks.train(
         model, law, loss, steps=steps, batch=128, rate=1e-3, decay="cosine", seed=seed

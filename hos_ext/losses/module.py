@@ -22,7 +22,13 @@ from ..ops.noise import uniform
 from ..random import STREAM_TIME, Key
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
-from .score_matching import Objective, check_objective, score_matching_loss
+from .score_matching import (
+    RECOMMENDED,
+    Objective,
+    check_objective,
+    refuse_rounding,
+    score_matching_loss,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,6 +135,7 @@ class ScoreMatchingLoss(nn.Module):
         key = Key(self.seed, self.step.clone() if step is None else step, first)
         if self.training and step is None:
             self.step += 1
+        self._refuse_rounding(where, model, x0)
         sigma, alpha = self._levels(x0, key)
         draws: dict[str, Any] = key._asdict()
         with said_by(where, "score_matching_loss"):
@@ -142,6 +149,21 @@ class ScoreMatchingLoss(nn.Module):
                 **self.options,
             )
         return loss
+
+    def _refuse_rounding(self, where: str, model: Model, x0: Tensor) -> None:
+        """The lowest level, at the first call and not when it is drawn one day."""
+        reduced = self.options.get("variance_reduction", RECOMMENDED["variance_reduction"])
+        if not reduced and self.options.get("first_order") != "vr":
+            return
+        if self.schedule is not None:
+            t = self.schedule.t_min
+            ratio = self.schedule.sigma(t) / self.schedule.alpha(t)
+        else:
+            assert self.sigma is not None  # the schedule's absence says so
+            low = self.sigma[0] if isinstance(self.sigma, tuple) else self.sigma
+            ratio = low / self.alpha
+        centred = self.options.get("centred", RECOMMENDED["centred"])
+        refuse_rounding(where, model, x0, ratio, 1.0, centred)
 
     def _levels(self, x0: Tensor, key: Key) -> tuple[Tensor | float, Tensor | float]:
         """sigma and alpha of a batch."""

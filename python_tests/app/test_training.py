@@ -1,10 +1,12 @@
 """The training engine: what a step is, exact resume, what it refuses, what it reports."""
 
+import hashlib
 import json
 import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -948,6 +950,29 @@ def test_a_checkpoint_names_what_a_step_depends_on(saved):
     }
 
 
+def test_a_checkpoint_of_before_objectives_were_named_whole_goes_on(source, tmp_path):
+    """Then Eq. 33 was what is fitted where nothing was said, and a checkpoint names what was."""
+    given = {"variance_reduction": True, "centred": False}
+    whole = run(source, out=tmp_path / "whole", objective=given, save_every=8)
+    run(source, out=tmp_path / "old", objective=given, save_every=8)
+    folder = tmp_path / "old" / "checkpoints" / "step-00000012"
+    shutil.rmtree(folder)
+    folder = folder.with_name("step-00000008")
+    state = json.loads((folder / "state.json").read_text())
+    assert state["options"]["objective"] == given
+    state["options"]["objective"] = {"variance_reduction": True}
+    text = json.dumps(state).encode()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    mark = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    assert manifest["state.json"].keys() == mark.keys()
+    (folder / "state.json").write_bytes(text)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"state.json": mark}))
+    again = run(source, out=tmp_path / "old", resume=True, objective=given, save_every=8)
+    assert again.history[-1] == whole.history[-1]
+    with pytest.raises(ValueError, match=r"^train: objective must be .* to go on from "):
+        run(source, out=tmp_path / "old", resume=True, objective={"variance_reduction": True})
+
+
 def test_dropout_is_refused(source):
     model = nn.Sequential(build(), nn.Dropout(0.1))
     with pytest.raises(ValueError, match=r"^train: dropout must be off .*, got p = 0\.1 in '1'$"):
@@ -1033,21 +1058,34 @@ def test_what_accelerate_keeps_for_a_process_is_not_taken_for_another(
 
 
 VR = {"variance_reduction": True}
+PAPER = VR | {"centred": False}
 BF16 = (
-    r"^train: mixed_precision must be 'no' for variance reduction below sigma 0\.035 \(its second "
-    r"difference is divided by sigma\^2, and the rounding of bf16 with it\), got sigma_range "
-    r"\(0\.01, 1\.0\)$"
+    r"^train: mixed_precision must be 'no' for variance reduction below sigma {} \(its second "
+    r"difference is divided by sigma\^2, and the rounding of bf16 with it; 'centred' and 'plain' "
+    r"have none\), got sigma_range \(0\.01, 1\.0\)$"
 )
 
 
-@pytest.mark.parametrize("objective", [VR, {}, {"variance_reduction": False, "first_order": "vr"}])
-def test_bf16_is_refused_where_it_would_ruin_variance_reduction(objective):
-    with pytest.raises(ValueError, match=BF16):
+@pytest.mark.parametrize(
+    ("objective", "least"),
+    [
+        (VR, 0.035),  # 0.05 of the data's standard deviation
+        (PAPER, 0.21),  # 0.3
+        ({"variance_reduction": False, "first_order": "vr"}, 0.035),
+        ({"variance_reduction": False, "centred": False, "first_order": "vr"}, 0.21),
+    ],
+)
+def test_bf16_is_refused_where_it_would_ruin_variance_reduction(objective, least):
+    with pytest.raises(ValueError, match=BF16.format(rf"{least:g}".replace(".", r"\."))):
         training.check_precision(objective, (0.01, 1.0), 0.7, mixed_precision="bf16")
-    training.check_precision(objective, (0.035, 1.0), 0.7, mixed_precision="bf16")
+    training.check_precision(objective, (least, 1.0), 0.7, mixed_precision="bf16")
     training.check_precision(objective, (0.01, 1.0), 0.7)
-    plain = {"variance_reduction": False}
-    training.check_precision(plain, (0.01, 1.0), 0.7, mixed_precision="bf16")
+    for plain in (
+        {},
+        {"variance_reduction": False},
+        {"variance_reduction": False, "centred": False},
+    ):
+        training.check_precision(plain, (0.01, 1.0), 0.7, mixed_precision="bf16")
 
 
 def test_bf16_matrix_products_of_the_cpu_are_refused(source):
@@ -1086,7 +1124,7 @@ def test_tf32_is_refused_where_it_would_ruin_variance_reduction(monkeypatch):
     with pytest.raises(
         ValueError,
         match=r"^train: TF32 must be off \(torch\.backends\.cudnn\.allow_tf32 set to False\) for "
-        r"variance reduction below sigma 0\.02 .* the rounding of TF32 with it\), got ",
+        r"variance reduction below sigma 0\.02 .* the rounding of TF32 with it; .*\), got ",
     ):
         training.check_precision(VR, (0.01, 1.0), 1.0, device="cuda")
     training.check_precision(VR, (0.02, 1.0), 1.0, device="cuda")
@@ -1204,3 +1242,17 @@ def test_options_of_numpy_become_plain_numbers():
     assert json.dumps(options.deciding())
     assert type(options.steps) is int
     assert type(options.seed) is int
+
+
+def test_the_objective_by_default_is_one():
+    """Of the function, the module and a training."""
+    torch.manual_seed(0)
+    model, x0 = MLP((2,), 1, width=8), torch.randn(8, 2)
+    told = score_matching_loss(model, x0, 0.3, seed=0, **training.OBJECTIVE)
+    assert torch.equal(score_matching_loss(model, x0, 0.3, seed=0), told)
+    assert torch.equal(ScoreMatchingLoss(0.3, seed=0)(model, x0, step=0), told)
+    assert TrainingOptions(steps=1).objective == training.OBJECTIVE
+    assert TrainingOptions(steps=1, objective={"gamma": 2.0}).deciding()["objective"] == {
+        **training.OBJECTIVE,
+        "gamma": 2.0,
+    }

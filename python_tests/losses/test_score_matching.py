@@ -1,5 +1,6 @@
 """The training objective against dense oracles, its minimiser, its variance, and every error."""
 
+import functools
 import inspect
 import math
 import re
@@ -14,7 +15,11 @@ from hos_ext.losses.module import ScoreMatchingLoss
 from hos_ext.losses.score_matching import Objective, score_matching_loss
 from hos_ext.nn.mlp import MLP
 from hos_ext.ops import reference
+from hos_ext.schedules import VP
 from hos_ext.scores import Scores, UnscaledScores
+
+# The objective of the paper, Eq. 33, or another one by option.
+paper_loss = functools.partial(score_matching_loss, variance_reduction=True, centred=False)
 
 DIMS = (2, 3)
 SIZE = 6
@@ -126,9 +131,9 @@ def test_loss_and_gradients_equal_the_oracles(kind, variance_reduction, first_or
             if true is not None:
                 torch.testing.assert_close(grad, true, rtol=1e-8, atol=1e-8)
 
-    paper = score_matching_loss(model, x, sigma, scale_free=False, reduction="none", **options)
+    paper = paper_loss(model, x, sigma, scale_free=False, reduction="none", **options)
     check(paper, second + 0.7 * first)
-    scaled = score_matching_loss(model, x, sigma, reduction="none", **options)
+    scaled = paper_loss(model, x, sigma, reduction="none", **options)
     check(scaled, sigma**4 * second + 0.7 * sigma**2 * first)
 
 
@@ -139,18 +144,14 @@ def test_terms_add_up_and_carry_no_gradient(variance_reduction, scale_free, redu
     model, (x, noise), (sigma, alpha) = Field(), batch(), levels("per_sample")
     options = {"alpha": alpha, "noise": noise, "scale_free": scale_free}
     options |= {"variance_reduction": variance_reduction, "gamma": 3.0}
-    loss, terms = score_matching_loss(
-        model, x, sigma, return_terms=True, reduction=reduction, **options
-    )
+    loss, terms = paper_loss(model, x, sigma, return_terms=True, reduction=reduction, **options)
     assert set(terms) == {"first", "second"}
     assert not any(term.requires_grad for term in terms.values())
     torch.testing.assert_close(loss, terms["second"] + 3.0 * terms["first"])
-    rows = score_matching_loss(model, x, sigma, reduction="none", **options)
+    rows = paper_loss(model, x, sigma, reduction="none", **options)
     reduced = {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
     torch.testing.assert_close(loss, reduced)
-    torch.testing.assert_close(
-        loss, score_matching_loss(model, x, sigma, reduction=reduction, **options)
-    )
+    torch.testing.assert_close(loss, paper_loss(model, x, sigma, reduction=reduction, **options))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_model_is_visited_once_at_the_points_that_the_terms_need(
     model, (x, noise), (sigma, alpha) = Field(), batch(), levels("per_sample")
     seen = []
     options = {"variance_reduction": variance_reduction, "first_order": first_order}
-    score_matching_loss(
+    paper_loss(
         lambda p, s: (seen.append((p, s)), model(p, s))[1],
         x,
         sigma,
@@ -188,9 +189,9 @@ def test_model_is_visited_once_at_the_points_that_the_terms_need(
 
 def test_detached_score_takes_gradients_from_the_first_term_alone():
     model, (x, noise) = Field(), batch()
-    kept = score_matching_loss(model, x, 0.3, noise=noise, gamma=0.0, detach_score=False)
+    kept = paper_loss(model, x, 0.3, noise=noise, gamma=0.0, detach_score=False)
     assert torch.autograd.grad(kept, model.score)[0].abs().max() > 1e-3
-    given = score_matching_loss(model, x, 0.3, noise=noise, gamma=0.0)
+    given = paper_loss(model, x, 0.3, noise=noise, gamma=0.0)
     assert torch.autograd.grad(given, model.score)[0].abs().max() == 0
 
 
@@ -228,7 +229,7 @@ def test_centred_term_is_the_distance_from_the_errors_made(head, first_order, va
     sign = torch.tensor([1.0, -1.0], dtype=torch.float64) if head == "signed" else None
     model = Field(0 if head in ("rank_0", "diagonal") else 2, sign)
     (x, noise), (sigma, alpha) = batch(), levels("rows")
-    _, terms = score_matching_loss(
+    _, terms = paper_loss(
         model, x, sigma, alpha=alpha, variance_reduction=variance_reduction, centred=True,
         noise=noise, first_order=first_order, diagonal=head == "diagonal", reduction="none",
         return_terms=True,
@@ -245,7 +246,7 @@ def test_centred_reduced_gradients_equal_the_oracles(head):
     model = Field(0 if head == "diagonal" else 2)
     (x, noise), (sigma, alpha) = batch(), levels("rows")
     options = {"centred": True, "noise": noise, "alpha": alpha, "diagonal": head == "diagonal"}
-    value = score_matching_loss(model, x, sigma, gamma=0.0, **options)
+    value = paper_loss(model, x, sigma, gamma=0.0, **options)
     wanted = centred_term(model, x, noise, sigma, alpha, 2, True, head == "diagonal").mean()
     parameters = [model.diag, model.factor][: 2 if model.rank else 1]
     for got, want in zip(
@@ -263,7 +264,7 @@ def test_centred_reduced_loss_passes_gradcheck(rank):
     options = {"alpha": alpha, "centred": True, "noise": noise, "reduction": "none"}
 
     def loss(*heads):
-        return score_matching_loss(lambda *_: Scores(score, *heads), x, sigma, gamma=0.0, **options)
+        return paper_loss(lambda *_: Scores(score, *heads), x, sigma, gamma=0.0, **options)
 
     assert torch.autograd.gradcheck(loss, [head.requires_grad_() for head in heads])
 
@@ -316,7 +317,7 @@ def test_centred_reduced_loss_finds_the_second_moment_of_the_errors(sigma):
 def test_centred_term_leaves_the_score_alone():
     model, (x, noise) = Field(), batch()
     options = {"gamma": 0.0, "variance_reduction": False, "centred": True, "noise": noise}
-    score_matching_loss(model, x, 0.3, **options).backward()
+    paper_loss(model, x, 0.3, **options).backward()
     assert model.score.grad.abs().max() == 0
     assert model.diag.grad.abs().max() > 0
     assert model.factor.grad.abs().max() > 0
@@ -353,7 +354,7 @@ class GaussianRows:
         return UnscaledScores(score, p["d"], factor).scaled(sigma)
 
     def gradients(self, x, sigma, **options):
-        loss = score_matching_loss(self, x, sigma, reduction="sum", **options)
+        loss = paper_loss(self, x, sigma, reduction="sum", **options)
         grads = torch.autograd.grad(loss, list(self.params.values()))
         return {k: g.flatten(1) for k, g in zip(self.params, grads, strict=True)}
 
@@ -434,9 +435,7 @@ def slope(model, names, **options):
     sigmas = torch.tensor([1e-3, 3e-3, 1e-2, 3e-2], dtype=torch.float64)
     traces = []
     for sigma in sigmas.tolist():
-        loss = score_matching_loss(
-            model, x, sigma, scale_free=False, seed=2, reduction="sum", **options
-        )
+        loss = paper_loss(model, x, sigma, scale_free=False, seed=2, reduction="sum", **options)
         grads = torch.autograd.grad(loss, [model.params[k] for k in names])
         traces.append(sum(g.flatten(1).var(0).sum() for g in grads))
     u, v = sigmas.log(), torch.stack(traces).log()
@@ -464,37 +463,35 @@ def test_first_order_gradient_variance_has_the_papers_slope(first_order, order):
 def test_split_batches_draw_what_one_batch_draws():
     model, (x, _), (sigma, alpha) = Field(), batch(), levels("per_sample")
     options = {"seed": 5, "offset": 9, "reduction": "none"}
-    whole = score_matching_loss(model, x, sigma, alpha=alpha, first=100, **options)
+    whole = paper_loss(model, x, sigma, alpha=alpha, first=100, **options)
     parts = [
-        score_matching_loss(model, x[s], sigma[s], alpha=alpha[s], first=100 + s.start, **options)
+        paper_loss(model, x[s], sigma[s], alpha=alpha[s], first=100 + s.start, **options)
         for s in (slice(0, 2), slice(2, 5))
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
     noise = ops.normal(x.shape, seed=5, offset=9, first=100, stream=3, dtype=x.dtype)
-    given = score_matching_loss(model, x, sigma, alpha=alpha, noise=noise, reduction="none")
+    given = paper_loss(model, x, sigma, alpha=alpha, noise=noise, reduction="none")
     assert torch.equal(given, whole)
     for change in ({"seed": 6}, {"offset": 10}, {"first": 101}):
-        other = score_matching_loss(
-            model, x, sigma, alpha=alpha, **(options | {"first": 100} | change)
-        )
+        other = paper_loss(model, x, sigma, alpha=alpha, **(options | {"first": 100} | change))
         assert not torch.allclose(other, whole)
 
 
 def test_default_seed_comes_from_torch():
     model, (x, _) = Field(), batch()
     torch.manual_seed(0)
-    one = score_matching_loss(model, x, 0.3)
-    two = score_matching_loss(model, x, 0.3)
+    one = paper_loss(model, x, 0.3)
+    two = paper_loss(model, x, 0.3)
     torch.manual_seed(0)
-    assert torch.equal(score_matching_loss(model, x, 0.3), one)
+    assert torch.equal(paper_loss(model, x, 0.3), one)
     assert not torch.equal(one, two)
 
 
 def test_scalar_tensor_levels_equal_floats():
     model, (x, noise) = Field(), batch()
-    one = score_matching_loss(model, x, 0.3, alpha=0.8, noise=noise)
+    one = paper_loss(model, x, 0.3, alpha=0.8, noise=noise)
     tensors = [torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.8)]
-    two = score_matching_loss(model, x, tensors[0], alpha=tensors[1], noise=noise)
+    two = paper_loss(model, x, tensors[0], alpha=tensors[1], noise=noise)
     torch.testing.assert_close(one, two)
 
 
@@ -502,24 +499,22 @@ def test_levels_of_another_dtype_leave_the_loss_in_that_of_x():
     model = MLP(DIMS, 2)
     x = batch()[0].float()
     sigma, alpha = levels("per_sample")  # float64
-    loss = score_matching_loss(model, x, sigma, alpha=alpha, scale_free=False, seed=0)
+    loss = paper_loss(model, x, sigma, alpha=alpha, scale_free=False, seed=0)
     assert loss.dtype == torch.float32
-    same = score_matching_loss(
-        model, x, sigma.float(), alpha=alpha.float(), scale_free=False, seed=0
-    )
+    same = paper_loss(model, x, sigma.float(), alpha=alpha.float(), scale_free=False, seed=0)
     torch.testing.assert_close(loss, same)
 
 
 def test_not_a_number_passes_through():
     model, (x, noise) = Field(), batch()
     x[1, 0, 0] = math.nan
-    loss = score_matching_loss(model, x, 0.3, noise=noise, reduction="none")
+    loss = paper_loss(model, x, 0.3, noise=noise, reduction="none")
     assert loss.isnan().tolist() == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize("variance_reduction", [True, False])
 def test_empty_batch_sums_to_zero(variance_reduction):
-    loss = score_matching_loss(
+    loss = paper_loss(
         MLP(DIMS, 2),
         torch.zeros(0, *DIMS),
         torch.ones(0),
@@ -549,9 +544,9 @@ def test_plain_losses_raise_half_precision_to_float32(dtype, first_order):
         return Scores(score.float(), c.float(), factor.float())
 
     x, noise = x.to(dtype), noise.to(dtype)
-    loss = score_matching_loss(rounded, x, 0.3, noise=noise, **options)
+    loss = paper_loss(rounded, x, 0.3, noise=noise, **options)
     assert loss.dtype == torch.float32
-    truth = score_matching_loss(
+    truth = paper_loss(
         lambda p, sigma: widened(p.to(dtype), sigma),
         x.float(),
         0.3,
@@ -565,11 +560,11 @@ def test_plain_loss_under_autocast_is_computed_in_float32(monkeypatch):
     x, noise = (t.float() for t in batch())
     scores = Scores(*(None if t is None else t.float() for t in half_outputs(x, 0.3)))
     options = {"variance_reduction": False, "first_order": "plain", "noise": noise}
-    outside = score_matching_loss(lambda p, s: scores, x, 0.3, **options)
+    outside = paper_loss(lambda p, s: scores, x, 0.3, **options)
     # the plain-torch operators would lose digits to it where there is no native kernel
     monkeypatch.setattr(ops, "d2sm_loss", d2sm_loss_by_reference)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = score_matching_loss(lambda p, s: scores, x, 0.3, **options)
+        inside = paper_loss(lambda p, s: scores, x, 0.3, **options)
     torch.testing.assert_close(inside, outside)
 
 
@@ -585,15 +580,85 @@ def test_variance_reduction_refuses_half_precision(options):
     rule = "score_matching_loss: variance reduction needs float32 or float64, got "
     half = x.bfloat16()
     with pytest.raises(ValueError, match=exactly(f"{rule}x0 torch.bfloat16")):
-        score_matching_loss(half_outputs, half, 0.3, **options)
+        paper_loss(half_outputs, half, 0.3, **options)
     if not options.get("diagonal"):
         with pytest.raises(ValueError, match=exactly(f"{rule}scaled_score torch.bfloat16")):
-            score_matching_loss(half_outputs, x, 0.3, noise=noise, **options)
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(ValueError, match=exactly(f"{rule}autocast to torch.bfloat16")),
-    ):
-        score_matching_loss(Field(), x, 0.3, noise=noise, **options)
+            paper_loss(half_outputs, x, 0.3, noise=noise, **options)
+
+
+class Told(MLP):
+    """A network whose data have a standard deviation of 2."""
+
+    def __init__(self):
+        super().__init__(DIMS, 0, sigma_data=2.0)
+
+
+@pytest.mark.parametrize("form", ["float", "rows", "alpha"])
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({}, 0.6),
+        ({"first_order": "vr"}, 0.6),
+        ({"variance_reduction": False, "first_order": "vr"}, 0.6),
+        ({"centred": True}, 0.1),
+    ],
+)
+def test_variance_reduction_under_autocast_is_refused_below_a_level(options, least, form):
+    """0.3 standard deviations of the data for Eq. 33, 0.05 for the centred objective."""
+    x, model, alpha = batch()[0].float(), Told(), 1.0
+    low, high = 0.95 * least, 1.05 * least
+    if form == "alpha":
+        low, high, alpha = 1.5 * low, 1.5 * high, 1.5
+    elif form == "rows":
+        low, high = torch.tensor([high, high, low, high, high]), torch.full((5,), high)
+    options = options | {"alpha": alpha, "seed": 0, "diagonal": True}
+    rule = f"score_matching_loss: sigma / alpha must be at least {least:g} for variance reduction"
+    rule += " under autocast to torch.bfloat16 (the objective with variance_reduction=False"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match=re.escape(rule)):
+            paper_loss(model, x, low, **options)
+        for loss in (
+            paper_loss(model, x, high, **options),
+            score_matching_loss(model, x, low, alpha=alpha, seed=0),  # the default, at any level
+        ):
+            assert loss.dtype == torch.float32
+            assert loss.isfinite()
+
+
+def test_the_module_refuses_a_range_that_begins_too_low():
+    model, x = Told(), batch()[0].float()
+    reduced = {"variance_reduction": True, "centred": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = ScoreMatchingLoss((0.01, 1.0), **reduced)
+        with pytest.raises(ValueError, match=r"^ScoreMatchingLoss: sigma / alpha must be at least"):
+            wide(model, x)
+        with pytest.raises(ValueError, match=r"^ScoreMatchingLoss: sigma / alpha must be at least"):
+            ScoreMatchingLoss(schedule=VP(), **reduced)(model, x)
+        ScoreMatchingLoss((0.61, 1.0), **reduced)(model, x).backward()
+        ScoreMatchingLoss((0.01, 1.0))(model, x).backward()
+
+
+@pytest.mark.parametrize(("centred", "sigma"), [(False, 0.3), (True, 0.05)])
+def test_gradients_under_autocast_have_the_variance_of_float32(centred, sigma):
+    """From the least level on; Eq. 33 at the level of the centred one is rounding alone."""
+    torch.manual_seed(0)
+    model = MLP((4,), 1, width=32, head_width=16, depth=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x, weights = torch.randn(256, 4), [model.c.weight, model.factor.weight]
+
+    def variance(autocast):
+        found = []
+        for offset in range(60):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = paper_loss(
+                    model, x, sigma, gamma=0.0, centred=centred, seed=0, offset=offset
+                )
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+        return torch.stack(found).var(0).sum()
+
+    assert 0.8 < variance(True) / variance(False) < 1.5
 
 
 class Dropping(Field):
@@ -613,12 +678,10 @@ def test_active_dropout_is_refused_where_points_share_a_draw():
         model = Dropping(layer)
         for change in ({}, {"variance_reduction": True}, {"first_order": "antithetic"}):
             with pytest.raises(ValueError, match=exactly(message)):
-                score_matching_loss(
-                    model, x, 0.3, noise=noise, **((plain | change) if change else {})
-                )
-        score_matching_loss(model, x, 0.3, noise=noise, **plain)  # one point: nothing to share
-        score_matching_loss(model.eval(), x, 0.3, noise=noise)
-        score_matching_loss(Dropping(type(layer)(0.0)), x, 0.3, noise=noise)
+                paper_loss(model, x, 0.3, noise=noise, **((plain | change) if change else {}))
+        paper_loss(model, x, 0.3, noise=noise, **plain)  # one point: nothing to share
+        paper_loss(model.eval(), x, 0.3, noise=noise)
+        paper_loss(Dropping(type(layer)(0.0)), x, 0.3, noise=noise)
 
 
 RULE = "score_matching_loss: "
@@ -702,7 +765,7 @@ RULE = "score_matching_loss: "
 def test_loss_refuses_bad_arguments(options, message):
     arguments = {"model": Field(), "x0": batch()[0], "sigma": 0.3} | options
     with pytest.raises(ValueError, match=exactly(RULE + message)):
-        score_matching_loss(**arguments)
+        paper_loss(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -723,19 +786,19 @@ def test_loss_refuses_bad_arguments(options, message):
 def test_loss_refuses_arguments_of_the_wrong_kind(options, message):
     arguments = {"model": Field(), "x0": batch()[0], "sigma": 0.3} | options
     with pytest.raises(TypeError, match=exactly(RULE + message)):
-        score_matching_loss(**arguments)
+        paper_loss(**arguments)
 
 
 def test_loss_refuses_a_seed_beside_noise():
     x, noise = batch()
     with pytest.raises(ValueError, match="seed must be None where noise is given, got 3"):
-        score_matching_loss(Field(), x, 0.3, noise=noise, seed=3)
+        paper_loss(Field(), x, 0.3, noise=noise, seed=3)
 
 
 def test_loss_refuses_a_model_that_does_not_return_scores():
     message = RULE + "model must return Scores, got tuple"
     with pytest.raises(TypeError, match=exactly(message)):
-        score_matching_loss(lambda x, sigma: (x, x), batch()[0], 0.3)
+        paper_loss(lambda x, sigma: (x, x), batch()[0], 0.3)
 
 
 def test_options_by_name_are_those_of_the_function():
@@ -764,11 +827,11 @@ def test_loss_compiles_whole_and_draws_afresh():
     model, x = MLP(DIMS, 2), batch()[0].float()
     sigma = levels("per_sample")[0].float()
     # aot_eager: graph capture and autograd are what this library answers for, not code generation
-    compiled = torch.compile(score_matching_loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(paper_loss, fullgraph=True, backend="aot_eager")
     for offset in range(3):
         options = {"seed": torch.tensor(4), "offset": torch.tensor(offset)}
         loss = compiled(model, x, sigma, **options)
-        torch.testing.assert_close(loss, score_matching_loss(model, x, sigma, **options))
+        torch.testing.assert_close(loss, paper_loss(model, x, sigma, **options))
     assert compiled(model, x, sigma) != compiled(model, x, sigma)
 
 

@@ -348,9 +348,10 @@ def test_only_the_head_is_trained_and_the_score_stays_bitwise(diffusers):
     "options",
     [
         {},
-        {"variance_reduction": False},
-        {"variance_reduction": False, "centred": True},
-        {"first_order": "vr", "detach_score": False},
+        {"variance_reduction": True},
+        {"variance_reduction": False, "centred": False},
+        {"variance_reduction": True, "centred": False},
+        {"first_order": "vr", "centred": False, "detach_score": False},
         {"gamma": 0.0, "first_order": "plain"},
     ],
 )

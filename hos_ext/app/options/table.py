@@ -214,6 +214,6 @@ OPTIONS: dict[str, Option] = {
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "centred": training.OBJECTIVE,
-    "vr": {"variance_reduction": True},
-    "plain": {"variance_reduction": False},
+    "vr": {"variance_reduction": True, "centred": False},
+    "plain": {"variance_reduction": False, "centred": False},
 }

@@ -232,8 +232,14 @@ def check_plain(objective: Mapping[str, Any], facts: dict[str, Any] | None) -> N
         check("train", same, f"{name} must be plain JSON", value, TypeError)
 
 
+# What an objective that a checkpoint does not name was, before checkpoints named all of it.
+_DEFAULTS = {"variance_reduction": True, "centred": False}
+
+
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses other options; with a constant learning rate there may be more steps."""
+    if isinstance(before.get("objective"), dict):
+        before = before | {"objective": _DEFAULTS | before["objective"]}
     for name, value in now.items():
         longer = name == "steps" and now["decay"] == "constant" and value >= before[name]
         rule = f"{name} must be {before[name]!r} to go on from {path}"

@@ -16,16 +16,12 @@ from typing import Any
 import numpy as np
 
 from ...checks import check, check_count, check_flag, check_int, check_number, one_of
-from ...losses.score_matching import Objective
+from ...losses.score_matching import RECOMMENDED, Objective
 from .trackers import check_tracker
 
 Check = Callable[[str, str, Any], object]
 
-# The joint loss of `score_matching_loss`, its second-order term centred at the learned mean. By
-# Eq. 33 the digits reach the same predictive calibration, but a first eigenvector along s1 keeps
-# 5 to 10 times the variance there is: at these noise levels the target z z^T is as large as |z|^2
-# along s1 where kappa is below 1.
-OBJECTIVE: dict[str, Any] = {"variance_reduction": False, "centred": True}
+OBJECTIVE: dict[str, Any] = dict(RECOMMENDED)
 
 
 def _about(help: str, check: Check | None = None, *, decides: bool = False) -> dict[str, Any]:
@@ -186,7 +182,7 @@ class TrainingOptions:
         """The options that decide what a step computes, as plain JSON has them."""
         return {
             each.name: getattr(self, each.name) for each in fields(self) if each.metadata["decides"]
-        } | {"sigma_range": list(self.sigma_range), "objective": dict(self.objective)}
+        } | {"sigma_range": list(self.sigma_range), "objective": OBJECTIVE | dict(self.objective)}
 
 
 if TrainingOptions.__doc__ is not None:  # python -OO has none

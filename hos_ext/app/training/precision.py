@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from ...checks import check
+from ...losses.score_matching import RECOMMENDED, least_sigma
 
 # Below these noise levels, in units of the data's standard deviation, the rounding of the second
-# difference outweighs what variance reduction gains: gradient variance over float32 x2.5 at 0.03
-# and x115 at 0.01 for bf16, x2.8 at 0.01 for TF32 (docs/mathematics.md, precision).
+# difference outweighs what variance reduction gains, where products alone are rounded: gradient
+# variance over float32 x2.5 at 0.03 and x115 at 0.01 for bf16, x2.8 at 0.01 for TF32
+# (docs/mathematics.md, precision). A whole network in bf16 rounds more, see `least_sigma`.
 _LEAST_SIGMA = {"bf16": 0.05, "TF32": 0.02}
 
 
@@ -37,20 +39,22 @@ def check_precision(
     Raises:
         ValueError: variance reduction with bf16 or TF32 below the level where it fails.
     """
-    if not objective.get("variance_reduction", True) and objective.get("first_order") != "vr":
+    reduced = objective.get("variance_reduction", RECOMMENDED["variance_reduction"])
+    if not reduced and objective.get("first_order") != "vr":
         return
-    kinds = {}
+    kinds, lowest = {}, dict(_LEAST_SIGMA)
     if mixed_precision == "bf16":
         kinds["bf16"] = "mixed_precision must be 'no'"
+        lowest["bf16"] = least_sigma(objective.get("centred", RECOMMENDED["centred"]))
     if device == "cuda" and _tf32():
         kinds["TF32"] = f"TF32 must be off ({' and '.join(_tf32())} set to False)"
     if device == "cpu" and (setting := _cpu_bf16()):
-        kinds["bf16"] = setting
+        kinds.setdefault("bf16", setting)
     for kind, rule in kinds.items():
-        least = _LEAST_SIGMA[kind] * std
+        least = lowest[kind] * std
         rule += (
             f" for variance reduction below sigma {least:.3g} (its second difference is divided by "
-            f"sigma^2, and the rounding of {kind} with it)"
+            f"sigma^2, and the rounding of {kind} with it; 'centred' and 'plain' have none)"
         )
         check("train", sigma_range[0] >= least, rule, f"sigma_range {tuple(sigma_range)}")
 
