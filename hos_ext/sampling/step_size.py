@@ -144,7 +144,7 @@ def search_step_size(
             )
         rate = 0.0
         if not bool(chains.stats["diverged"].any()):
-            with said_by(where, "ess", kind="ess_kind"):
+            with said_by(where, "min_ess", draws="the draws kept"):
                 size = min_ess(chains.draws, kind=ess_kind)
             cost = chains.stats["n_score_evaluations"] * len(init)
             rate = 0.0 if math.isnan(size) else size / cost

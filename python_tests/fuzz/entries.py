@@ -711,6 +711,7 @@ LEFT_OUT = {
     "nn.UNet.forward": {"scaled_score"},
     "losses.ScoreMatchingLoss": {"schedule", "alpha"},
     "losses.order_k_vr_loss": {"derivative"},
+    "sampling.search_step_size": {"thin"},  # 4 draws must be kept
 }
 
 
