@@ -498,11 +498,49 @@ def refuse_dropout(where: str, model: object) -> None:
             )
 
 
-def require(where: str, module: str, extra: str = "app") -> Any:
-    """An optional dependency, imported; a missing one is named with the extra that brings it."""
+# Which extra brings a package that is imported only where it is needed.
+EXTRAS = {
+    "accelerate": "cli",
+    "arviz_base": "cli",
+    "arviz_stats": "cli",
+    "datasets": "cli",
+    "fsspec": "cli",
+    "h5netcdf": "cli",
+    "h5py": "cli",
+    "matplotlib": "cli",
+    "pyarrow": "cli",
+    "rich": "cli",
+    "sklearn": "cli",
+    "tomli": "cli",
+    "typer": "cli",
+    "xarray": "cli",
+    "yaml": "cli",
+    "PIL": "images",
+    "diffusers": "images",
+    "huggingface_hub": "hub",
+    "tensorboard": "track",
+    "azula": "adapters",
+    "deepinv": "adapters",
+}
+
+
+def require(where: str, module: str, extra: str | None = None) -> Any:
+    """An optional dependency, imported; a missing one is named with what brings it.
+
+    Args:
+        where: the public function that needs it.
+        module: its name for `import`.
+        extra: of hos_ext; None is the one in `EXTRAS`, or the package itself where none has it.
+
+    Raises:
+        RuntimeError: it cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
+        extra = extra or EXTRAS.get(package)
+        wanted = package if extra is None else f"hos_ext[{extra}]"
         raise RuntimeError(
-            f"{where}: {module} must be installed (pip install hos_ext[{extra}]), got: {error}"
+            f"{where}: {module} must be installed (pip install {wanted}), got: {error}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import hos_ext
+from hos_ext import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,12 +99,75 @@ def test_type_information_is_shipped():
     assert (package / "_C.pyi").is_file()
 
 
-def test_the_wheel_needs_no_more_than_torch_and_numpy():
+def test_the_wheel_needs_no_more_than_torch_numpy_and_safetensors():
     try:
         requirements = importlib.metadata.requires("hos_ext") or []
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("hos_ext is on the path but not installed")
-    assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.6", "numpy"]
+    assert [r for r in requirements if "extra ==" not in r] == [
+        "torch>=2.6",
+        "numpy",
+        "safetensors",
+    ]
+
+
+def project():
+    tomllib = pytest.importorskip("tomllib")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names_of(requirements):
+    """The distributions of some requirements, in one spelling."""
+    return {re.match(r"[\w.-]+", each)[0].lower().replace("_", "-") for each in requirements}
+
+
+# Distributions that have another name than what is imported, and those that others bring.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+BROUGHT = {"fsspec": "datasets", "pyarrow": "datasets", "xarray": "arviz-base"}
+
+
+def test_app_is_all_of_its_parts_and_every_part_is_named_by_the_module_that_needs_it():
+    extras = project()["optional-dependencies"]
+    assert extras["app"] == ["hos_ext[cli,images,hub,track]"]
+    for module, extra in checks.EXTRAS.items():
+        wanted = BROUGHT.get(module) or DISTRIBUTIONS.get(module, module.replace("_", "-"))
+        assert wanted.lower() in names_of(extras[extra]), module
+    named = {BROUGHT.get(m) or DISTRIBUTIONS.get(m, m.replace("_", "-")) for m in checks.EXTRAS}
+    for part in ("cli", "images", "hub", "track"):
+        assert names_of(extras[part]) <= {name.lower() for name in named} | {"huggingface-hub"}
+
+
+def test_every_module_that_is_required_has_an_extra():
+    """All calls of `require` with a name written out, and safetensors, which is no extra."""
+    asked = set()
+    for path in (ROOT / "hos_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
+            if called and isinstance(node.args[1], ast.Constant):
+                asked.add(node.args[1].value.partition(".")[0])
+    assert len(asked) > 12
+    assert asked - checks.EXTRAS.keys() <= {"safetensors"}
+
+
+@pytest.mark.parametrize(("module", "extra"), checks.EXTRAS.items())
+def test_what_is_missing_is_named_by_its_extra(monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RuntimeError) as error:
+        checks.require("here", module)
+    told = f"here: {module} must be installed (pip install hos_ext[{extra}]), got: "
+    assert str(error.value).startswith(told)
+
+
+def test_the_constraints_hold_what_the_package_needs():
+    told = project()
+    extras = told["optional-dependencies"]
+    wanted = names_of(told["dependencies"])
+    for part in ("cli", "images", "hub", "track"):
+        wanted |= names_of(extras[part])
+    pinned = names_of(
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
+    )
+    assert wanted <= pinned
 
 
 def test_raw_cells_stay_out_of_the_source_distribution():

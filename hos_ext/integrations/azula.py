@@ -115,7 +115,7 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
         >>> model = hos_ext.MLP((2,), 1)
         >>> denoiser = azula_denoiser(model, hos_ext.VP())  # doctest: +SKIP
     """
-    azula = require("azula_denoiser", "azula.denoise", "adapters")
+    azula = require("azula_denoiser", "azula.denoise")
     fine, got = isinstance(schedule, Schedule) or callable(schedule), type(schedule).__name__
     check("azula_denoiser", fine, "schedule must be a Schedule, or one of azula", got, TypeError)
 

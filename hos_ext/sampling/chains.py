@@ -63,7 +63,7 @@ class Chains(NamedTuple):
             what `stats` holds for each chain (no draw axis); the rest of `stats` in its attributes.
 
         Raises:
-            RuntimeError: arviz-base is missing (pip install hos_ext[app]).
+            RuntimeError: arviz-base is missing (pip install hos_ext[cli]).
 
         Example:
             >>> import torch
@@ -176,7 +176,7 @@ def sample(
         state: `state` of earlier Chains: goes on from there, with its seed and its first_chain.
             60 steps and 40 more are 100 steps, the places of the draws included. The method and the
             step size may change; give the same ones to continue exactly.
-        progress: shows a progress bar; needs rich, which `pip install hos_ext[app]` brings.
+        progress: shows a progress bar; needs rich, which `pip install hos_ext[cli]` brings.
 
     Returns:
         Chains. `draws` has shape (chain, draw, *dims), the dtype and the device of init. `stats`

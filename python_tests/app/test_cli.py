@@ -766,7 +766,7 @@ def test_a_missing_extra_is_exit_code_1_and_named(
     names = {"FOLDER": str(run_folder), "OUT": str(tmp_path)}
     assert cli.run([names.get(word, word) for word in arguments]) == 1
     assert _one_line(capsys).startswith(
-        f"hos-ext: {message} must be installed (pip install hos_ext[app]), got: "
+        f"hos-ext: {message} must be installed (pip install hos_ext[cli]), got: "
     )
     assert _files(tmp_path) == []
 

@@ -71,7 +71,7 @@ def test_load_digits_without_scikit_learn_names_the_extra(monkeypatch):
     with pytest.raises(
         RuntimeError,
         match=r"^load_digits: sklearn\.datasets must be installed "
-        r"\(pip install hos_ext\[app\]\), got: ",
+        r"\(pip install hos_ext\[cli\]\), got: ",
     ):
         data.load_digits()
 
@@ -1068,14 +1068,19 @@ def test_parts_that_do_not_fit_in_memory_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "module"),
-    [("parquet:{}", "datasets"), ("folder:{}", "PIL.Image"), ("digits", "sklearn.datasets")],
+    ("spec", "module", "extra"),
+    [
+        ("parquet:{}", "datasets", "cli"),
+        ("folder:{}", "PIL.Image", "images"),
+        ("digits", "sklearn.datasets", "cli"),
+    ],
 )
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, spec, module):
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, spec, module, extra):
     _parquet(tmp_path / "a.parquet", _images(9))
     _folder(tmp_path, _images(9))
     monkeypatch.setitem(sys.modules, module, None)
-    match = rf"^open_source: {re.escape(module)} must be installed \(pip install hos_ext\[app\]\)"
+    match = f"^open_source: {re.escape(module)} must be installed "
+    match += rf"\(pip install hos_ext\[{extra}\]\)"
     with pytest.raises(RuntimeError, match=match):
         data.open_source(spec.format(tmp_path))
 

@@ -1143,11 +1143,15 @@ def test_the_switches_of_tf32_are_read():
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
 
-@pytest.mark.parametrize("missing", ["accelerate", "rich.progress", "tensorboard"])
-def test_train_without_an_extra_names_it(source, monkeypatch, tmp_path, missing):
+@pytest.mark.parametrize(
+    ("missing", "extra"),
+    [("accelerate", "cli"), ("rich.progress", "cli"), ("tensorboard", "track")],
+)
+def test_train_without_an_extra_names_it(source, monkeypatch, tmp_path, missing, extra):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(
-        RuntimeError, match=rf"^train: {missing} must be installed \(pip install hos_ext\[app\]\), "
+        RuntimeError,
+        match=rf"^train: {missing} must be installed \(pip install hos_ext\[{extra}\]\), ",
     ):
         run(source, progress=True, tracker="tensorboard", out=tmp_path)
 

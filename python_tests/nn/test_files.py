@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 from hos_ext import storage
@@ -16,8 +17,6 @@ from hos_ext.nn.files import load_model, save_model
 from hos_ext.nn.mlp import MLP
 from hos_ext.nn.unet import UNet
 
-safetensors = pytest.importorskip("safetensors.torch", reason="models as files need hos_ext[app]")
-
 
 def mlp(**options):
     options = {"width": 8, "head_width": 8, "depth": 1, "head_depth": 1} | options
@@ -25,7 +24,7 @@ def mlp(**options):
 
 
 def unet(dims=(2, 5, 6), **options):
-    pytest.importorskip("diffusers", reason="UNet needs hos_ext[app]")
+    pytest.importorskip("diffusers", reason="UNet needs hos_ext[images]")
     sizes = {"channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
     return randomised(UNet(dims, 2, **(sizes | options)))
 
@@ -406,8 +405,6 @@ def test_missing_safetensors_is_named(tmp_path, monkeypatch):
         ("save_model", lambda: save_model(mlp(), tmp_path)),
         ("load_model", lambda: load_model(tmp_path)),
     ):
-        message = (
-            rf"^{where}: safetensors\S* must be installed \(pip install hos_ext\[app\]\), got: "
-        )
+        message = rf"^{where}: safetensors\S* must be installed \(pip install safetensors\), got: "
         with pytest.raises(RuntimeError, match=message):
             call()

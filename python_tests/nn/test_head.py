@@ -30,7 +30,7 @@ PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
 @pytest.fixture(scope="module")
 def diffusers():
-    return pytest.importorskip("diffusers", reason="diffusers' models need hos_ext[app]")
+    return pytest.importorskip("diffusers", reason="diffusers' models need hos_ext[images]")
 
 
 def exactly(message):

@@ -16,7 +16,7 @@ SIGMAS = (1e-3, 0.05, 1.0, 7.0, 1e2)
 
 
 def unet(dims=(2, 5, 7), rank=3, **options):
-    pytest.importorskip("diffusers", reason="UNet needs hos_ext[app]")
+    pytest.importorskip("diffusers", reason="UNet needs hos_ext[images]")
     options = {"channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4} | options
     return UNet(dims, rank, **options)
 
@@ -417,7 +417,7 @@ def test_unet_refuses_bad_options(options, message):
 
 def test_unet_names_the_extra_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    message = r"^UNet: diffusers must be installed \(pip install hos_ext\[app\]\), got: "
+    message = r"^UNet: diffusers must be installed \(pip install hos_ext\[images\]\), got: "
     with pytest.raises(RuntimeError, match=message):
         UNet((1, 8, 8), 2)
 

@@ -645,7 +645,7 @@ def test_to_arviz_without_arviz_names_the_extra(init, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         run(init).to_arviz()
     assert str(error.value).startswith(
-        "to_arviz: arviz_base must be installed (pip install hos_ext[app]), got: "
+        "to_arviz: arviz_base must be installed (pip install hos_ext[cli]), got: "
     )
 
 
@@ -670,7 +670,7 @@ def test_progress_without_rich_names_the_extra(init, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         run(init, progress=True)
     assert str(error.value).startswith(
-        "sample: rich.progress must be installed (pip install hos_ext[app]), got: "
+        "sample: rich.progress must be installed (pip install hos_ext[cli]), got: "
     )
 
 

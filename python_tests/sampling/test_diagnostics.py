@@ -200,7 +200,7 @@ def test_chain_diagnostics_without_arviz_name_the_extra(function, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         function(torch.zeros(2, 8))
     assert str(error.value).startswith(
-        f"{function.__name__}: arviz_stats.base must be installed (pip install hos_ext[app]), got: "
+        f"{function.__name__}: arviz_stats.base must be installed (pip install hos_ext[cli]), got: "
     )
 
 
