@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..schedules import DiscreteVP, Schedule
-from ..tweedie.conversions import noise_from_v, noise_from_x0
+from ..tweedie.conversions import noise_from_x0
+from ..tweedie.path import Path, v_path
 
 Prediction = Literal["score", "eps", "x0", "v", "flow", "edm"]
 Time = Literal["t", "sigma", "timestep", "c_noise"]
@@ -110,12 +111,10 @@ class Reading:
         if self.prediction == "x0":
             return noise_from_x0(x_t, output, sigma, alpha)
         if self.prediction == "v":
-            return noise_from_v(x_t, output, sigma, alpha)
-        # dx_t/dt = alpha' x0 + sigma' z, where alpha' = -beta alpha / 2 and
-        # sigma' = (g^2 - beta sigma^2) / (2 sigma): solved for z with x_t = alpha x0 + sigma z.
-        beta = column(self.schedule.beta(at.t), x)
-        spread = column(self.schedule.diffusion(at.t).square(), x)
-        return 2 * sigma / spread * (output + beta / 2 * x_t)
+            return v_path(sigma, alpha).noise(x_t, output)
+        slopes = (self.schedule.alpha_slope(at.t), self.schedule.sigma_slope(at.t))
+        path = Path(sigma, alpha, *(column(slope, x) for slope in slopes))
+        return path.noise(x_t, output)
 
 
 def column(value: Tensor, x: Tensor) -> Tensor:

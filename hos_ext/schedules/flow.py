@@ -246,14 +246,10 @@ class Interpolant(Flow):
     def _slope(self, name: str, t: Tensor) -> Tensor:
         if f"{name}_slope" in self._curves:
             return self._value(f"{name}_slope", t)
-        keep = t.requires_grad and torch.is_grad_enabled()
-        with torch.enable_grad():
-            t = t if keep else t.detach().requires_grad_()
-            value = self._value(name, t)
-            slope = None
-            if value.requires_grad:
-                slope = torch.autograd.grad(value.sum(), t, create_graph=keep, allow_unused=True)[0]
-        return torch.zeros_like(t) if slope is None else slope  # None of a constant
+        # Not autograd.grad, which asks too little of t inside torch.func's transforms.
+        value, pull_back = torch.func.vjp(lambda t: self._value(name, t), t)[:2]
+        slope: Tensor = pull_back(torch.ones_like(value))[0]
+        return slope
 
     def _look(self) -> None:
         """Refuses functions that are no path from data to noise."""
@@ -283,14 +279,18 @@ class Interpolant(Flow):
         hold(rises, rule, sigma / alpha)
         step = (self.t_max - self.t_min) * 1e-5
         for name in ("alpha", "sigma"):
-            slope = self._slope(name, t).detach()
+            rule = f"the slope of {name}(t) must be its derivative (by torch, or {name}_slope)"
+            try:
+                slope = self._slope(name, t).detach()
+            except RuntimeError as error:  # as for a function that goes through numpy
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"{where}: {rule}, got {reason}") from None
             hold(slope.isfinite(), f"the slope of {name}(t) must be finite", slope)
             inner = t[1:-1]
             rise = self._value(name, inner + step) - self._value(name, inner - step)
             away = (slope[1:-1] - rise.detach() / (2 * step)).abs()
             close = away <= 1e-3 * (slope.abs() + slope.abs().mean())[1:-1]
             close = torch.cat([first, close, first])
-            rule = f"the slope of {name}(t) must be its derivative (by torch, or {name}_slope)"
             hold(close, rule, slope)
 
 

@@ -27,12 +27,20 @@ from .posterior import (
     posterior_mean,
     second_moment,
 )
+from .velocity import (
+    hessian_from_velocity_jacobian,
+    score_from_velocity,
+    velocity_from_score,
+    velocity_jacobian_from_hessian,
+    x0_from_velocity,
+)
 
 __all__ = [
     "Posterior",
     "covariance_from_kappa",
     "eps_from_score",
     "hessian_from_jacobian",
+    "hessian_from_velocity_jacobian",
     "jacobian_from_hessian",
     "moment_recurrence",
     "moments_from_cumulants",
@@ -46,8 +54,12 @@ __all__ = [
     "psi_from_scores",
     "score_from_eps",
     "score_from_v",
+    "score_from_velocity",
     "score_from_x0",
     "second_moment",
     "v_from_score",
+    "velocity_from_score",
+    "velocity_jacobian_from_hessian",
     "x0_from_score",
+    "x0_from_velocity",
 ]

@@ -3,7 +3,7 @@
 Setting: x = alpha * x0 + sigma * z. A network may predict the noise (eps), the clean sample (x0) or
 the velocity (v = alpha z - sigma x0): each an affine function of x and of s1, its Jacobian one of
 s2. An EDM denoiser D(y; sigma_edm) predicts x0 from y = x / alpha at sigma_edm = sigma / alpha. The
-table of all of them stands in `hessian_from_jacobian`.
+table of all of them stands in `hessian_from_jacobian`. Velocities of flow matching: `velocity`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check, check_like, check_tensor, kind_name, one_of, positive, said_by
 from ..linalg.dplr import DPLR, check_whole
 from ..linalg.jacobian import ScoreHessian
+from .path import Path, v_path
 from .posterior import posterior_mean
 
 _Matrix = TypeVar("_Matrix", Tensor, DPLR, ScoreHessian)
@@ -122,10 +123,11 @@ def x0_from_score(
 
 
 def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
-    """s1 from a velocity prediction E[v | x], v = alpha z - sigma x0.
+    """s1 from a v-prediction E[v | x], v = alpha z - sigma x0.
 
     With x = alpha x0 + sigma z: z = (sigma x + alpha v) / (alpha^2 + sigma^2) and s1 = -z / sigma.
-    Any alpha and sigma; in the variance-preserving case the denominator is 1.
+    Any alpha and sigma; in the variance-preserving case the denominator is 1. The velocity of flow
+    matching is another one: `score_from_velocity`.
 
     Args:
         x: the noisy sample. Shape (B, *dims). float32 or float64. Units of the data.
@@ -147,8 +149,7 @@ def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Ten
     """
     where = "score_from_v"
     check_like(where, "v", v, x)
-    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
-    return -noise_from_v(x, v, s, a) / s
+    return _v_path(where, sigma, alpha, x).score(x, v)
 
 
 def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
@@ -174,8 +175,7 @@ def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float |
     """
     where = "v_from_score"
     check_like(where, "score", score, x)
-    s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
-    return -(s / a) * (x + (a.square() + s.square()) * score)
+    return _v_path(where, sigma, alpha, x).velocity(x, score)
 
 
 def hessian_from_jacobian(
@@ -220,15 +220,9 @@ def hessian_from_jacobian(
         tensor([[[-0.1250]]])
     """
     where = "hessian_from_jacobian"
-    if isinstance(jacobian, DPLR):
-        check_whole(where, "jacobian", jacobian)
-    if isinstance(jacobian, (DPLR, ScoreHessian)):
-        rows = torch.empty(jacobian.shape[:1], dtype=jacobian.dtype, device=jacobian.device)
-        shift, slope = _affine(where, prediction, sigma, alpha, rows)
-        return (jacobian + -shift).scale(1 / slope)
-    flat = _flat(where, "jacobian", jacobian)
-    shift, slope = _affine(where, prediction, sigma, alpha, flat.new_empty(len(flat)))
-    return (flat - _times_identity(shift, flat)) / slope[..., None, None]
+    matrix, rows = check_matrix(where, "jacobian", jacobian)
+    shift, slope = _levels(where, prediction, sigma, alpha, rows)
+    return affine(matrix, None, -shift, 1 / slope)
 
 
 def jacobian_from_hessian(
@@ -261,15 +255,9 @@ def jacobian_from_hessian(
         tensor([[[0.5000]]])
     """
     where = "jacobian_from_hessian"
-    if isinstance(hessian, DPLR):
-        check_whole(where, "hessian", hessian)
-    if isinstance(hessian, (DPLR, ScoreHessian)):
-        rows = torch.empty(hessian.shape[:1], dtype=hessian.dtype, device=hessian.device)
-        shift, slope = _affine(where, prediction, sigma, alpha, rows)
-        return hessian.scale(slope) + shift
-    flat = _flat(where, "hessian", hessian)
-    shift, slope = _affine(where, prediction, sigma, alpha, flat.new_empty(len(flat)))
-    return slope[..., None, None] * flat + _times_identity(shift, flat)
+    matrix, rows = check_matrix(where, "hessian", hessian)
+    shift, slope = _levels(where, prediction, sigma, alpha, rows)
+    return affine(matrix, slope, shift, None)
 
 
 def noise_from_x0(x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
@@ -277,23 +265,52 @@ def noise_from_x0(x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor
     return (x - alpha * x0) / sigma
 
 
-def noise_from_v(x: Tensor, v: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
-    """E[z | x] from E[alpha z - sigma x0 | x]; the levels broadcast against x."""
-    return (sigma * x + alpha * v) / (alpha.square() + sigma.square())
+def affine(matrix: _Matrix, before: Tensor | None, shift: Tensor, after: Tensor | None) -> _Matrix:
+    """after (before M + shift I), the numbers 0-d or (B,); None is 1. M as `check_matrix` gives it.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.tweedie.conversions import affine
+        >>> affine(torch.ones(1, 1, 1), torch.tensor(2.0), torch.tensor(3.0), torch.tensor(10.0))
+        tensor([[[50.]]])
+    """
+    if isinstance(matrix, Tensor):
+        out = matrix if before is None else before[..., None, None] * matrix
+        out = out + shift[..., None, None] * torch.eye(
+            matrix.shape[1], dtype=matrix.dtype, device=matrix.device
+        )
+        return out if after is None else after[..., None, None] * out
+    whole = (matrix if before is None else matrix.scale(before)) + shift
+    return whole if after is None else whole.scale(after)
 
 
-def _affine(
+def check_matrix(where: str, name: str, matrix: _Matrix) -> tuple[_Matrix, Tensor]:
+    """The matrix, (B, D, D) if dense, and (B,) of its dtype, to which its levels are to fit."""
+    if isinstance(matrix, DPLR):
+        check_whole(where, name, matrix)
+    if not isinstance(matrix, (DPLR, ScoreHessian)):
+        matrix = _flat(where, name, matrix)
+    return matrix, torch.empty(matrix.shape[:1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _v_path(where: str, sigma: float | Tensor, alpha: float | Tensor, like: Tensor) -> Path:
+    s, a = positive(where, "sigma", sigma, like), positive(where, "alpha", alpha, like)
+    return v_path(s, a)
+
+
+def _levels(
     where: str, prediction: str, sigma: float | Tensor, alpha: float | Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """p and q of J = p I + q s2, each 0-d or (B,) with the B, dtype and device of rows (B,)."""
-    s, a = positive(where, "sigma", sigma, rows), positive(where, "alpha", alpha, rows)
+    path = _v_path(where, sigma, alpha, rows)
+    s, a = path.sigma, path.alpha
     one_of(where, "prediction", prediction, _PREDICTIONS)
     if prediction == "x0":
         return 1 / a, s.square() / a
     if prediction == "eps":
         return torch.zeros_like(s), -s
     if prediction == "v":
-        return -s / a, -(s / a) * (a.square() + s.square())
+        return path.alpha_slope / a, -s * path.w / a
     return torch.ones_like(s), s.square()
 
 
@@ -307,8 +324,3 @@ def _flat(where: str, name: str, matrix: object) -> Tensor:
     square = half > 0 and matrix.dim() % 2 == 1 and dims == matrix.shape[1 + half :]
     check(where, square, f"{name} must have shape (B, *dims, *dims)", tuple(matrix.shape))
     return matrix.reshape(matrix.shape[0], dims.numel(), dims.numel())
-
-
-def _times_identity(a: Tensor, like: Tensor) -> Tensor:
-    """a I for a 0-d or (B,), to broadcast against like (B, D, D)."""
-    return a[..., None, None] * torch.eye(like.shape[1], dtype=like.dtype, device=like.device)

@@ -542,6 +542,9 @@ MAKERS: dict[str, Make] = LEVELS | {
     "t_max": lambda w: 0.99,
     "s": lambda w: 0.008,
     "alphas_cumprod": lambda w: torch.linspace(0.99, 0.01, 20, dtype=torch.float64),
+    "velocity": World.batch,
+    "alpha_slope": lambda w: -0.4,
+    "sigma_slope": lambda w: 1.0,
     "logit_normal": lambda w: (0.0, 1.0),
     "sigma_range": lambda w: (0.1, 2.0),
     "state": lambda w: None,
@@ -625,6 +628,13 @@ SOLVERS = (
     "second_order_reverse",
 )
 FADING = ("VP", "SubVP", "CosineVP", "DiscreteVP", "Rectified", "Interpolant")
+VELOCITY = (
+    "hessian_from_velocity_jacobian",
+    "score_from_velocity",
+    "velocity_from_score",
+    "velocity_jacobian_from_hessian",
+    "x0_from_velocity",
+)
 OF_SIGMA = ("noisy", "posterior_covariance", "posterior_mean")
 DENSITY = ("Gaussian", "GaussianMixture", "JointLogisticMixture", "ProductLogisticMixture")
 
@@ -705,6 +715,7 @@ ALWAYS = {
     "linalg.DPLR": {"factor"},
     **{f"diffusion.{n}": {"n_steps"} for n in SOLVERS},
 }
+ALWAYS |= {f"tweedie.{n}": {"alpha", "alpha_slope", "sigma_slope"} for n in VELOCITY}
 EXCLUDES = {"noise": ("seed", "offset", "first"), "times": ("n_steps",)}
 LEFT_OUT = {
     "nn.MLP.forward": {"scaled_score"},
