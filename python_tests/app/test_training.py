@@ -1214,7 +1214,14 @@ def test_the_module_for_loops_of_ones_own_draws_as_documented(source):
         ({"progress": 1}, "train: progress must be True or False, got 1"),
         ({"report": 3}, "train: report must be callable, got int"),
         ({"model": 3}, "train: model must be a Module, got int"),
-        ({"source": 3}, "train: source must be a Source, got int"),
+        (
+            {"source": 3},
+            (
+                "train: data must be a Source, a Tensor, an array, a Dataset or DataLoader of "
+                "torch, a data set of Hugging Face or a list of samples (what can be read once "
+                "only: in an IterableDataset), got int"
+            ),
+        ),
         ({"options": {}}, "train: options must be a TrainingOptions, got dict"),
     ],
 )

@@ -9,6 +9,7 @@ from .augment import augment, distort
 from .files import files_of
 from .images import decode_image, decode_pages, image_rows
 from .opening import open_rows, open_source, read_samples
+from .own import as_source
 from .registry import register_source, source_forms
 from .rows import LIMIT, Request, Rows, array_rows, refusal
 from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
@@ -30,6 +31,7 @@ __all__ = [
     "Scaling",
     "Source",
     "array_rows",
+    "as_source",
     "augment",
     "batch_rows",
     "decode_image",

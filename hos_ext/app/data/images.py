@@ -74,7 +74,7 @@ def decode_pages(content: bytes, where: str = "open_source") -> list[np.ndarray]
                 if page and size > LIMIT:  # many pages may be one place of a file
                     raise Unfit(f"hold pages of at most {LIMIT} bytes", f"{frames} pages")
                 _check_kind(image, content)
-                pages.append(_planes(turn(image)))
+                pages.append(planes(turn(image)))
     except Unfit:
         raise
     except Exception as error:  # pillow lets many kinds through: OSError, struct.error, zlib.error
@@ -82,11 +82,13 @@ def decode_pages(content: bytes, where: str = "open_source") -> list[np.ndarray]
     return pages
 
 
-def _planes(image: Any) -> np.ndarray:
+def planes(image: Any) -> np.ndarray:
     """The numbers of a pillow image of mode L, RGB or F, (C, height, width)."""
+    if image.mode not in _EXACT or "transparency" in image.info:
+        raise Unfit(_KINDS, f"mode {image.mode}")
     values = np.asarray(image)
-    planes = values.transpose(2, 0, 1) if values.ndim == 3 else values[np.newaxis]
-    return np.ascontiguousarray(planes)
+    first = values.transpose(2, 0, 1) if values.ndim == 3 else values[np.newaxis]
+    return np.ascontiguousarray(first)
 
 
 def _check_kind(image: Any, content: bytes) -> None:

@@ -14,6 +14,7 @@ from . import sources as sources  # registers those of the package
 from .registry import Kind, find_kind, streamed_names
 from .rows import LIMIT, Request, Rows
 from .source import Source, held_rows, source_of_rows, source_of_stream
+from .splits import default_held
 from .streams import Examples
 
 
@@ -108,7 +109,7 @@ def open_source(
         return source_of_stream(examples, own_examples, validation or 1000, test, buffer)
     rows = kind.open(request)
     own_rows = None if own is None else own[0].open(own[1])
-    default = kind.held_out or (max(1, min(1000, rows.size // 20)),) * 2
+    default = kind.held_out or (default_held(rows.size),) * 2
     return source_of_rows(rows, own_rows, validation or default[0], test, default[1], request)
 
 

@@ -1,12 +1,14 @@
 """Rows: the samples of a data set by number, raw, and what is refused of them.
 
-Rows are uint8 or floating. What would have to be cast, converted or guessed is refused in one line
-that names the sample. Rows know nothing of parts, batches and scaling.
+Rows are uint8 or floating; whole numbers of other kinds are kept as floating ones, exactly. What
+would lose by a conversion, or must be guessed, is refused in one line that names the sample.
+Rows know nothing of parts, batches and scaling.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ...checks import check
+from ...random import Key
 
 LIMIT = 2**30
 CHUNK_VALUES = 2**22
-# What numbers are kept as; all conversions are exact.
+# What numbers are kept as; all conversions are exact (of 64 bits what is below 2^53 is taken).
 _KEPT = {"uint8": "uint8", "float16": "float32", "float32": "float32", "float64": "float64"}
+_WHOLE = dict.fromkeys(("int8", "int16", "uint16"), "float32")
+_WHOLE |= dict.fromkeys(("int32", "uint32", "int64", "uint64"), "float64")
 
 
 class Request(NamedTuple):
@@ -51,8 +56,11 @@ class Rows(NamedTuple):
         shape: of one row.
         levels: 256 for uint8, or fewer whole levels; 0 for floating data.
         resident: all rows are in memory.
-        read: rows (n, *shape), raw, of their numbers (n,), int64.
+        read: rows (n, *shape), raw, of their numbers (n,), int64. Always the same.
         truth: the density that the rows were drawn from, if it is known.
+        visit: the same rows as a step of training sees them, drawn by a key: such as cuts of
+            pictures at random places. None where they are those of `read`.
+        whole: floating values that are whole numbers of another kind, such as int64.
     """
 
     spec: str
@@ -62,6 +70,8 @@ class Rows(NamedTuple):
     resident: bool
     read: Callable[[Tensor], Tensor]
     truth: Any = None
+    visit: Callable[[Tensor, Key], Tensor] | None = None
+    whole: bool = False
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """The rows of these numbers, a few at a time."""
@@ -76,15 +86,16 @@ def array_rows(
 
     Args:
         request: what was asked for. The array is copied to memory where it fits in the limit.
-        array: shape (n, *dims), uint8 or floating.
+        array: shape (n, *dims), uint8, floating, or whole numbers of another kind.
         name: what error messages call row i.
         levels: of uint8 values, which then are whole levels 0 ... levels - 1.
 
     Returns:
-        The rows, float16 as float32.
+        The rows, float16 as float32, whole numbers but uint8 as floating ones.
 
     Raises:
-        ValueError: the array is empty, not finite, of another kind or without dims.
+        ValueError: the array is empty, not finite, of another kind or without dims; whole numbers
+            beyond 2^53.
     """
     spec = request.spec
     kept = kept_dtype(spec, array.dtype)
@@ -93,17 +104,19 @@ def array_rows(
     check_layout(spec, array.shape[1:], f"shape {array.shape}")
 
     def tensor(values: np.ndarray, name: Callable[[int], str]) -> Tensor:
-        return finite(spec, torch.from_numpy(np.array(values, dtype=kept)), name)
+        return finite(spec, torch.from_numpy(cast(spec, values, kept)), name)
 
     shape, levels = tuple(array.shape[1:]), levels if kept == "uint8" else 0
+    whole = array.dtype.name in _WHOLE
     if array.size * np.dtype(kept).itemsize <= request.limit:
         everything = tensor(array, name)
-        return Rows(spec, len(array), shape, levels, True, lambda rows: everything[rows])
+        found = Rows(spec, len(array), shape, levels, True, lambda rows: everything[rows])
+        return found._replace(whole=whole)
 
     def read(rows: Tensor) -> Tensor:
         return tensor(array[rows.numpy()], lambda i: name(int(rows[i])))
 
-    return Rows(spec, len(array), shape, levels, False, read)
+    return Rows(spec, len(array), shape, levels, False, read, whole=whole)
 
 
 # ------------------------------------------------------------------------------- what is refused
@@ -145,12 +158,32 @@ def error_line(error: Exception) -> str:
 
 def kept_dtype(spec: str, dtype: np.dtype) -> str:
     """The dtype that numbers are kept in, without loss."""
-    rule = (
-        "hold uint8 (256 levels) or floating numbers (convert whole levels 0 to 255 to uint8, "
-        "anything else to float32)"
-    )
-    check_set(spec, dtype.name in _KEPT, rule, dtype.name)
-    return _KEPT[dtype.name]
+    known = _KEPT | _WHOLE
+    rule = "hold uint8 (256 levels), other whole numbers or floating ones (convert to float32)"
+    check_set(spec, dtype.name in known, rule, dtype.name)
+    return known[dtype.name]
+
+
+def cast(spec: str, values: np.ndarray, kept: str) -> np.ndarray:
+    """A copy of the values in the dtype that they are kept in; whole numbers stay exact."""
+    if values.dtype.itemsize == 8 and values.dtype.kind in "iu" and values.size:
+        most = max(abs(int(values.min())), abs(int(values.max())))
+        rule = "hold whole numbers of at most 2^53 (convert to float64)"
+        check_set(spec, most <= 2**53, rule, most)
+    return np.array(values, dtype=kept)
+
+
+def warn_whole(spec: str, values: Tensor) -> None:
+    """Says that whole numbers are taken for floating ones, where that may be wrong."""
+    std = float(values.double().std(correction=0))
+    grey = bool((values >= 0).all() and (values < 256).all())
+    if std < 16 or grey:
+        way = "grey levels 0 to 255 as uint8 are dequantised" if grey else "they have no density"
+        warnings.warn(
+            f"open_source: {spec} holds whole numbers of standard deviation {std:.3g}, which are "
+            f"taken as floating ones ({way})",
+            stacklevel=4,
+        )
 
 
 def finite(spec: str, values: Tensor, name: Callable[[int], str]) -> Tensor:

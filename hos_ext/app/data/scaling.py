@@ -181,6 +181,26 @@ def standardise(spec: str, chunks: Iterable[Tensor]) -> Scaling:
     return Scaling(mean=mean, std=std)
 
 
+def chosen_scaling(
+    spec: str, levels: int, chunks: Iterable[Tensor], wanted: Scaling | str | None
+) -> Scaling:
+    """The scaling of data: as given, of whole levels, standardised, or none.
+
+    Args:
+        spec: for messages.
+        levels: of whole levels, 0 for floating data.
+        chunks: rows that are standardised by.
+        wanted: a scaling, "standardise", or None for floating data as they are.
+    """
+    if isinstance(wanted, Scaling):
+        rule = f"scaling must have {levels} levels as {spec}"
+        check("open_source", wanted.levels == levels, rule, wanted.levels)
+        return wanted
+    if levels or wanted is None:
+        return Scaling(levels=levels)
+    return standardise(spec, chunks)
+
+
 def root_mean_square(scaling: Scaling, chunks: Iterable[Tensor]) -> float:
     """Of all values of the chunks, in data units."""
     n, total = 0, 0.0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_int
-from .rows import CHUNK_VALUES, Request, Rows, check_layout, check_set
-from .scaling import Scaling, root_mean_square, standardise, statistics_rows
+from ...random import Key
+from .rows import CHUNK_VALUES, Request, Rows, check_layout, check_set, warn_whole
+from .scaling import Scaling, chosen_scaling, root_mean_square, standardise, statistics_rows
 from .splits import Parts, batch_rows, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
 
@@ -84,10 +85,14 @@ def source_of_rows(
     test: int | None,
     default_test: int,
     request: Request,
+    wanted: Scaling | str | None = "standardise",
 ) -> Source:
-    """Parts of the rows; `own` is a test set of its own."""
+    """Parts of the rows; `own` is a test set of its own, `wanted` as in `chosen_scaling`."""
     spec, seed, limit = request.spec, request.seed, request.limit
     n_test = (test or default_test) if own is None else 0
+    least = 1 + (validation > 0) + (n_test > 0)
+    rule = f"hold at least {least} rows, one of each part"
+    check_set(spec, rows.size >= least, rule, rows.size)
     parts = split_rows("open_source", rows.size, seed, validation, n_test)
     if own is not None:
         parts = parts._replace(test=_own_test(rows, own, seed, test))
@@ -96,12 +101,16 @@ def source_of_rows(
 
     def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         place = batch_rows(len(train), batch_size, seed=seed, step=step, start=start, stop=stop)
-        return train[place], rows.read(train[place])
+        if rows.visit is None:
+            return train[place], rows.read(train[place])
+        return train[place], rows.visit(train[place], Key(seed, step + 1, start))
 
     some = train[: statistics_rows(rows.shape)]
-    scaling = Scaling(levels=rows.levels)
-    if not rows.levels and rows.truth is None:
-        scaling = standardise(spec, rows.chunks(train if rows.resident else some))
+    wanted = wanted if rows.truth is None else None
+    chunks = rows.chunks(train if rows.resident else some)
+    scaling = chosen_scaling(spec, rows.levels, chunks, wanted)
+    if rows.whole:
+        warn_whole(spec, rows.read(some[:256]))
     return Source(
         spec=spec,
         shape=rows.shape,

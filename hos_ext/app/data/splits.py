@@ -32,6 +32,11 @@ def split_rows(where: str, n: int, seed: int, validation: int, test: int) -> Par
     return Parts(order[test:], order[:validation], order[validation:test])
 
 
+def default_held(n: int) -> int:
+    """Rows of a part where the user does not say: a twentieth of all, at most 1000."""
+    return max(1, min(1000, n // 20))
+
+
 def random_order(n: int, seed: int) -> Tensor:
     """All rows in the order of the split."""
     u = ops.uniform((n,), seed=seed, stream=STREAM_SPLIT, dtype=torch.float64)

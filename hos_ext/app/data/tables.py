@@ -13,7 +13,7 @@ import numpy as np
 
 from ...checks import check, require
 from .images import decode_image, image_rows
-from .rows import Request, Rows, array_rows, check_set, error_line, kept_dtype, refusal
+from .rows import Request, Rows, array_rows, cast, check_set, error_line, kept_dtype, refusal
 from .streams import Examples, examples_of
 
 
@@ -74,7 +74,7 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
         if image:
             return decode_image(spec, value, place)
         try:
-            return np.asarray(value, dtype=number)
+            return cast(spec, np.asarray(value), number)
         except (TypeError, ValueError) as error:
             got = f"{place}: {error_line(error)}"
             raise refusal(spec, "hold arrays of numbers", got) from None

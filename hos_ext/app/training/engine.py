@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ... import storage
-from ...checks import check, check_callable, check_flag, check_kind, refuse_dropout
-from .. import data
+from ...checks import check_callable, check_flag, check_kind, refuse_dropout, said_by
+from ..data import Source, as_source
 from .batches import Batch, draw_batch, draw_validation, gradient_variance, losses, validation_loss
 from .checkpoints import (
     History,
@@ -42,26 +42,36 @@ from .trackers import Reporter, start_tracker, track
 
 
 class Trained(NamedTuple):
-    """The EMA model in eval mode, the curve, the steps done, and the step that was resumed from."""
+    """What a training gives.
+
+    Attributes:
+        model: the EMA model in eval mode.
+        history: the curve.
+        step: steps done.
+        resumed_from: the step that it went on from.
+        source: the data as they were trained on; `source.scaling` says what data units are.
+    """
 
     model: nn.Module
     history: list[History]
     step: int
     resumed_from: int
+    source: Source
 
 
 def train(
     model: nn.Module,
-    source: data.Source,
+    data: Any,
     options: TrainingOptions,
     *,
+    validation: Any = None,
     out: Path | str | None = None,
     resume: bool = False,
     report: Reporter | None = None,
     facts: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> Trained:
-    """Trains `model` on `source` by `score_matching_loss`.
+    """Trains `model` on `data` by `score_matching_loss`.
 
     AdamW (no decay on biases), linear warm-up then a cosine to zero, clipped gradients, exponential
     moving average of the weights, log-uniform noise levels. Under `torchrun` or `accelerate launch`
@@ -71,8 +81,12 @@ def train(
     Args:
         model: `model(x, sigma) -> Scores`. Trained in place; parameters that need no gradient are
             neither trained nor saved.
-        source: see `data.open_source`; `train` is trained on, `validation` gives the curve only.
+        data: a Source, as `data.open_source` and `data.as_source` make it; or what `as_source`
+            takes: a tensor, an array, a `Dataset` or `DataLoader` of torch, a data set of Hugging
+            Face. It says what exactness each keeps.
         options: what the training does. batch_size must be a multiple of processes x accumulate.
+        validation: rows for the curve, which are not trained on, as in `as_source`: a number of
+            rows that are held out, or data apart. None for a Source, which has such rows.
         out: run folder for checkpoints/ and logs/. None: nothing is written. Without resume there
             must be no checkpoints in it.
         resume: go on from the newest whole checkpoint in out. A damaged one is named in a warning
@@ -103,13 +117,14 @@ def train(
     """
     check_kind("train", "model", model, nn.Module)
     check_kind("train", "options", options, TrainingOptions)
-    got = type(source).__name__
-    check("train", hasattr(source, "batch"), "source must be a Source", got, TypeError)
     check_flag("train", resume=resume, progress=progress)
     if report is not None:
         check_callable("train", "report", report)
     refuse_dropout("train", model)
     check_whole(model)
+    size = options.batch_size
+    with said_by("train", "as_source"):
+        source = as_source(data, seed=options.seed, validation=validation, test=0, batch_size=size)
     accelerator = open_accelerator(options, out)
     check_precision(
         options.objective,
@@ -173,7 +188,7 @@ class _Training:
     """
 
     def __init__(
-        self, model: nn.Module, source: data.Source, options: TrainingOptions, accelerator: Any
+        self, model: nn.Module, source: Source, options: TrainingOptions, accelerator: Any
     ) -> None:
         self.model, self.source, self.options = model, source, options
         self.accelerator = accelerator
@@ -299,7 +314,7 @@ class _Training:
 
     def trained(self, start: int) -> Trained:
         """What `train` returns, for a run that started after step `start`."""
-        return Trained(self.ema.module.eval(), self.history, self.step, start)
+        return Trained(self.ema.module.eval(), self.history, self.step, start, self.source)
 
 
 def _optimizer(weights: list[nn.Parameter], options: TrainingOptions) -> torch.optim.AdamW:
