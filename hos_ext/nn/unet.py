@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -42,7 +43,8 @@ class UNet(Network):
         channels: channels of each level, fine to coarse. The first must be even.
         head_channels: the same of the network for c and the factor if separate; None is channels.
         layers_per_block: residual blocks per level.
-        norm_num_groups: groups of the group normalisations; divides every entry of channels.
+        norm_num_groups: groups of the group normalisations; divides every entry of channels. With
+            as many groups as channels a block does not see the noise level, and a warning says so.
         sigma_data: standard deviation of the data (mean 0 is assumed), > 0. Units of the data.
         constrained: as in `MLP`: c >= c_min by construction, or the paper's free c.
         c_min: least value of c when constrained, >= 0.
@@ -72,7 +74,7 @@ class UNet(Network):
 
     Example:
         >>> import hos_ext, torch
-        >>> model = hos_ext.UNet((1, 8, 8), rank=2, channels=(8, 8))
+        >>> model = hos_ext.UNet((1, 8, 8), rank=2, channels=(16, 16))
         >>> scores = model(torch.zeros(5, 1, 8, 8), 0.5)
         >>> scores.c.shape, scores.factor.shape
         (torch.Size([5, 1, 8, 8]), torch.Size([5, 64, 2]))
@@ -271,6 +273,14 @@ def _checked_channels(
         fine = each[0] % 2 == 0 and all(n % groups == 0 for n in each)
         rule = f"{name} must be multiples of norm_num_groups = {groups}, the first even"
         check("UNet", fine, rule, each)
+        if groups in each:
+            # A norm over one channel takes away what the embeddings add to all of its pixels.
+            warnings.warn(
+                f"UNet: norm_num_groups should leave each group two channels or more, got {groups} "
+                f"groups for {name} {list(each)}: blocks of {groups} channels do not see the noise "
+                "level or the class",
+                stacklevel=4,
+            )
         return each
 
     found = checked("channels", channels)

@@ -215,7 +215,11 @@ def test_defaults_follow_the_data(tmp_path):
     assert options.training_options(other).objective["diagonal"] is True
     vectors, _ = options.complete({"data": "density:gaussian2d", "objective": "vr"})
     assert (vectors["model"], vectors["width"]) == ("mlp", 256)
-    assert options.training_options(vectors).objective == {"variance_reduction": True, "gamma": 2.0}
+    assert options.training_options(vectors).objective == {
+        "variance_reduction": True,
+        "centred": False,
+        "gamma": 2.0,
+    }
     assert (images["batch_size"], vectors["batch_size"]) == (32, 128)
     assert images["gamma"] == source.validation[0].numel()
 
@@ -228,11 +232,11 @@ def test_tf32_is_off_unless_it_is_asked_for(tmp_path):
 
 
 def test_model_options_reach_the_network(tmp_path):
-    given = {"data": _images(tmp_path), "channels": "8,16", "rank": 2, "free": True}
+    given = {"data": _images(tmp_path), "channels": "16,32", "rank": 2, "free": True}
     given |= {"recompute": True, "trunk": "separate"}
     full, source = options.complete(given)
     model = options.build_model(full, source.shape)
-    assert model.config["channels"] == [8, 16]
+    assert model.config["channels"] == [16, 32]
     assert model.config["constrained"] is False
     assert model.config["trunk"] == "separate"
     assert model.rank == 2
@@ -253,7 +257,7 @@ def test_a_first_order_model_stays_and_its_head_is_trained(tmp_path):
     )
     unet.save_pretrained(tmp_path / "first" / "unet")
     diffusers.DDPMScheduler().save_pretrained(tmp_path / "first" / "scheduler")
-    given = {"data": _images(tmp_path), "channels": "8,8", "rank": 1, "steps": 2}
+    given = {"data": _images(tmp_path), "channels": "16,16", "rank": 1, "steps": 2}
     given |= {"batch_size": 4, "tracker": "none"}
     given["first_order"] = f"diffusers:{tmp_path / 'first'}"
     job = runs.prepare(given, tmp_path / "run")

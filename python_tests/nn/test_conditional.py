@@ -190,3 +190,12 @@ def test_a_conditional_loss_compiles_and_checkpoints():
     model.gradient_checkpointing = True
     again = torch.autograd.grad(loss(x0, label), list(model.parameters()))
     assert all(map(torch.equal, grads, again))
+
+
+def test_groups_of_one_channel_hide_the_class_and_are_said():
+    with pytest.warns(UserWarning, match="two channels or more, got 8 groups for channels") as said:
+        blind = UNet((1, 4, 4), 0, channels=(8, 8), num_classes=3)
+    assert said[0].filename == __file__
+    x = torch.randn(1, 1, 4, 4).expand(2, 1, 4, 4)
+    scores = stirred(blind)(x, 0.5, label=torch.tensor([0, 1]))
+    torch.testing.assert_close(scores.c[0], scores.c[1])

@@ -74,7 +74,7 @@ def rewrite(folder, change, metadata=True):
         lambda: mlp().double(),
         lambda: mlp().bfloat16(),
         unet,
-        lambda: unet(trunk="separate", head_channels=(4, 8)),
+        lambda: unet(trunk="separate", head_channels=(8, 8)),
         lambda: unet((2, 7), spatial=1, act_fn="gelu", mid_block_scale_factor=2.0),
     ],
 )

@@ -350,7 +350,7 @@ def test_mlp_leaves_dtypes_to_autocast():
             ),
         ),
         (
-            {"channels": (8, 4)},
+            {"channels": (8, 4), "norm_num_groups": 2},
             "UNet: attention_head_dim must be at most the coarsest channels, 4, got 8",
         ),
         ({"num_class_embeds": 3}, "UNet: num_class_embeds is set by the adapter, got 3"),
