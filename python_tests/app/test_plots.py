@@ -48,6 +48,7 @@ def _rows():
 class _History:
     def __init__(self, step, norm=None, variance=None):
         self.step, self.first, self.validation_first = step, 64.0 / step, 80.0 / step
+        self.loss, self.validation = 32.0 / step, -16.0 / step
         if norm is not None:
             self.gradient_norm, self.gradient_variance = norm, variance
 
@@ -257,14 +258,18 @@ def test_training_curves_are_errors_of_an_entry_where_the_size_is_given():
     assert axes[0].get_ylabel() == "squared error / sigma²"
     assert axes[0].lines[0].get_ydata()[1] == pytest.approx(0.5)
     assert axes[0].lines[1].get_ydata()[1] == pytest.approx(80 / 128)
-    assert list(axes[1].lines[0].get_ydata()) == [3.0] * 8
-    assert list(axes[1].lines[1].get_ydata()) == [2.0] * 8  # the root of the variance
+    assert axes[1].get_ylabel() == "loss / entry"
+    assert [line.get_ydata()[1] for line in axes[1].lines] == [0.25, -0.125]
+    assert list(axes[2].lines[0].get_ydata()) == [3.0] * 8
+    assert list(axes[2].lines[1].get_ydata()) == [2.0] * 8  # the root of the variance
     axes = plots.training_figure(history).axes
     assert axes[0].get_ylabel() == "squared error / sigma², sum"
     assert axes[0].lines[0].get_ydata()[1] == 32.0
-    assert len(plots.training_figure([_History(1), _History(2)]).axes) == 1
+    assert axes[1].get_ylabel() == "loss, sum"
+    assert axes[1].lines[0].get_ydata()[1] == 16.0
+    assert len(plots.training_figure([_History(1), _History(2)]).axes) == 2
     axes = plots.training_figure([_History(1, 3.0), _History(2, 3.0)]).axes
-    assert len(axes[1].lines) == 1
+    assert len(axes[2].lines) == 1
 
 
 def test_training_curves_have_whole_steps_and_show_a_single_one():

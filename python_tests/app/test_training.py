@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from torch.nn import functional
 
 from hos_ext import MLP, ScoreMatchingLoss, ops, schedules, score_matching_loss
 from hos_ext.app import data, training
-from hos_ext.app.training import TrainingOptions, engine, precision
+from hos_ext.app.training import TrainingOptions, devices, engine, estimate, precision, progress
 from hos_ext.app.training.batches import draw_batch, gradient_variance, losses
 from hos_ext.app.training.precision import _tf32
-from hos_ext.app.training.progress import progress_bar
+from hos_ext.app.training.progress import show_progress
 from hos_ext.random import STREAM_TIME
 from hos_ext.scores import Scores
 
@@ -331,20 +332,144 @@ def _python(code, code_expected=0, **environment):
     return told.stdout.splitlines()
 
 
-def test_train_shows_loss_rate_and_time_left(source, capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    """A wide one, as rich sees it."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_train_shows_loss_error_rate_and_time_left_on_a_terminal(source, capsys, terminal):
     run(source, steps=3, progress=True)
-    shown = capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.out == ""
+    shown = plain(told.err)
     assert "3/3" in shown
-    for word in ("loss ", "steps/s", "left"):
+    for word in ("loss ", "an entry", "error ", "sigma²", "steps/s", "left"):
         assert word in shown
 
 
-def test_no_rate_is_shown_before_a_step_is_made(capsys):
-    with progress_bar(True, 3, 10):
+def test_no_rate_is_shown_before_a_step_is_made(capsys, terminal):
+    with show_progress(True, 3, 10):
         pass
-    shown = capsys.readouterr().out
+    shown = plain(capsys.readouterr().err)
     assert "3/10" in shown
-    assert "loss nan 0.0 steps/s" in shown
+    assert "loss nan an entry error nan sigma² 0.0 steps/s" in shown
+
+
+def test_without_a_terminal_the_log_has_a_line_every_few_seconds(source, capsys, caplog):
+    """Of the loss of an entry and the denoising error, as the history has them."""
+    caplog.set_level("INFO", "hos_ext")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "EVERY", 0.0)
+        trained = run(source, steps=3, log_every=1, progress=True)
+    assert capsys.readouterr() == ("", "")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == [f"step {i} of 3" for i in (1, 2, 3)]
+    row = trained.history[0]
+    assert row.loss_per_entry == row.loss / 64
+    assert row.error == row.first / 64
+    assert row.validation_error == row.validation_first / 64
+    words = f"loss {row.loss_per_entry:.4g} an entry, denoising error {row.error:.3f} sigma^2, "
+    assert words in lines[0]
+    assert lines[-1].endswith(" steps/s, 0:00:00 left")
+    caplog.clear()
+    run(source, steps=3, progress=True)  # quicker than a line
+    run(source, steps=3)
+    assert not caplog.records
+
+
+def test_rows_of_the_curve_and_checkpoints_are_logged_for_those_who_ask(source, tmp_path, caplog):
+    caplog.set_level("DEBUG", "hos_ext")
+    run(source, steps=2, log_every=1, out=tmp_path, save_every=2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert "on validation " in lines[0]
+    assert lines[-1] == f"wrote {tmp_path / 'checkpoints' / 'step-00000002'}"
+
+
+def test_rows_of_older_versions_are_read(source, saved, tmp_path, uninterrupted):
+    """They end with the variance of the gradient."""
+    folder = shutil.copytree(saved, tmp_path / "old")
+    path = sorted((folder / "checkpoints").iterdir())[-1]
+    state = json.loads((path / "state.json").read_text())
+    old = training.History._fields.index("gradient_variance") + 1
+    assert [len(row) for row in state["history"]] == [old + 3] * len(state["history"])
+    state["history"] = [row[:old] for row in state["history"]]
+    text = json.dumps(state)
+    (path / "state.json").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest["state.json"] = {"bytes": len(text), "sha256": digest}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    again = run(source, resume=True, steps=12, log_every=5, out=folder, save_every=4)
+    assert [row.error is None for row in again.history] == [True] * len(state["history"]) + [
+        False
+    ] * (len(again.history) - len(state["history"]))
+    expected = [row[:old] for row in uninterrupted.history]
+    assert [row[:old] for row in again.history] == expected
+
+
+# -------------------------------------------------------------------------------- devices, memory
+
+
+def test_a_device_by_name_is_one_that_is_there(source):
+    assert run(source, steps=1, device="cpu").step == 1
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for name in ("cuda:77", "mps" if there else "cuda"):
+        with pytest.raises(ValueError, match=r"^train: device must be a device of this machine "):
+            run(source, steps=1, device=name)
+    for name in ("gpu", "meta", ""):
+        with pytest.raises(ValueError, match=r"^train: device must be auto, cpu, cuda or cuda:N, "):
+            run(source, steps=1, device=name)
+    with pytest.raises(TypeError, match=r"^train: device must be auto, cpu, cuda or cuda:N, got 0"):
+        run(source, steps=1, device=0)
+
+
+def test_a_device_is_told_to_accelerate_for_one_process_alone(monkeypatch):
+    name = "ACCELERATE_TORCH_DEVICE"
+    monkeypatch.delenv(name, raising=False)
+    with devices.asking_for("cuda:1", 1):
+        assert os.environ[name] == "cuda:1"
+    with devices.asking_for("cpu", 1):
+        assert name not in os.environ
+    with devices.asking_for("cuda", 2):  # each takes its own
+        assert name not in os.environ
+    assert name not in os.environ
+    rule = r"device must be auto, cpu or cuda where there are several .* got cuda:1$"
+    with pytest.raises(ValueError, match=rule), devices.asking_for("cuda:1", 2):
+        pass
+    devices.check_same_device(torch.device("cuda", 0), "cuda:0")
+    devices.check_same_device(torch.device("cuda"), "cuda")
+    rule = r"^train: device must stay the same within a process, cuda:0, got cuda:1$"
+    with pytest.raises(ValueError, match=rule):
+        devices.check_same_device(torch.device("cuda", 0), "cuda:1")
+
+
+def test_memory_is_estimated_from_what_autograd_keeps(source):
+    model = build()
+    options = training.TrainingOptions(steps=1, batch_size=64)
+    found = training.estimate_memory(model, source, options)
+    size = sum(p.numel() for p in model.parameters())
+    assert found.weights == 5 * 4 * size  # weights, average, gradient, two moments
+    half = training.estimate_memory(model, source, replace(options, accumulate=2))
+    assert (found.rows, half.rows) == (64, 32)
+    assert half.activations == pytest.approx(found.activations / 2, rel=0.1)
+    for precision_, accumulate in (("no", 1), ("no", 64), ("bf16", 1)):
+        chosen = replace(options, mixed_precision=precision_, accumulate=accumulate)
+        found = training.estimate_memory(model, source, chosen)
+        whole = estimate.kept_bytes(model, source, chosen, 64 // accumulate)
+        assert found.activations == pytest.approx(whole, rel=0.01)
+        # The last layers alone keep their inputs, 16 + 2 x 8 numbers of a row, and score and c.
+        assert whole > 64 // accumulate * (32 + 128) * 2
+    for p in model.parameters():
+        assert p.grad is None
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -548,9 +673,9 @@ def test_damaged_checkpoints_ahead_and_passed_by_are_not_among_those_kept(
 def test_a_signal_at_the_end_of_a_step_waits_for_the_next(source, tmp_path, monkeypatch):
     @contextmanager
     def bar(*_):
-        yield lambda step, loss: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+        yield lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
 
-    monkeypatch.setattr(engine, "progress_bar", bar)
+    monkeypatch.setattr(engine, "show_progress", bar)
     with pytest.raises(training.Stopped, match=r"after step 7; last checkpoint: .*step-00000007 "):
         run(source, out=tmp_path, save_every=4)
 
@@ -897,7 +1022,7 @@ def test_other_failures_of_the_model_are_left_alone(source):
         ({"ema_decay": 1.0}, r"^train: ema_decay must be below 1, got 1$"),
         ({"decay": "linear"}, r"^train: decay must be one of 'cosine', 'constant', got 'linear'$"),
         ({"mixed_precision": "fp16"}, r"^train: mixed_precision must be one of 'no', 'bf16', got "),
-        ({"device": "gpu"}, r"^train: device must be one of 'auto', 'cpu', got 'gpu'$"),
+        ({"device": "gpu"}, r"^train: device must be auto, cpu, cuda or cuda:N, got 'gpu'$"),
         (
             {"tracker": "tensorboard"},
             r"^train: out must be a folder for the tracker 'tensorboard', got None$",

@@ -41,7 +41,7 @@ def complete(given: Mapping[str, Any]) -> tuple[dict[str, Any], data.Source]:
     _fill_in(options, source)
     chosen = training_options(options)
     device = "cpu"
-    if chosen.device != "cpu" and torch.accelerator.is_available():
+    if not chosen.device.startswith("cpu") and torch.accelerator.is_available():
         device = getattr(torch.accelerator.current_accelerator(), "type", device)
     training.check_precision(
         chosen.objective,

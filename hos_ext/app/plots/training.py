@@ -16,28 +16,32 @@ if TYPE_CHECKING:
 
 
 def training_figure(history: Sequence[History], *, size: int | None = None) -> Figure:
-    """Denoising error over the steps, in units of sigma^2: training, and EMA weights on validation.
+    """Denoising error and loss over the steps: training, and EMA weights on validation.
 
     The error is the first-order term, the mean of |x0 - m|^2 / sigma^2 over the noise levels. With
-    `size` it is that of an entry, and the noisy sample itself has 1.
+    `size` error and loss are those of an entry, and the noisy sample itself has the error 1.
 
     Args:
         history: as `training.train` returns it.
-        size: entries of a sample; None: the sum over them is shown.
+        size: entries of a sample; None: the sums over them are shown.
 
     Returns:
-        Figure: above, the errors; those of the first fifth of the rows may lie outside. Below,
-        where the history has them, the norm of the gradient and of its noise.
+        Figure: above, the errors; then the loss, and, where the history has them, the norm of the
+        gradient and of its noise. Errors and losses of the first fifth of the rows may lie outside.
     """
     has_norms = all(hasattr(row, "gradient_norm") for row in history)
-    panels = 2 if has_norms else 1
-    figure = new_figure(4.0 if has_norms else 2.5)
+    panels = 3 if has_norms else 2
+    figure = new_figure(5.4 if has_norms else 3.9)
     axes = figure.subplots(
-        panels, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1.0][:panels]
+        panels, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1.2, 1.0][:panels]
     )[:, 0]
-    _show_errors(axes[0], history, size)
+    errors = ([row.first for row in history], [row.validation_first for row in history])
+    _show_pair(axes[0], history, errors, "squared error / sigma²", size)
+    axes[0].legend(fontsize=8, frameon=False)
+    losses = ([row.loss for row in history], [row.validation for row in history])
+    _show_pair(axes[1], history, losses, "loss" if size is None else "loss / entry", size)
     if has_norms:
-        _show_gradient(axes[1], history)
+        _show_gradient(axes[2], history)
     for ax in axes:
         ax.tick_params(labelsize=8)
     axes[-1].set_xlabel("step", fontsize=8)
@@ -45,19 +49,22 @@ def training_figure(history: Sequence[History], *, size: int | None = None) -> F
     return figure
 
 
-def _show_errors(ax: Axes, history: Sequence[History], size: int | None) -> None:
-    """The errors on training and validation samples."""
-    steps, entries = [row.step for row in history], size or 1
-    training = [row.first / entries for row in history]
-    held_out = [row.validation_first / entries for row in history]
-    dot = _dot(history)
+def _show_pair(
+    ax: Axes,
+    history: Sequence[History],
+    pair: tuple[list[float], list[float]],
+    name: str,
+    size: int | None,
+) -> None:
+    """A figure of the training and of the validation samples."""
+    steps, dot = [row.step for row in history], _dot(history)
+    training, held_out = ([value / (size or 1) for value in values] for values in pair)
     ax.plot(steps, training, color=GREY, lw=1.2, marker=dot, label="training")
     ax.plot(steps, held_out, color=BLUE, lw=1.6, marker=dot, label="validation, averaged weights")
     settled = training[len(history) // 5 :] + held_out[len(history) // 5 :]
     margin = 0.05 * (max(settled) - min(settled)) or 0.05
     ax.set_ylim(min(settled) - margin, max(settled) + margin)
-    ax.set_ylabel("squared error / sigma²" + (", sum" if size is None else ""), fontsize=8)
-    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylabel(name + (", sum" if size is None else ""), fontsize=8)
 
 
 def _show_gradient(ax: Axes, history: Sequence[History]) -> None:

@@ -36,12 +36,7 @@ def load_run(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str,
     place = folder / "model" if (folder / "model").is_dir() else folder
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError):  # torch without CUDA asserts
-        raise ValueError(
-            f"load_run: device must be auto, cpu, or one that is there, got {device!r}"
-        ) from None
+    training.check_device("load_run", "device", device)
     model, config = pretrained.load_model(place, device=device)
     facts: Any = config.get("run")
     good = isinstance(facts, dict) and facts.get("format") == FORMAT

@@ -159,6 +159,7 @@ def _finish(run: Run, trained: training.Trained, seconds: float) -> dict[str, An
         "parameters": run.facts["parameters"],
         "sigma_range": options["sigma"],
         "loss": last.loss,
+        "loss_per_entry": last.loss / size,
         "validation_loss": last.validation,
         "validation_error": last.validation_first / size,
         "recalibration": scale,

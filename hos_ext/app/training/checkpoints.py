@@ -22,8 +22,18 @@ from ...checks import check, require
 class History(NamedTuple):
     """Means over the steps up to `step`; the EMA weights there on the validation part.
 
-    gradient_norm is the mean norm before clipping; gradient_variance the trace of the covariance of
-    the gradient of one step, from two halves of one batch (None where a process has one row).
+    Attributes:
+        step: steps done.
+        loss, first, second: the loss and its two terms, sums over the D entries of a sample.
+        learning_rate: of the last step.
+        validation, validation_first: loss and first term of the averaged weights.
+        gradient_norm: the mean norm before clipping.
+        gradient_variance: trace of the covariance of the gradient of one step, from two halves of
+            one batch (None where a process has one row).
+        loss_per_entry: loss / D. None, as the two below, in rows of older versions.
+        error: first / D, the denoising error |x0 - m|^2 of an entry in units of sigma^2: a sample
+            that is not denoised has 1.
+        validation_error: likewise of the averaged weights.
     """
 
     step: int
@@ -35,6 +45,9 @@ class History(NamedTuple):
     validation_first: float
     gradient_norm: float
     gradient_variance: float | None
+    loss_per_entry: float | None = None
+    error: float | None = None
+    validation_error: float | None = None
 
 
 class State(NamedTuple):

@@ -37,7 +37,7 @@ from .faults import Stopped, bad_rows, catch_signals, check_finite, name_lost, n
 from .launch import check_starts, check_whole, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
-from .progress import progress_bar
+from .progress import log, show_progress
 from .trackers import Reporter, start_tracker, track
 
 
@@ -94,7 +94,10 @@ def train(
         report: called with the EMA model and the step at every tenth row of the history, in the
             first process; returns scalars and images (uint8 arrays (n, H, W, 3)) for the tracker.
         facts: plain JSON, stored in every checkpoint.
-        progress: shows loss, rate and time left; needs rich.
+        progress: shows the loss of an entry, the denoising error in units of sigma^2, rate and time
+            left: a bar on a terminal, elsewhere a line every few seconds by `logging` (of level
+            INFO, which `logging.basicConfig(level="INFO")` shows); needs rich. Rows of the curve
+            and checkpoints are logged as DEBUG in any case.
 
     Returns:
         The model, its curve, and where it started.
@@ -149,18 +152,18 @@ def train(
     with (
         name_lost("train", options.timeout, run.place),
         run.on_devices(),
-        progress_bar(progress and accelerator.is_main_process, start, steps) as show,
+        show_progress(progress and accelerator.is_main_process, start, steps) as show,
         catch_signals(accelerator.num_processes == 1) as received,
         name_memory(run.size, options.batch_size, accelerator.device),
     ):
         for step in range(start + 1, steps + 1):
-            loss = run.take_step(step)
+            loss, error = run.take_step(step)
             if step % run.window == 0 or step == steps:
                 run.end_row(report)
             stop = bool(received)  # once: a signal may come at any line
             if folder is not None and (step % options.save_every == 0 or step == steps or stop):
                 run.save(folder, facts or {})
-            show(step, loss)
+            show(step, loss, error)
             if stop and step < steps:
                 break
     if options.tracker != "none":
@@ -185,6 +188,7 @@ class _Training:
         held_out: the validation rows of the curve.
         size: rows of a micro-batch of this process.
         window: steps of a row of the curve.
+        entries: D, of a sample.
     """
 
     def __init__(
@@ -194,6 +198,7 @@ class _Training:
         self.accelerator = accelerator
         self.size = options.batch_size // (accelerator.num_processes * options.accumulate)
         self.window = options.log_every or max(1, options.steps // 50)
+        self.entries = math.prod(source.shape)
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = _optimizer(self.weights, options)
         # Before prepare: under bf16 that puts a forward into the model whose copy calls the
@@ -225,8 +230,8 @@ class _Training:
         stack.callback(self.accelerator.unwrap_model, self.network, keep_fp32_wrapper=False)
         return stack
 
-    def take_step(self, step: int) -> float:
-        """One step of the optimiser, on all processes; returns the mean loss of its batch."""
+    def take_step(self, step: int) -> tuple[float, float]:
+        """One step of the optimiser, on all processes; gives loss and first term of an entry."""
         self.step = step
         for group in self.optimizer.param_groups:
             group["lr"] = _rate(self.options, step - 1)
@@ -245,7 +250,7 @@ class _Training:
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.model)
         self.sums = [a + b for a, b in zip(self.sums, [*means, 1.0], strict=True)]
-        return loss
+        return loss / self.entries, first / self.entries
 
     def _backward(self) -> tuple[Tensor, str]:
         """Gradients of the mean loss; the means of loss, first and second term; bad samples."""
@@ -276,10 +281,16 @@ class _Training:
         if spread is not None:
             spread *= len(self.batch.x0) / options.batch_size
         rate = _rate(options, self.step)
-        row = History(self.step, loss, first, second, rate, *validation, length, spread)
+        entry = [value / self.entries for value in (loss, first, validation[1])]
+        row = History(self.step, loss, first, second, rate, *validation, length, spread, *entry)
         judged = {f"the {name} of the curve": value for name, value in row._asdict().items()}
         check_finite(judged, self.step, self.kept)
         self.history.append(row)
+        log.debug(
+            f"step {row.step}: loss {row.loss_per_entry:.4g} an entry, denoising error "
+            f"{row.error:.3f} sigma^2, on validation {row.validation_error:.3f} sigma^2, gradient "
+            f"{length:.3g}, learning rate {rate:.3g}"
+        )
         if options.tracker != "none":
             last = self.step == options.steps
             track(self.accelerator, self.history, self.ema.module, report, last)
@@ -304,6 +315,7 @@ class _Training:
                 self.options.keep,
                 self.kept,
             )
+            log.debug(f"wrote {path}")
             self.kept = path  # before the wait: it is there, whoever is lost
         self.accelerator.wait_for_everyone()
         self.kept = path

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...checks import check, require
+from .devices import asking_for, check_same_device, on_cpu
 from .faults import name_lost
 from .options import TrainingOptions
 
@@ -35,10 +36,11 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
     """
     accelerate = require("train", "accelerate")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    cpu = on_cpu(options.device) or not torch.accelerator.is_available()
     _check_launcher(options.mixed_precision)
     if accelerate.state.is_initialized():
         _check_unchanged(accelerate.state.AcceleratorState(), options.mixed_precision, cpu)
+        check_same_device(accelerate.state.AcceleratorState().device, options.device)
     tracker = None if options.tracker == "none" else options.tracker
     rule = f"out must be a folder for the tracker {tracker!r}"
     check("train", tracker is None or out is not None, rule, out)
@@ -48,7 +50,10 @@ def open_accelerator(options: TrainingOptions, out: Path | str | None) -> Any:
     # The microsecond is for accelerate, which drops a value that is its default for another
     # backend: gloo would then wait for half an hour.
     wait = timedelta(seconds=options.timeout, microseconds=1)
-    with name_lost("train", options.timeout, lambda: "at the start"):
+    with (
+        name_lost("train", options.timeout, lambda: "at the start"),
+        asking_for(options.device, launched),
+    ):
         accelerator = accelerate.Accelerator(
             # Told so, it makes a group of CPU processes; not told, each would train alone.
             cpu=cpu,

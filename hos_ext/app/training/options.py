@@ -17,6 +17,7 @@ import numpy as np
 
 from ...checks import check, check_count, check_flag, check_int, check_number, one_of
 from ...losses.score_matching import RECOMMENDED, Objective
+from .devices import check_device
 from .trackers import check_tracker
 
 Check = Callable[[str, str, Any], object]
@@ -150,9 +151,7 @@ class TrainingOptions:
     )
     device: str = field(
         default="auto",
-        metadata=_about(
-            "auto (a GPU if there is one) or cpu.", partial(one_of, known=("auto", "cpu"))
-        ),
+        metadata=_about("auto (a GPU if there is one), cpu, cuda or cuda:N.", check_device),
     )
     # accelerate's own default is half an hour for gloo. The first process measures the curve and
     # writes checkpoints while the others wait: seconds, on the disks and networks that were tried.
