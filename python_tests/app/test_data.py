@@ -816,7 +816,7 @@ def test_open_source_refuses_unknown_specs(spec):
 
 def test_open_source_names_what_is_not_there(tmp_path, no_cache):
     (tmp_path / "empty").mkdir()
-    images = ".png .jpg .jpeg .tif .tiff .bmp .webp .ppm .pgm"
+    images = ".png .jpg .jpeg .tif .tiff .bmp .webp .gif .ppm .pgm .pnm .pbm"
     for kind, endings in (("parquet", ".parquet"), ("folder", images), ("npy", ".npy .npz")):
         for target in (tmp_path / "none", tmp_path / "empty"):
             spec = f"{kind}:{target}"
@@ -1010,20 +1010,31 @@ def test_open_source_names_the_image_that_does_not_fit(tmp_path, limit):
     pages[0].save(frames, "TIFF", save_all=True, append_images=pages[1:])
     Image.fromarray(np.zeros((6, 5), np.uint16)).save(wide, "PNG")
     Image.new("P", (5, 6)).save(turned, "PNG")
-    modes = "8-bit grey (L), RGB or floating grey (F) images (convert others first)"
+    modes = "8-bit grey (L), RGB or floating grey (F) images"
+    ways = " (--size makes one size of them, --convert rgb or grey one kind)"
     mixed = "hold samples of one shape and kind, got (1, 6, 5) uint8 in row 0 of {path} and"
+    place = "in row 5 of {path}"
     cases = [
-        (_png(png), f"{mixed} (1, 5, 6) uint8 in row 5 of {{path}}"),
-        (_encoded(_images(1, channels=3))[0], f"{mixed} (3, 6, 5) uint8 in row 5 of {{path}}"),
+        (_png(png), f"{mixed} (1, 5, 6) uint8 in row 5 of {{path}}{ways}"),
+        (
+            _encoded(_images(1, channels=3))[0],
+            f"{mixed} (3, 6, 5) uint8 {place}{ways}",
+        ),
         (good[5][:60], "hold images that can be read, got row 5 of {path}: ..."),
         (
             b"no image",
             "hold images that can be read, got row 5 of {path}: UnidentifiedImageError ...",
         ),
-        (rgba.getvalue(), f"hold {modes}, got mode RGBA in row 5 of {{path}}"),
-        (wide.getvalue(), f"hold {modes}, got mode I;16 in row 5 of {{path}}"),
-        (turned.getvalue(), f"hold {modes}, got mode P in row 5 of {{path}}"),
-        (frames.getvalue(), "hold single images, got 2 in row 5 of {path}"),
+        (
+            rgba.getvalue(),
+            f"hold {modes} (--alpha drop, white or black), got mode RGBA {place}",
+        ),
+        (wide.getvalue(), f"hold {modes} (--bits 8 or 16), got mode I;16 in row 5 of {{path}}"),
+        (
+            turned.getvalue(),
+            f"hold {modes} (--convert rgb or grey), got mode P {place}",
+        ),
+        (frames.getvalue(), "hold single images, got 2 in row 5 of {path} (--pages first or all)"),
         (None, "hold an image in every row, got none in row 5 of {path}"),
     ]
     for bad, message in cases:

@@ -134,11 +134,12 @@ WIDE = np.arange(1000, 1042, dtype=">u2").reshape(6, 7)
     ],
 )
 def test_what_pillow_would_convert_is_refused_by_both(tmp_path, name, content, what):
-    kinds = "8-bit grey (L), RGB or floating grey (F) images (convert others first)"
+    kinds = "8-bit grey (L), RGB or floating grey (F) images ("
     for message in both(tmp_path, name, content, (1, 6, 7)):
         assert isinstance(message, str), message
         assert name in message
-        assert f"{kinds}, got {what}" in message
+        assert kinds in message
+        assert f"), got {what}" in message
 
 
 def test_pillow_itself_makes_24_bits_of_48():

@@ -10,6 +10,7 @@ from .files import files_of
 from .images import decode_image, decode_pages, image_rows
 from .opening import open_rows, open_source, read_samples
 from .own import as_source
+from .pictures import Pictures
 from .registry import register_source, source_forms
 from .rows import LIMIT, Request, Rows, array_rows, refusal
 from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
@@ -26,6 +27,7 @@ __all__ = [
     "Digits",
     "Examples",
     "Parts",
+    "Pictures",
     "Request",
     "Rows",
     "Scaling",

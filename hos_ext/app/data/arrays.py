@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .images import Unfit
 from .rows import LIMIT, error_line
+from .unfit import Unfit
 
 ENDINGS = (".npy", ".npz")
 WHOLE = "hold a whole .npy or .npz file of numbers (no objects: no pickle is read)"

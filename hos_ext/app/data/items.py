@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...ops.noise import draw_uniform
 from ...random import STREAM_ITEM, Key
-from .images import Unfit, planes
+from .images import planes
 from .rows import refusal
+from .unfit import Unfit
 
 
 def sample_of(spec: str, item: Any, column: str | None, name: str, *, axes: int = 1) -> np.ndarray:

@@ -6,11 +6,14 @@ same batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...checks import check, check_count, check_int
+from ...checks import check, check_count, check_int, check_kind
 from . import sources as sources  # registers those of the package
+from .pictures import Pictures
 from .registry import Kind, find_kind, streamed_names
 from .rows import LIMIT, Request, Rows
 from .source import Source, held_rows, source_of_rows, source_of_stream
@@ -26,6 +29,8 @@ def open_source(
     test: int | None = None,
     test_spec: str | None = None,
     column: str | None = None,
+    columns: Sequence[str] | str | None = None,
+    pictures: Pictures | None = None,
     split: str = "train",
     limit: int = LIMIT,
     streaming: bool = False,
@@ -34,8 +39,9 @@ def open_source(
     """Opens a data set, splits it and measures its scale.
 
     Images are (C, height, width): 8-bit grey (C = 1) or RGB, or pillow's mode F (floating grey);
-    other modes are refused rather than converted. Arrays keep their dims. uint8 means 256 whole
-    levels. Floating data are standardised by one mean and one standard deviation, those of the
+    others are refused unless `pictures` says what is done to them. Arrays keep their dims. uint8
+    means 256 whole levels; whole numbers of other kinds are taken as floating ones. Floating data
+    are standardised by one mean and one standard deviation, those of the
     training part (of at most 8192 random rows of it where the set does not fit in memory).
 
     Args:
@@ -47,6 +53,7 @@ def open_source(
             the files below it; image columns as on the hub;
             "folder:PATH", all images below a folder, sorted by path; hidden files and other
             kinds of files are left out;
+            "csv:PATH", tables with a line of names, as parquet:;
             "npy:PATH", an .npy array (n, *dims), or an .npz file;
             "density:NAME", 100,000 draws from `known_density(NAME)`, not scaled;
             or what `register_source` has added.
@@ -57,6 +64,9 @@ def open_source(
         test_spec: a test set of its own. hf: takes the data set's own split "test" if it has one.
         column: of images or of lists of numbers in hf: or parquet:, or the name of an array in an
             .npz file. May be left out where one is the only image column, or the only choice.
+        columns: of a table in csv:, parquet: or hf: whose columns are numbers; a list, or names
+            with commas. By default all of them. Each is standardised by itself.
+        pictures: what is done to pictures: their size, transparency, colours, bits and pages.
         split: of hf:.
         limit: bytes. A set is decoded at once where it fits, and row by row when needed where it
             does not: encoded images stay in memory (folder: on disk), .npy files are mapped.
@@ -95,6 +105,9 @@ def open_source(
     if test is not None:
         test = check_count("open_source", "test", test)
     request = Request(spec, target, seed, column, split, limit)
+    if pictures is not None:
+        check_kind("open_source", "pictures", pictures, Pictures)
+    request = request._replace(pictures=pictures or Pictures(), columns=_names(columns))
     _check_request(kind, request)
     own: tuple[Kind, Request] | None = None  # a test set of its own
     if test_spec is not None:
@@ -118,6 +131,8 @@ def open_rows(
     *,
     seed: int = 0,
     column: str | None = None,
+    columns: Sequence[str] | str | None = None,
+    pictures: Pictures | None = None,
     split: str = "train",
     limit: int = LIMIT,
 ) -> Rows:
@@ -133,17 +148,26 @@ def open_rows(
         torch.Size([2, 8, 8])
     """
     kind, target = find_kind("spec", spec)
-    return kind.open(Request(spec, target, seed, column, split, limit))
+    request = Request(spec, target, seed, column, split, limit)
+    request = request._replace(pictures=pictures or Pictures(), columns=_names(columns))
+    _check_request(kind, request)
+    return kind.open(request)
 
 
 def read_samples(
-    spec: str, *, column: str | None = None, split: str = "train", limit: int = LIMIT
+    spec: str,
+    *,
+    column: str | None = None,
+    columns: Sequence[str] | str | None = None,
+    pictures: Pictures | None = None,
+    split: str = "train",
+    limit: int = LIMIT,
 ) -> Tensor:
     """All rows of a data set, in order and unscaled: new data for a trained model.
 
     Args:
         spec: as in `open_source`.
-        column: as in `open_source`.
+        column, columns, pictures: as in `open_source`.
         split: of hf:.
         limit: bytes that the rows may take.
 
@@ -158,11 +182,22 @@ def read_samples(
         >>> data.read_samples("digits").shape
         torch.Size([1797, 8, 8])
     """
-    rows = open_rows(spec, column=column, split=split, limit=limit)
+    rows = open_rows(
+        spec, column=column, columns=columns, pictures=pictures, split=split, limit=limit
+    )
     return held_rows(rows, torch.arange(rows.size), limit)
 
 
 # ----------------------------------------------------------------------------------- what fits
+
+
+def _names(columns: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Names of columns, from a list or from a text with commas."""
+    found = columns.split(",") if isinstance(columns, str) else list(columns or ())
+    names = tuple(name.strip() for name in found if isinstance(name, str))
+    good = len(names) == len(found) == len(set(names)) and all(names)
+    check("open_source", good, "columns must be names, each of them once", lambda: repr(columns))
+    return names
 
 
 def _check_request(kind: Kind, request: Request) -> None:
@@ -171,6 +206,10 @@ def _check_request(kind: Kind, request: Request) -> None:
     check("open_source", fits, f"split must be 'train' for {spec}", repr(split))
     fits = column is None or kind.column
     check("open_source", fits, f"column must be None for {spec}", repr(column))
+    fits = not request.columns or kind.columns
+    check("open_source", fits, f"columns must be None for {spec}", repr(request.columns))
+    fits = column is None or not request.columns
+    check("open_source", fits, "column must be None with columns", repr(column))
 
 
 def _refuse_overlap(one: tuple[Kind, Request], other: tuple[Kind, Request]) -> None:

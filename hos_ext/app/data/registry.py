@@ -44,6 +44,7 @@ class Kind(NamedTuple):
     splits: Callable[[Request], list[str]] | None
     column: bool
     held_out: tuple[int, int] | None
+    columns: bool = False
 
     @property
     def form(self) -> str:
@@ -62,6 +63,7 @@ def register_source(
     files: Callable[[Request], list[Path]] | None = None,
     splits: Callable[[Request], list[str]] | None = None,
     column: bool = False,
+    columns: bool = False,
     held_out: tuple[int, int] | None = None,
 ) -> Callable[[Opener], Opener]:
     """Makes a source known by its name; decorates the function that opens it.
@@ -75,6 +77,7 @@ def register_source(
         splits: the names of the parts that the set itself has. The opener is then asked for one of
             them by `request.split`, and a part called "test" is the test set by default.
         column: whether `request.column` means something to the opener.
+        columns: whether `request.columns` does.
         held_out: how many rows are for validation and for the test where the user does not say; by
             default a twentieth of the rows each, at most 1000.
 
@@ -88,7 +91,7 @@ def register_source(
     check("register_source", new, "name must be new and without a colon", repr(name))
 
     def register(opener: Opener) -> Opener:
-        _KINDS[name] = Kind(name, target, opener, stream, files, splits, column, held_out)
+        _KINDS[name] = Kind(name, target, opener, stream, files, splits, column, held_out, columns)
         return opener
 
     return register

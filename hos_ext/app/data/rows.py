@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...checks import check
 from ...random import Key
+from .pictures import Pictures
 
 LIMIT = 2**30
 CHUNK_VALUES = 2**22
@@ -37,6 +38,8 @@ class Request(NamedTuple):
         column: which of several columns or arrays; None where the user did not say.
         split: which of the parts that the set itself has.
         limit: bytes. A set that is larger is read row by row.
+        pictures: what is done to pictures.
+        columns: which columns make a sample of a table; empty where the user did not say.
     """
 
     spec: str
@@ -45,6 +48,8 @@ class Request(NamedTuple):
     column: str | None = None
     split: str = "train"
     limit: int = LIMIT
+    pictures: Pictures = Pictures()
+    columns: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -99,6 +104,7 @@ def array_rows(
     """
     spec = request.spec
     kept = kept_dtype(spec, array.dtype)
+    check_no_pictures(request)
     check_set(spec, array.ndim >= 2, "have shape (n, *dims)", array.shape)
     check_set(spec, array.size, "not be empty", f"shape {array.shape}")
     check_layout(spec, array.shape[1:], f"shape {array.shape}")
@@ -130,6 +136,13 @@ def refusal(spec: str, rule: str, got: object) -> ValueError:
 def check_set(spec: str, condition: object, rule: str, got: object) -> None:
     """Raises `refusal` where the condition is false; see `checks.check`."""
     check("open_source", condition, f"{spec} must {rule}", got)
+
+
+def check_no_pictures(request: Request) -> None:
+    """Refuses what can only be done to pictures."""
+    given = ", ".join(f"--{name}" for name in request.pictures.given())
+    rule = "hold pictures in files, parquet: or hf: for"
+    check_set(request.spec, not given, f"{rule} {given}", "arrays of numbers")
 
 
 def channels_last(dims: tuple[int, ...]) -> bool:
@@ -200,11 +213,16 @@ def finite(spec: str, values: Tensor, name: Callable[[int], str]) -> Tensor:
 
 
 def alike(
-    spec: str, example: np.ndarray, example_name: str, sample: np.ndarray, name: str
+    spec: str,
+    example: np.ndarray,
+    example_name: str,
+    sample: np.ndarray,
+    name: str,
+    way: str = "",
 ) -> np.ndarray:
     """The sample, if it has the shape and dtype of an example."""
     same = (sample.shape, sample.dtype) == (example.shape, example.dtype)
     got = f"{example.shape} {example.dtype} in {example_name}"
-    got = f"{got} and {sample.shape} {sample.dtype} in {name}"
+    got = f"{got} and {sample.shape} {sample.dtype} in {name}{way}"
     check_set(spec, same, "hold samples of one shape and kind", got)
     return sample

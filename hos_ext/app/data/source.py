@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_int
 from ...random import Key
+from .pictures import levels_of
 from .rows import CHUNK_VALUES, Request, Rows, check_layout, check_set, warn_whole
-from .scaling import Scaling, chosen_scaling, root_mean_square, standardise, statistics_rows
+from .scaling import Scaling, chosen_scaling, root_mean_square, statistics_rows
 from .splits import Parts, batch_rows, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
 
@@ -136,7 +136,8 @@ def _own_test(rows: Rows, own: Rows, seed: int, test: int | None) -> Tensor:
 
 def held_rows(rows: Rows, numbers: Tensor, limit: int) -> Tensor:
     """Rows that stay in memory."""
-    needed = len(numbers) * math.prod(rows.shape) * (1 if rows.levels else 8)
+    each = 8 if not rows.levels else 1 if rows.levels <= 256 else 4
+    needed = len(numbers) * math.prod(rows.shape) * each
     rule = f"fit in the limit of {limit} bytes where it is held in memory"
     got = f"{len(numbers)} rows of {needed} bytes"
     check_set(rows.spec, rows.resident or needed <= limit, rule, got)
@@ -156,7 +157,7 @@ def source_of_stream(
     found = list(itertools.islice(head, held + 1))
     if len(found) <= held:
         raise too_few("open_source", len(found), validation, held - validation)
-    example = examples.decode(found[0])
+    example = examples.sample(found[0])
     filled = example.ndim > 0 and example.size > 0
     check_set(spec, filled, "not be empty", f"shape {example.shape} in {examples.name(0)}")
     check_layout(spec, example.shape, f"shape {example.shape} in {examples.name(0)}")
@@ -170,12 +171,14 @@ def source_of_stream(
         check("open_source", len(own) >= (test or 1), rule, test or 1)
         test_numbers, tests = other.read(own, example)
     some = raw[held:].split(max(1, CHUNK_VALUES // example.size))
-    scaling = Scaling(levels=256) if example.dtype == np.uint8 else standardise(spec, some)
+    levels = levels_of(example, examples.pictures)
+    scaling = chosen_scaling(spec, levels, some, "standardise")
     stream = Stream(spec, examples.dataset.skip(held), buffer)
 
     def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         batch = stream.take(step * batch_size, (step + 1) * batch_size, seed)
-        return examples.read(batch[start:stop], example)
+        key = Key(seed, step + 1, start)
+        return examples.read(batch[start:stop], example, key)
 
     return Source(
         spec=spec,

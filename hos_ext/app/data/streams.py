@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import alike, error_line, finite, refusal
+from ...random import Key
+from .images import fit_image, places_of
+from .pictures import Pictures
+from .rows import Request, alike, check_set, error_line, finite, refusal
 
 _ROW = "row of the stream"
 
@@ -24,19 +27,33 @@ class Examples(NamedTuple):
         dataset: the IterableDataset of `datasets`.
         decode: an example as an array.
         name: of a row number, for messages.
+        pictures: what is done to pictures; decoded ones have their own size.
     """
 
     spec: str
     dataset: Any
     decode: Callable[[dict[str, Any]], np.ndarray]
     name: Callable[[int], str]
+    pictures: Pictures = Pictures()
 
-    def read(self, examples: list[dict[str, Any]], example: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Row numbers and samples, all of them like an example."""
+    def sample(self, content: dict[str, Any], place: Tensor | None = None) -> np.ndarray:
+        """An example as an array; of a picture the cut at a place, or at the middle."""
+        values = self.decode(content)
+        if self.pictures.size is None:
+            return values
+        return fit_image(self.spec, values, self.name(content[_ROW]), self.pictures, place)
+
+    def read(
+        self, examples: list[dict[str, Any]], example: np.ndarray, key: Key | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Row numbers and samples, all of them like an example; cuts are drawn by a key."""
         numbers = [content[_ROW] for content in examples]
         samples = np.empty((len(examples), *example.shape), example.dtype)
+        drawn = key is not None and self.pictures.drawn
+        places = places_of(key, len(examples)) if drawn and key is not None else None
         for i, content in enumerate(examples):
-            sample, place = self.decode(content), self.name(numbers[i])
+            sample = self.sample(content, None if places is None else places[i])
+            place = self.name(numbers[i])
             samples[i] = alike(self.spec, example, "the first", sample, place)
         raw = finite(self.spec, torch.from_numpy(samples), lambda i: self.name(numbers[i]))
         return torch.tensor(numbers, dtype=torch.int64), raw
@@ -47,6 +64,7 @@ def examples_of(
     dataset: Any,
     decode: Callable[[dict[str, Any], str], np.ndarray],
     name: Callable[[int], str],
+    pictures: Pictures | None = None,
 ) -> Examples:
     """Numbers the examples of an IterableDataset.
 
@@ -55,9 +73,23 @@ def examples_of(
         dataset: the IterableDataset.
         decode: an example, and its name for messages, as an array.
         name: of a row number.
+        pictures: what is done to pictures.
     """
     numbered = dataset.map(lambda _, row: {_ROW: row}, with_indices=True)
-    return Examples(spec, numbered, lambda example: decode(example, name(example[_ROW])), name)
+    return Examples(
+        spec,
+        numbered,
+        lambda example: decode(example, name(example[_ROW])),
+        name,
+        pictures or Pictures(),
+    )
+
+
+def streamed(request: Request) -> Pictures:
+    """What is done to the pictures of a stream, whose pages cannot be counted beforehand."""
+    rule = "be no stream for --pages all"
+    check_set(request.spec, request.pictures.pages != "all", rule, "streaming")
+    return request.pictures
 
 
 class Stream:

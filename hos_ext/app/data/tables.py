@@ -13,8 +13,18 @@ import numpy as np
 
 from ...checks import check, require
 from .images import decode_image, image_rows
-from .rows import Request, Rows, array_rows, cast, check_set, error_line, kept_dtype, refusal
-from .streams import Examples, examples_of
+from .rows import (
+    Request,
+    Rows,
+    array_rows,
+    cast,
+    check_no_pictures,
+    check_set,
+    error_line,
+    kept_dtype,
+    refusal,
+)
+from .streams import Examples, examples_of, streamed
 
 
 def choose_column(spec: str, features: dict[str, Any], column: str | None) -> tuple[str, bool]:
@@ -64,7 +74,9 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
     features = dataset.features.to_dict() if dataset.features else {}
     column, image = choose_column(spec, features, request.column)
     dataset, number = dataset.select_columns([column]), ""
+    pictures = streamed(request)
     if not image:
+        check_no_pictures(request)
         number = kept_dtype(spec, np.dtype(_number_type(features[column])))
     elif features[column].get("_type") == "Image":
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -72,14 +84,14 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
     def decode(example: dict[str, Any], place: str) -> np.ndarray:
         value = example[column]
         if image:
-            return decode_image(spec, value, place)
+            return decode_image(spec, value, place, pictures)
         try:
             return cast(spec, np.asarray(value), number)
         except (TypeError, ValueError) as error:
             got = f"{place}: {error_line(error)}"
             raise refusal(spec, "hold arrays of numbers", got) from None
 
-    return examples_of(spec, dataset, decode, lambda row: f"row {row} of {spec}")
+    return examples_of(spec, dataset, decode, lambda row: f"row {row} of {spec}", pictures)
 
 
 def load_data_set(spec: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

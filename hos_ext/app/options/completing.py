@@ -99,6 +99,8 @@ def open_chosen_source(options: Mapping[str, Any]) -> data.Source:
         test=options["test"],
         test_spec=options["test_data"],
         column=options["column"],
+        columns=options.get("columns"),
+        pictures=data.Pictures.of(options),
         streaming=options["streaming"],
     )
 

@@ -84,6 +84,44 @@ OPTIONS: dict[str, Option] = {
     "column": Option(
         str, None, DATA, "Of parquet: or hf:, or array of an .npz.", measured="the only one"
     ),
+    "columns": Option(
+        str,
+        None,
+        DATA,
+        "Of a table in csv:, parquet: or hf:, numbers each: NAME,NAME,...",
+        measured="all of them",
+    ),
+    "size": Option(
+        str, None, DATA, "Of pictures, N or HEIGHTxWIDTH.", measured="as they are, all alike"
+    ),
+    "crop": Option(
+        str,
+        None,
+        DATA,
+        "How they come to --size: scale (until they cover it), centre (cut out) or random (cut "
+        "anew in each step).",
+        measured="scale",
+    ),
+    "alpha": Option(
+        str, None, DATA, "Behind transparent pixels: white, black, or drop.", measured="refused"
+    ),
+    "convert": Option(
+        str, None, DATA, "Make all pictures rgb or grey; also palettes, CMYK.", measured="refused"
+    ),
+    "bits": Option(
+        int,
+        None,
+        DATA,
+        "Of pictures of other depths: 8, or 16 (all levels are kept).",
+        measured="refused",
+    ),
+    "pages": Option(
+        str,
+        None,
+        DATA,
+        "Of animations and files of several pages: first, or all as samples.",
+        measured="refused",
+    ),
     "streaming": Option(bool, False, DATA, "Read files as a stream: more data than memory."),
     "validation": Option(
         int, None, DATA, "Rows held out to tune on.", measured="5 %, at most 1000"

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...checks import check
 from .. import data
 from ..data import arrays, images
-from ..data.images import Unfit
 from ..data.rows import channels_last
+from ..data.unfit import Unfit
 from .units import to_data_units
 
 

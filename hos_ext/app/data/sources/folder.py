@@ -12,7 +12,7 @@ from ..files import files_of
 from ..images import ENDINGS, decode_image, image_rows
 from ..registry import register_source
 from ..rows import Request, Rows
-from ..streams import Examples, examples_of
+from ..streams import Examples, examples_of, streamed
 
 
 def _files(request: Request) -> list[Path]:
@@ -21,14 +21,15 @@ def _files(request: Request) -> list[Path]:
 
 def _stream(request: Request) -> Examples:
     datasets = require("open_source", "datasets")
+    pictures = streamed(request)
     files = [str(path) for path in _files(request)]
     paths = [{"bytes": None, "path": path} for path in files]
     dataset = datasets.Dataset.from_dict({"image": paths}).to_iterable_dataset()
 
     def decode(example: dict[str, Any], place: str) -> np.ndarray:
-        return decode_image(request.spec, example["image"], place)
+        return decode_image(request.spec, example["image"], place, pictures)
 
-    return examples_of(request.spec, dataset, decode, lambda row: files[row])
+    return examples_of(request.spec, dataset, decode, lambda row: files[row], pictures)
 
 
 @register_source("folder", "PATH", files=_files, stream=_stream)

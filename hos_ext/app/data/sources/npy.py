@@ -9,9 +9,9 @@ import numpy as np
 from ....checks import check
 from ..arrays import ENDINGS, load_arrays
 from ..files import files_of
-from ..images import Unfit
 from ..registry import register_source
 from ..rows import Request, Rows, array_rows, refusal
+from ..unfit import Unfit
 
 
 def _files(request: Request) -> list[Path]:
