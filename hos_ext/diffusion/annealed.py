@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..checks import check, check_callable, check_int, check_number, check_samples, said_by
+from ..conditions import Conditions, check_conditions
 from ..sampling.chains import Chains, sample
 from ..sampling.methods import Method, StepOptions, make_step
 from ..scores import Model, UnscaledScores, model_scores
@@ -30,6 +31,7 @@ def annealed_langevin(
     seed: int | None = None,
     first_chain: int = 0,
     chunk_size: int | None = None,
+    model_kwargs: Conditions | None = None,
     **options: Unpack[StepOptions],
 ) -> Chains:
     """Markov chains at falling noise levels, each level started where the last one ended.
@@ -44,6 +46,8 @@ def annealed_langevin(
         n_steps: steps at each level.
         thin, seed, first_chain, chunk_size: as `sample`. The number of the step goes on from level
             to level: no noise is used twice.
+        model_kwargs: conditions, such as class labels: `model(x, sigma, **model_kwargs)`, with one
+            row for each chain in each tensor.
         options: further arguments of `sample`, see `StepOptions`.
 
     Returns:
@@ -81,13 +85,14 @@ def annealed_langevin(
         step = make_step(method, where=where, **options)
     n_steps = check_int(where, "n_steps", n_steps, 2**31)
     first_chain = check_int(where, "first_chain", first_chain, 2**63)
+    conditions = check_conditions(where, model_kwargs, len(init), "init")
     state = chain_state(init, noise_key(where, init.shape, seed, first=first_chain), step=0)
     sums: dict[str, Any] = {"seconds": 0.0, "n_score_evaluations": 0, "divergences": 0}
     for sigma in levels:
-
-        def score_fn(x: Tensor, sigma: float = sigma) -> Tensor | UnscaledScores:
-            level = x.new_full((len(x),), sigma)
-            return chain_scores(model_scores(where, model, x, level), sigma, step)
+        # Positional only: the names of conditions are the model's.
+        def score_fn(x: Tensor, level: float = sigma, /, **given: Any) -> Tensor | UnscaledScores:
+            column = x.new_full((len(x),), level)
+            return chain_scores(model_scores(where, model, x, column, given), level, step)
 
         last = sigma == levels[-1]
         with said_by(where, "sample"):
@@ -99,6 +104,7 @@ def annealed_langevin(
                 burn_in=0 if last else n_steps,
                 thin=thin,
                 chunk_size=chunk_size,
+                model_kwargs=conditions,
                 state=state,
             )
         state = chains.state

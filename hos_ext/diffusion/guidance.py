@@ -9,10 +9,13 @@ Gaussian.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check, check_kind, check_samples, positive, refuse_dropout
+from ..conditions import check_conditions
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, Scores, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -176,7 +179,8 @@ def guided(
             refuse. The only choice for an operator of functions, whose C_y is no DPLR.
 
     Returns:
-        A function (x, sigma) -> Scores. It raises what `condition_mean` and the model raise.
+        A function (x, sigma, **model_kwargs) -> Scores, which hands the conditions that a sampler
+        brings on to the model. It raises what `condition_mean` and the model raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range; a model with active
@@ -211,9 +215,10 @@ def guided(
     problem = problem_of(where, y, operator, noise_std)
     tolerance = check_stop(where, tolerance, max_iterations, problem.y)
 
-    def conditioned(x: Tensor, sigma: Tensor | float, /) -> Scores:
+    def conditioned(x: Tensor, sigma: Tensor | float, /, **model_kwargs: Any) -> Scores:
         check_samples(where, "x", x)
-        scores = model_scores(where, model, x, sigma)
+        conditions = check_conditions(where, model_kwargs, len(x))
+        scores = model_scores(where, model, x, sigma, conditions)
         level = positive(where, "sigma", sigma, x)
         alpha = schedule.alpha(schedule.t_of_sigma(sigma))
         ratio = positive(where, "alpha", alpha, x) / level

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check, check_count, check_first, check_int
+from ..conditions import Conditions
 from ..random import Key, fresh_seed
 from ..sampling.methods import StepOptions
 from ..schedules import Schedule
@@ -25,19 +26,23 @@ class GridOptions(TypedDict, total=False):
         first: global index of row 0. Default 0.
         chunk_size: samples run this many at a time, which bounds the model's memory. None, the
             default: all.
+        model_kwargs: conditions, such as class labels: `model(x, sigma, **model_kwargs)`. Each
+            tensor has one row for each sample, and chunks get the rows of their samples. None, the
+            default: none.
     """
 
     n_steps: int | None
     times: Sequence[float] | Tensor | None
     first: int
     chunk_size: int | None
+    model_kwargs: Conditions | None
 
 
 class ReverseOptions(GridOptions, total=False):
     """What the samplers that draw noise share.
 
     Attributes:
-        n_steps, times, first, chunk_size: see `GridOptions`.
+        n_steps, times, first, chunk_size, model_kwargs: see `GridOptions`.
         seed: key of the noise. None, the default, draws one from torch's default generator.
         offset: number of the first step. A run over times[:k + 1] and one over times[k:] with
             offset k more are one run. Default 0.
@@ -51,7 +56,7 @@ class CorrectorOptions(ReverseOptions, StepOptions, total=False):
     """What `predictor_corrector` takes besides: both for the run and for the corrector.
 
     Attributes:
-        n_steps, times, first, chunk_size, seed, offset: see `ReverseOptions`.
+        n_steps, times, first, chunk_size, model_kwargs, seed, offset: see `ReverseOptions`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
 

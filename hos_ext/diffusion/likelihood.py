@@ -31,6 +31,7 @@ from ..checks import (
     refuse_dropout,
     said_by,
 )
+from ..conditions import Conditions, check_conditions
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_uniform
 from ..random import STREAM_PROBE, Key
@@ -56,6 +57,7 @@ def log_likelihood(
     n_probes: int = 1,
     seed: int | None = None,
     first: int = 0,
+    model_kwargs: Conditions | None = None,
 ) -> Tensor:
     """log p(x) of the noisy density at t_min, by the probability-flow ODE from x up to t_max.
 
@@ -87,6 +89,8 @@ def log_likelihood(
         n_probes: for "hutchinson", >= 1.
         seed: key of the probes; None draws one from torch's default generator.
         first: global index of row 0: the probes of a row are the same in any batch.
+        model_kwargs: conditions of the model, as `GridOptions` has them: the result is then
+            log p(x | conditions).
 
     Returns:
         Shape (B,), natural logarithm, density in units data^-D; without a graph. Bits per
@@ -133,7 +137,8 @@ def log_likelihood(
     steps = zip(levels.diff().tolist(), ends[:-1], middle, ends[1:], strict=True)
     scale_0, scale_t = (math.hypot(schedule.alpha(t) * std, schedule.sigma(t)) for t in (low, high))
 
-    run = Run(where, model, schedule, Key(0, 0, first))
+    conditions = check_conditions(where, model_kwargs, len(x))
+    run = Run(where, model, schedule, Key(0, 0, first), conditions)
     # A caller's inference mode would keep the traces from differentiating the score. Leaving it
     # turns gradients on, so no_grad comes second; the copy of x is no inference tensor.
     with torch.inference_mode(False), torch.no_grad():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check, check_count, check_int, check_number, check_samples, one_of, said_by
+from ..conditions import Conditions, check_conditions, condition_rows
 from ..random import STREAM_PRIOR
 from ..sampling.methods import Method, StepOptions, make_step
 from ..schedules import Schedule, check_schedule
@@ -322,7 +323,14 @@ def predictor_corrector(
     return _descend(where, step, model, init, schedule, **shared)
 
 
-def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tensor) -> Posterior:
+def tweedie_denoise(
+    model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    t: float | Tensor,
+    *,
+    model_kwargs: Conditions | None = None,
+) -> Posterior:
     """The clean sample from x at time t in one step: posterior mean and covariance.
 
     The mean is an average over all x0 that may have led to x, not a draw: at a high noise level it
@@ -333,6 +341,7 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
         x: noisy samples. Shape (B, *dims), float32 or float64.
         schedule: a `Schedule`.
         t: their time, a float or (B,) within [t_min, t_max].
+        model_kwargs: conditions of the model, as `GridOptions` has them.
 
     Returns:
         `Posterior`. Differentiable in x and the model's parameters.
@@ -364,7 +373,8 @@ def tweedie_denoise(model: Model, x: Tensor, schedule: Schedule, t: float | Tens
     check(where, fits, f"t must be a float or have shape ({len(x)},)", tuple(level.shape))
     sigma = schedule.sigma(level).to(x).expand(len(x))
     alpha = schedule.alpha(level).to(x).expand(len(x))
-    scores = model_scores(where, model, x, sigma)
+    conditions = check_conditions(where, model_kwargs, len(x))
+    scores = model_scores(where, model, x, sigma, conditions)
     with said_by(where, "posterior", factor="factor from model", sign="sign from model"):
         return posterior(x, scores, sigma, alpha)
 
@@ -382,6 +392,7 @@ def _descend(
     offset: int = 0,
     first: int = 0,
     chunk_size: int | None = None,
+    model_kwargs: Conditions | None = None,
 ) -> Tensor:
     """What all samplers share: their checks, and the way down the grid, chunk by chunk.
 
@@ -389,12 +400,13 @@ def _descend(
         where: the public function, for messages.
         step: from one time of the grid to the next.
         model, init, schedule: as `reverse_sde`.
-        n_steps, times, seed, offset, first, chunk_size: see `ReverseOptions`.
+        n_steps, times, seed, offset, first, chunk_size, model_kwargs: see `ReverseOptions`.
     """
     check_samples(where, "init", init)
     check_schedule(where, schedule)
     grid = time_grid(where, schedule, n_steps, times)
     key = noise_key(where, init.shape, seed, offset, first)
+    conditions = check_conditions(where, model_kwargs, len(init), "init")
     chunk = max(len(init), 1)
     if chunk_size is not None:
         chunk_size = check_count(where, "chunk_size", chunk_size, limit=2**63)
@@ -402,10 +414,12 @@ def _descend(
     out = torch.empty_like(init, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():
         for low in range(0, len(init), chunk):
-            run = Run(where, model, schedule, key._replace(first=first + low))
-            x = init[low : low + chunk].detach()
+            rows = slice(low, low + chunk)
+            own = key._replace(first=first + low)
+            run = Run(where, model, schedule, own, condition_rows(conditions, rows))
+            x = init[rows].detach()
             for number, (t, s) in enumerate(pairwise(grid), offset):
                 x = step(run, x, t, s, number)
                 run.check_finite("x after a step", x, s)
-            out[low : low + chunk] = x
+            out[rows] = x
     return out

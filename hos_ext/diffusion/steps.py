@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check, check_tensor
+from ..conditions import Conditions
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REVERSE, Key
@@ -31,17 +32,19 @@ class Run(NamedTuple):
         where: the public function, for messages.
         model, schedule: as the samplers take them.
         key: of the noise of the run. Step number n draws with the offset n.
+        conditions: of the model, for these samples; None is none.
     """
 
     where: str
     model: Model
     schedule: Schedule
     key: Key
+    conditions: Conditions | None = None
 
     def scores(self, x: Tensor, t: float, *used: str) -> Scores:
         """The model's scores at time t. Those that are named must be finite."""
         sigma = x.new_full((len(x),), self.schedule.sigma(t))
-        scores = model_scores(self.where, self.model, x, sigma)
+        scores = model_scores(self.where, self.model, x, sigma, self.conditions)
         for name in used:
             value = getattr(scores, name)
             if value is not None or name == "scaled_score":  # steps ask for what they need

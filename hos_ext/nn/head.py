@@ -30,6 +30,7 @@ from ..checks import (
     positive,
     said_by,
 )
+from ..conditions import check_conditions
 from ..ops._operator import functorch_active
 from ..scores import ScoreModel, Scores
 from .base import Network
@@ -100,12 +101,14 @@ class SecondOrderHead(nn.Module):
             model of ours, any function. Smooth in x where variance is reduced. A module is frozen
             in place.
         head: `head(x, sigma, scaled_score) -> Scores`: an `MLP` or `UNet` made with
-            given_score=True.
+            given_score=True. Of the conditions of score_model it gets those that its attribute
+            `conditions` names: "label" where it was made with num_classes.
         scaled: False: score_model returns s1 itself.
 
     Attributes:
         score_model: the first-order model, as it was given.
         head: the second-order head.
+        conditions: names of the conditions that the head takes.
         gradient_checkpointing: that of the head.
 
     Raises:
@@ -143,6 +146,10 @@ class SecondOrderHead(nn.Module):
         return self.first_order
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(getattr(self.head, "conditions", ()))
+
+    @property
     def gradient_checkpointing(self) -> bool:
         return bool(getattr(self.head, "gradient_checkpointing", False))
 
@@ -158,12 +165,14 @@ class SecondOrderHead(nn.Module):
             self.first_order.eval()
         return self
 
-    def forward(self, x: Tensor, sigma: Tensor | float) -> Scores:
+    def forward(self, x: Tensor, sigma: Tensor | float, **model_kwargs: Any) -> Scores:
         """Scaled scores at noise level sigma.
 
         Args:
             x: noisy samples x0 + sigma z. Shape (B, *dims). Data units.
             sigma: noise standard deviation, > 0. Float or shape (B,). Data units.
+            model_kwargs: conditions, such as class labels: all go to score_model, and to the head
+                those of its attribute `conditions`. Each tensor has one row for each sample.
 
         Returns:
             Scores. Where x asks for a gradient it goes through the first-order model too.
@@ -175,6 +184,8 @@ class SecondOrderHead(nn.Module):
         check_samples(where, "x", x)
         if isinstance(sigma, Tensor):
             check_shape(where, "sigma", sigma, (), tuple(x.shape[:1]))
+        conditions = check_conditions(where, model_kwargs, len(x))
+        known = {name: conditions[name] for name in self.conditions if name in conditions}
         # Not under autocast: it stays as it is, and the head learns beside the score it will see.
         with (
             torch.autocast(x.device.type, enabled=False),
@@ -182,13 +193,13 @@ class SecondOrderHead(nn.Module):
                 torch.is_grad_enabled() and (x.requires_grad or functorch_active())
             ),
         ):
-            scaled_score = self.score_model(x, sigma)
+            scaled_score = self.score_model(x, sigma, **conditions)
             if isinstance(scaled_score, Scores):
                 scaled_score = scaled_score.scaled_score
             elif not self.scaled and isinstance(scaled_score, Tensor):
                 scaled_score = positive(where, "sigma", sigma, x) * scaled_score
         check_like(where, "score from score_model", scaled_score, x)
-        scores = self.head(x, sigma, scaled_score)
+        scores = self.head(x, sigma, scaled_score, **known)
         if not isinstance(scores, Scores):
             raise TypeError(f"{where}: head must return Scores, got {type(scores).__name__}")
         return scores._replace(scaled_score=scaled_score)

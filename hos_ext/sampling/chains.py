@@ -11,12 +11,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check, check_callable, check_flag, check_kind, require
+from ..conditions import Conditions, check_conditions, condition_rows
 from ..random import Key
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
@@ -28,7 +30,7 @@ class ChainOptions(StepOptions, total=False):
     """The arguments of `sample` that its kin hand on to it, with its defaults.
 
     Attributes:
-        method, burn_in, thin, log_prob, chunk_size: see `sample`.
+        method, burn_in, thin, log_prob, chunk_size, model_kwargs: see `sample`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
 
@@ -37,6 +39,7 @@ class ChainOptions(StepOptions, total=False):
     thin: int
     log_prob: LogDensity | None
     chunk_size: int | None
+    model_kwargs: Conditions | None
 
 
 class Chains(NamedTuple):
@@ -112,6 +115,7 @@ def sample(
     chunk_size: int | None = None,
     state: ChainState | None = None,
     progress: bool = False,
+    model_kwargs: Conditions | None = None,
 ) -> Chains:
     """Run Markov chains from `init`, all chains side by side.
 
@@ -177,6 +181,9 @@ def sample(
             60 steps and 40 more are 100 steps, the places of the draws included. The method and the
             step size may change; give the same ones to continue exactly.
         progress: shows a progress bar; needs rich, which `pip install hos_ext[cli]` brings.
+        model_kwargs: conditions of the density, such as class labels: both functions are called as
+            `score_fn(x, **model_kwargs)`. Each tensor has one row for each chain, and chunks get
+            the rows of their chains. They are not in `state`: give them again to go on.
 
     Returns:
         Chains. `draws` has shape (chain, draw, *dims), the dtype and the device of init. `stats`
@@ -225,6 +232,7 @@ def sample(
     check_dtype("sample", step.name, x, step.dtypes)
     chunk = max(chains, 1) if chunk_size is None else whole("chunk_size", chunk_size, 1)
     check_step_size(step_size, x)
+    conditions = check_conditions("sample", model_kwargs, chains, "init")
 
     since_draw = start["since_draw"] % thin if burn_in == 0 else 0
     draws = x.new_empty((chains, (since_draw + n_steps) // thin, *x.shape[1:]))
@@ -234,7 +242,8 @@ def sample(
         for low in range(0, chains, chunk):
             rows = slice(low, low + chunk)
             h = step_size[rows] if isinstance(step_size, Tensor) and step_size.dim() else step_size
-            walk, counts = step.walk(score_fn, log_prob, x[rows], h), tally.rows(rows)
+            target = bound(score_fn, log_prob, condition_rows(conditions, rows))
+            walk, counts = step.walk(*target, x[rows], h), tally.rows(rows)
             first = start["first_chain"] + low
             for k in range(total):
                 report = walk.advance(Key(start["seed"], start["step"] + k, first))
@@ -258,6 +267,17 @@ def sample(
     end["step"] += total
     end["since_draw"] = (since_draw + n_steps) % thin
     return Chains(draws, stats, end)
+
+
+def bound(
+    score_fn: ScoreFn, log_prob: LogDensity | None, conditions: Conditions
+) -> tuple[ScoreFn, LogDensity | None]:
+    """Both functions as functions of x alone, under these conditions."""
+    if not conditions:
+        return score_fn, log_prob
+    if log_prob is not None:
+        log_prob = partial(log_prob, **conditions)
+    return partial(score_fn, **conditions), log_prob
 
 
 class _Tally(NamedTuple):

@@ -9,7 +9,7 @@ densities), to rounding for networks, for any number of ranks. Works in any init
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..checks import check, check_count
+from ..conditions import check_conditions, condition_rows
 from ..scores import ScoreFn
 from .arguments import ChainState, begin_chains
 from .chains import ChainOptions, Chains, sample
@@ -79,7 +80,7 @@ def sample_sharded(
         progress: on rank 0, for its own share.
         group: of ranks that take part; None is all. With NCCL, `torch.cuda.set_device` must have
             chosen the device of the process.
-        options: further arguments of `sample`, see `ChainOptions`.
+        options: further arguments of `sample`, see `ChainOptions`, model_kwargs for all chains.
 
     Returns:
         On every rank the Chains of all, as one process gives them: draws and statistics in the
@@ -121,6 +122,7 @@ def sample_sharded(
         given: dict[str, object] = {"init": start["x"], "seed": None if fresh else start["seed"]}
         given |= {name: start[name] for name in ("step", "since_draw", "first_chain")}
         given |= {"step_size": step_size, "n_steps": n_steps, **options}
+        check_conditions(where, options.get("model_kwargs"), len(start["x"]), "init")
         return start["seed"], {name: _mark(value) for name, value in given.items()}
 
     start, told = _together(group, lambda: begin_chains(init, seed, first_chain, state), tell)
@@ -135,6 +137,8 @@ def sample_sharded(
     share["first_chain"] += mine.start
     per_chain = isinstance(step_size, Tensor) and step_size.shape == (chains,)
     own_step_size = step_size[mine] if isinstance(step_size, Tensor) and per_chain else step_size
+
+    options["model_kwargs"] = condition_rows(options.get("model_kwargs") or {}, mine)
 
     def run() -> Chains:
         return sample(
@@ -192,6 +196,10 @@ def _mark(value: object) -> str:
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
         return f"shape {tuple(value.shape)} {value.dtype} of hash {digest}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_mark(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_mark, value))}]"
     return "a function" if callable(value) else repr(value)
 
 

@@ -19,10 +19,11 @@ from ..checks import (
     said_by,
     show,
 )
+from ..conditions import Conditions, check_conditions
 from ..random import Key, fresh_seed
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype
-from .chains import ChainOptions, sample
+from .chains import ChainOptions, bound, sample
 from .diagnostics import ESS_KINDS, min_ess
 from .methods.base import CURVATURES
 from .methods.metropolis import MetropolisWalk
@@ -168,6 +169,7 @@ def adapt_step_size(
     curvature: str = "clamp",
     seed: int | None = None,
     first_chain: int = 0,
+    model_kwargs: Conditions | None = None,
 ) -> StepSizeAdaptation:
     """Warm up adjusted chains and find the step size whose acceptance is `target`.
 
@@ -178,7 +180,7 @@ def adapt_step_size(
     chain whose step size still changes is not p: go on from `state` with the step size fixed.
 
     Args:
-        score_fn, init, log_prob, curvature, seed, first_chain: as for `sample`.
+        score_fn, init, log_prob, curvature, seed, first_chain, model_kwargs: as for `sample`.
         method: an adjusted method of `sample`: a name of `method_names(adjusted=True)`, or a
             `Metropolis`.
         step_size: h_0 > 0, where to start, in squared units of the data.
@@ -219,7 +221,8 @@ def adapt_step_size(
         state = begin_chains(init, seed, first_chain, None)
     check(where, len(state["x"]), "init must hold at least one chain", "none")
     check_dtype(where, step.name, state["x"], step.dtypes)
-    walk = step.walk(score_fn, log_prob, state["x"], h0)
+    conditions = check_conditions(where, model_kwargs, len(state["x"]), "init")
+    walk = step.walk(*bound(score_fn, log_prob, conditions), state["x"], h0)
     assert isinstance(walk, MetropolisWalk)  # the step is adjusted
     alive = _alive(walk.here)
     rule = "init must hold a chain with a finite state, score and log_prob"

@@ -32,6 +32,7 @@ from ..checks import (
     positive,
     said_by,
 )
+from ..conditions import Conditions, check_conditions, condition_rows
 from ..scores import tweedie_covariance, tweedie_mean
 
 
@@ -228,12 +229,13 @@ def posterior_moments(
 
 
 def moment_recurrence(
-    score_fn: Callable[[Tensor], Tensor],
+    score_fn: Callable[..., Tensor],
     x: Tensor,
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     *,
     order: int,
+    model_kwargs: Conditions | None = None,
 ) -> list[Tensor]:
     """Posterior moments by differentiating the posterior mean (Lemma 1, Theorem 3).
 
@@ -247,6 +249,8 @@ def moment_recurrence(
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
         order: the highest order, >= 1.
+        model_kwargs: conditions, such as class labels: `score_fn(x, **model_kwargs)`, with one row
+            for each sample in each tensor.
 
     Returns:
         [m_1, ..., m_order], dense: (B, D), (B, D, D), ... Units data^j.
@@ -265,7 +269,8 @@ def moment_recurrence(
     check_samples(where, "x", x)
     order = check_count(where, "order", order)
     check_callable(where, "score_fn", score_fn)
-    check_like(where, "score_fn(x)", score_fn(x), x)
+    conditions = check_conditions(where, model_kwargs, len(x))
+    check_like(where, "score_fn(x)", score_fn(x, **conditions), x)
     flat = x.flatten(1)
     s, a = (
         positive(where, name, value, x).reshape(-1).expand(x.shape[0])
@@ -274,23 +279,25 @@ def moment_recurrence(
     if x.shape[0] == 0:  # jacrev cannot shape the rows of none
         return [flat.new_zeros((0, *[flat.shape[1]] * n)) for n in range(1, order + 1)]
 
-    def mean(row: Tensor, s: Tensor, a: Tensor) -> Tensor:
-        score = score_fn(row.reshape(1, *x.shape[1:])).reshape(-1)
+    def mean(row: Tensor, s: Tensor, a: Tensor, number: Tensor) -> Tensor:
+        own = condition_rows(conditions, number.reshape(1))
+        score = score_fn(row.reshape(1, *x.shape[1:]), **own).reshape(-1)
         return tweedie_mean(row, score, s, a)
 
     def raised(moment: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def next_moment(row: Tensor, s: Tensor, a: Tensor) -> Tensor:
-            derivative = jacrev(moment)(row, s, a)
-            product = moment(row, s, a).unsqueeze(-1) * mean(row, s, a)
+        def next_moment(row: Tensor, s: Tensor, a: Tensor, number: Tensor) -> Tensor:
+            derivative = jacrev(moment)(row, s, a, number)
+            product = moment(row, s, a, number).unsqueeze(-1) * mean(row, s, a, number)
             value: Tensor = s.square() / a * derivative + product
             return value
 
         return next_moment
 
-    moment, moments = mean, [vmap(mean)(flat, s, a)]
+    numbers = torch.arange(len(x), device=x.device)
+    moment, moments = mean, [vmap(mean)(flat, s, a, numbers)]
     for _ in range(order - 1):
         moment = raised(moment)
-        moments.append(vmap(moment)(flat, s, a))
+        moments.append(vmap(moment)(flat, s, a, numbers))
     return moments
 
 

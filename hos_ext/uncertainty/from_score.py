@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
-from ..checks import check_samples, positive, said_by
+from ..checks import check_callable, check_samples, positive, said_by
+from ..conditions import Conditions, check_conditions
 from ..linalg.autodiff import CHUNK
 from ..linalg.jacobian import ScoreHessian
 from ..scores import FirstOrderScore
@@ -35,6 +37,7 @@ def posterior_from_score(
     symmetrize: bool = True,
     chunk_size: int | None = CHUNK,
     check: bool = True,
+    model_kwargs: Conditions | None = None,
 ) -> Posterior:
     """Mean and covariance of the clean sample given the noisy one, from a first-order model.
 
@@ -57,6 +60,8 @@ def posterior_from_score(
         remainder, n_probes, seed, first, floor: as `ScoreHessian.low_rank`.
         tolerance, max_products: as `ScoreHessian.eigenpairs`.
         symmetrize, chunk_size, check: as `ScoreHessian`.
+        model_kwargs: conditions, such as class labels: `score_fn(x, **model_kwargs)`, with one row
+            for each sample in each tensor.
 
     Returns:
         A `Posterior`: samples, standard deviations, principal components, calibration.
@@ -80,6 +85,10 @@ def posterior_from_score(
     where = "posterior_from_score"
     check_samples(where, "x", x)
     s, a = positive(where, "sigma", sigma, x), positive(where, "alpha", alpha, x)
+    conditions = check_conditions(where, model_kwargs, len(x))
+    if conditions:
+        check_callable(where, "score_fn", score_fn)
+        score_fn = partial(score_fn, **conditions)
     with said_by(where, "ScoreHessian"):
         hessian = ScoreHessian(
             score_fn, x, symmetrize=symmetrize, chunk_size=chunk_size, check=check

@@ -1041,22 +1041,22 @@ def test_bad_values_are_refused(call, message):
         (
             lambda: reverse_sde(rowwise, X, VP(), n_steps=1, steps=2),
             (
-                "reverse_sde: options must be among n_steps, times, first, chunk_size, seed, "
-                "offset, got 'steps'"
+                "reverse_sde: options must be among n_steps, times, first, chunk_size, "
+                "model_kwargs, seed, offset, got 'steps'"
             ),
         ),
         (
             lambda: probability_flow_ode(rowwise, X, VP(), n_steps=1, seed=0),
             (
                 "probability_flow_ode: options must be among n_steps, times, first, chunk_size, "
-                "got 'seed'"
+                "model_kwargs, got 'seed'"
             ),
         ),
         (
             lambda: second_order_reverse(rowwise, X, VP(), n_steps=1, method="euler"),
             (
                 "second_order_reverse: options must be among n_steps, times, first, chunk_size, "
-                "seed, offset, got 'method'"
+                "model_kwargs, seed, offset, got 'method'"
             ),
         ),
         (

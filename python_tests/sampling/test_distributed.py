@@ -46,6 +46,22 @@ def _log_prob(x):
     return (square / 2 - square * square / 4).flatten(1).sum(1)
 
 
+def _shifted(x, label):
+    return _well(x - label.reshape(-1, 1, 1))
+
+
+def _shifted_log_prob(x, label):
+    return _log_prob(x - label.reshape(-1, 1, 1))
+
+
+def _conditional(run, label=None):
+    """Adjusted chains, each with a condition of its own."""
+    label = torch.linspace(-1, 1, CHAINS) if label is None else label
+    options = OPTIONS | {"method": "mh_ozaki", "chunk_size": 2, "step_size": 0.4}
+    given = {"model_kwargs": {"label": label}, "log_prob": _shifted_log_prob}
+    return run(_shifted, _init(), **options, **given)
+
+
 def _case(method, run, **more):
     score_fn = _dense if method == "ozaki_full" else _well
     options = OPTIONS | METHODS[method] | more
@@ -92,6 +108,7 @@ def _cases(rank, groups):
         found["empty", world] = run(_well, _init(2), **OPTIONS, first_chain=40)
         found["none", world] = run(_well, _init(0), **OPTIONS)
         found["no draws", world] = run(_well, _init(), **OPTIONS | {"n_steps": 1})
+        found["conditional", world] = _conditional(run)
         found["half", world] = run(_well, _init().bfloat16(), **OPTIONS, method="ozaki")
         found["network", world] = run(_network(), _init(), **OPTIONS, method="ozaki")
         torch.manual_seed(100 + rank)
@@ -114,6 +131,9 @@ def _cases(rank, groups):
     found["init"] = _message(lambda: sample_sharded(_well, _init() + (rank == 2), **OPTIONS))
     found["option"] = _message(
         lambda: sample_sharded(_well, _init(), **OPTIONS | ({"seed": 12} if rank else {}))
+    )
+    found["condition"] = _message(
+        lambda: _conditional(sample_sharded, torch.zeros(CHAINS) + (rank == 1))
     )
     found["missing"] = _message(
         lambda: sample_sharded(_well, _init(), **OPTIONS, **({"chunk_size": 2} if rank else {}))
@@ -224,6 +244,13 @@ def test_every_chain_keeps_its_own_step_size(found):
         _assert_same(got, expected)
 
 
+def test_every_chain_keeps_its_own_condition(found):
+    expected = _conditional(sample)
+    assert 0 < expected.stats["acceptance"].min() < expected.stats["acceptance"].max() < 1
+    for _, _, got in _each(found, "conditional"):
+        _assert_same(got, expected)
+
+
 def test_ranks_without_chains_take_part(found):
     expected = sample(_well, _init(2), **OPTIONS, first_chain=40)
     assert expected.state["first_chain"] == 40
@@ -302,6 +329,12 @@ def test_arguments_that_differ_between_ranks_are_refused_on_all(found):
         assert re.fullmatch(
             rf"{start}seed must be the same on every rank, got 11 on rank 0 and 12 on rank 1",
             each["option"],
+        )
+        label = r"\{'label': shape \(7,\) torch\.float32 of hash [0-9a-f]{16}\}"
+        assert re.fullmatch(
+            rf"{start}model_kwargs must be the same on every rank, got {label} on rank 0 and "
+            rf"{label} on rank 1",
+            each["condition"],
         )
         assert re.fullmatch(
             rf"{start}chunk_size must be the same on every rank, got nothing on rank 0 and 2 on "
