@@ -3,15 +3,18 @@
 from .files import load_model, save_model
 from .head import SavableScore, SecondOrderHead, register_score_reader
 from .mlp import MLP
+from .model_check import ModelCheck, check_model
 from .model_score import ModelScore
 from .unet import UNet
 
 __all__ = [
     "MLP",
+    "ModelCheck",
     "ModelScore",
     "SavableScore",
     "SecondOrderHead",
     "UNet",
+    "check_model",
     "load_model",
     "register_score_reader",
     "save_model",

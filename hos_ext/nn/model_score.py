@@ -17,10 +17,12 @@ from ..checks import (
     check_samples,
     one_of,
     positive,
+    said_by,
 )
 from ..conditions import check_conditions
 from ..schedules import DiscreteVP, Schedule, check_schedule
 from ..scores import Scores
+from .model_check import check_model, warn_of
 from .predictions import PREDICTIONS, TIMES, Place, Prediction, Reading, place_of
 
 Call = Callable[..., Any]
@@ -61,6 +63,9 @@ class ModelScore(nn.Module):
             `call(net, x_t, time, **model_kwargs)`. It may change the time or the sign as well.
         num_timesteps: for time="timestep" without a table; None is 1000.
         sigma_data: of prediction="edm", standard deviation of the data; None is 0.5.
+        check: clean samples, or the shape (B, *dims) of a batch, on which the network is looked at
+            once by `check_model`: what looks wrong is warned of. For a conditional network call
+            `check_model(score, data, model_kwargs=...)`.
 
     Attributes:
         net: the network, as it was given.
@@ -96,40 +101,21 @@ class ModelScore(nn.Module):
         call: Call | None = None,
         num_timesteps: float | None = None,
         sigma_data: float | None = None,
+        check: Tensor | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        where = self._where = type(self).__name__
-        check_callable(where, "net", net)
-        check_schedule(where, schedule)
-        one_of(where, "prediction", prediction, PREDICTIONS)
-        if time is None:
-            time = "c_noise" if prediction == "edm" else "t"
-        one_of(where, "time", time, TIMES)
-        if call is not None:
-            check_callable(where, "call", call)
-        if num_timesteps is not None:
-            num_timesteps = check_number(where, "num_timesteps", num_timesteps)
-            used = time == "timestep" and not isinstance(schedule, DiscreteVP)
-            rule = "num_timesteps must be None but for time='timestep' without a table"
-            check(where, used, rule, num_timesteps)
-        if sigma_data is not None:
-            sigma_data = check_number(where, "sigma_data", sigma_data)
-            rule = "sigma_data must be None but for prediction='edm'"
-            check(where, prediction == "edm", rule, sigma_data)
-        if time == "timestep" and not isinstance(schedule, DiscreteVP):
-            rule = "time must not be 'timestep' with a schedule whose times pass 1 and are no table"
-            check(where, schedule.t_max <= 1, rule, lambda: repr(schedule))
-        if isinstance(net, nn.Module):
-            for dtype in {p.dtype for p in net.parameters() if p.dtype.is_floating_point}:
-                check(where, dtype in WIDE, "net must be float32 or float64", dtype)
-        self.net, self.schedule, self.call = net, schedule, call
-        self.reading = Reading(
-            schedule, prediction, time, num_timesteps or 1000.0, sigma_data or 0.5
+        self._where = type(self).__name__
+        self.reading = _reading(
+            self._where, net, schedule, prediction, time, call, num_timesteps, sigma_data
         )
+        self.net, self.schedule, self.call = net, schedule, call
         self._by_name = call is None and _takes_timestep_by_name(net)
         ends = (schedule.t_min, schedule.t_max)
         low, high = (schedule.sigma(t) / schedule.alpha(t) for t in ends)
         self.sigma_range = (low, high)
+        if check is not None:
+            with said_by(self._where, "check_model", data="check"):
+                warn_of(self._where, check_model(self, check))
 
     def forward(self, x: Tensor, sigma: Tensor | float, **model_kwargs: Any) -> Tensor:
         """sigma * s1 at x = x0 + sigma z.
@@ -206,6 +192,43 @@ class ModelScore(nn.Module):
     def extra_repr(self) -> str:
         """What it is, beside its network."""
         return f"{self.reading.prediction!r}, time={self.reading.time!r}, {self.schedule!r}"
+
+
+def _reading(
+    where: str,
+    net: Any,
+    schedule: Schedule,
+    prediction: str,
+    time: str | None,
+    call: Any,
+    num_timesteps: float | None,
+    sigma_data: float | None,
+) -> Reading:
+    """How a network is read, from the arguments of `ModelScore`."""
+    check_callable(where, "net", net)
+    check_schedule(where, schedule)
+    one_of(where, "prediction", prediction, PREDICTIONS)
+    if time is None:
+        time = "c_noise" if prediction == "edm" else "t"
+    one_of(where, "time", time, TIMES)
+    if call is not None:
+        check_callable(where, "call", call)
+    table = isinstance(schedule, DiscreteVP)
+    if num_timesteps is not None:
+        num_timesteps = check_number(where, "num_timesteps", num_timesteps)
+        rule = "num_timesteps must be None but for time='timestep' without a table"
+        check(where, time == "timestep" and not table, rule, num_timesteps)
+    if sigma_data is not None:
+        sigma_data = check_number(where, "sigma_data", sigma_data)
+        rule = "sigma_data must be None but for prediction='edm'"
+        check(where, prediction == "edm", rule, sigma_data)
+    if time == "timestep" and not table:
+        rule = "time must not be 'timestep' with a schedule whose times pass 1 and are no table"
+        check(where, schedule.t_max <= 1, rule, lambda: repr(schedule))
+    if isinstance(net, nn.Module):
+        for dtype in {p.dtype for p in net.parameters() if p.dtype.is_floating_point}:
+            check(where, dtype in WIDE, "net must be float32 or float64", dtype)
+    return Reading(schedule, prediction, time, num_timesteps or 1000.0, sigma_data or 0.5)
 
 
 def _takes_timestep_by_name(net: Call) -> bool:

@@ -53,12 +53,13 @@ class Reading:
     Attributes:
         schedule: whose times the network knows.
         prediction: what it predicts: one of `PREDICTIONS`.
-        time: what it takes for the time: one of `TIMES`, or "part" (t over its largest value),
-            "reversed" (largest value minus t) or "log_sigma".
+        time: what it takes for the time: one of `TIMES`, or "part" (the index in a table over the
+            last one), "reversed" (1 - t, or the last index minus t) or "log_sigma".
         num_timesteps: timesteps in a unit of t, for a schedule without a table.
         sigma_data: of "edm".
         plain: it is given x itself, whatever the schedule's alpha.
         sign: -1 turns its output.
+        known: False for a function that is held to be sigma s1 itself.
     """
 
     schedule: Schedule
@@ -68,6 +69,7 @@ class Reading:
     sigma_data: float = 0.5
     plain: bool = False
     sign: int = 1
+    known: bool = True
 
     def inputs(self, x: Tensor, at: Place) -> Tensor:
         """What the network is given for samples x: alpha x, or c_in x for "edm"."""
@@ -77,9 +79,10 @@ class Reading:
 
     def times(self, at: Place) -> Tensor:
         """What the network is given for the time, float64 as the place."""
-        last = self.schedule.t_max
+        table = isinstance(self.schedule, DiscreteVP)
+        last = self.schedule.t_max if table else 1.0
         if self.time == "timestep":
-            return at.t if isinstance(self.schedule, DiscreteVP) else self.num_timesteps * at.t
+            return at.t if table else self.num_timesteps * at.t
         values = {
             "t": at.t,
             "sigma": at.ratio if self.plain else at.sigma,

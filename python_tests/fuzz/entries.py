@@ -556,6 +556,7 @@ MAKERS: dict[str, Make] = LEVELS | {
     "scheduler": _scheduler,
     "net": lambda w: _Network(),
     "call": lambda w: None,
+    "model_kwargs": lambda w: None,
     "num_timesteps": lambda w: None,
 }
 
@@ -682,7 +683,17 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "nn.UNet.forward": {"x": lambda w: w.randn(B, 1, 4, 4)},
     "nn.load_model": {"folder": _saved},
     "nn.MLP.from_pretrained": {"folder": _saved},
-    "nn.ModelScore": {"time": lambda w: None, "sigma_data": lambda w: None},
+    "nn.ModelScore": {
+        "time": lambda w: None,
+        "sigma_data": lambda w: None,
+        "check": lambda w: None,
+    },
+    "nn.check_model": {
+        "data": World.batch,
+        "schedule": lambda w: None,
+        "seed": lambda w: 3,
+        "sigmas": lambda w: (0.5, 2.0),
+    },
     "nn.save_model": {"model": _mlp},
     "nn.MLP": {"activation": lambda w: w.rng.choice(["tanh", "silu"])},
     "nn.register_score_reader": {"kind": lambda w: "diffusers"},

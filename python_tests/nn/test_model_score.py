@@ -12,7 +12,7 @@ from hos_ext.densities import GaussianMixture
 from hos_ext.linalg import ScoreHessian
 from hos_ext.losses import score_matching_loss
 from hos_ext.nn import MLP, ModelScore, SecondOrderHead
-from hos_ext.schedules import EDM, VE, VP, CosineVP, SubVP, from_alphas_cumprod
+from hos_ext.schedules import EDM, VE, VP, CosineVP, Rectified, SubVP, from_alphas_cumprod
 
 # torch's own use of torch.jit, at the first forward derivative of a process.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 D, B = 3, 5
 F64 = torch.float64
 TABLE = from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64)).cumprod(0))
-SCHEDULES = [EDM(), VE(), VP(), SubVP(), CosineVP(), TABLE]
+SCHEDULES = [EDM(), VE(), VP(), SubVP(), CosineVP(), TABLE, Rectified()]
 PREDICTIONS = ["score", "eps", "x0", "v", "flow", "edm"]
 
 
@@ -112,6 +112,7 @@ def test_every_prediction_along_every_schedule_gives_the_exact_scaled_score(sche
         (VP(), "timestep", lambda v: v / 1000, {}),
         (VP(), "timestep", lambda v: v / 999, {"num_timesteps": 999}),
         (TABLE, "timestep", float, {}),
+        (Rectified(), "timestep", lambda v: v / 1000, {}),
         (VP(), "c_noise", lambda v: VP().t_of_ratio(math.exp(4 * v)), {}),
     ],
 )
