@@ -13,7 +13,7 @@ A public function checks its arguments once; what it calls trusts them. Every me
     positive(where, "sigma", sigma, x), per_sample(...)                   shaped to broadcast
     check_flag(where, central=central, ...)                               True or False, no other
     check_callable(where, "model", model)
-    device_of, dtype_of, path_of, rows_at                                 what torch and files take
+    device_of, dtype_of, place_of, path_of, row_index, rows_at            what torch and files take
     with said_by(where, "normal"): ...                                    its errors name `where`
 """
 
@@ -178,6 +178,17 @@ class said_by:
                 error.args = (f"{self.where}: {self.names.get(name, name)}{space}{rule}",)
 
 
+def place_of(
+    where: str, device: object, dtype: object, dtypes: Sequence[torch.dtype] = FLOATING
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """A device, a floating dtype or both, as `Tensor.to` takes them; None is what is there."""
+    if isinstance(device, torch.dtype):
+        check(where, dtype is None, "one dtype must be given", f"{device} and {dtype}")
+        device, dtype = None, device
+    place = None if device is None else device_of(where, "device", device)
+    return place, None if dtype is None else dtype_of(where, "dtype", dtype, dtypes)
+
+
 # -------------------------------------------------------------------------------------- tensors
 
 Shape = tuple[int | str, ...]  # a letter fits any length, and a last "*dims" one axis or more
@@ -240,6 +251,17 @@ def fits(value: Tensor, shape: Shape) -> bool:
 
 def _shape_text(shape: Shape) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def row_index(where: str, index: Any, rows: int) -> Any:
+    """A slice, or a tensor of row numbers or flags, for a batch of so many rows; a single number
+    becomes the slice of that row."""
+    if not is_int(index):
+        return index
+    inside = -rows <= index < rows
+    check(where, inside, f"index must be a row of a batch of {rows}", index)
+    row = int(index) % rows
+    return slice(row, row + 1)
 
 
 def rows_at(where: str, value: Tensor, index: Any) -> Tensor:

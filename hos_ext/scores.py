@@ -6,15 +6,18 @@ The words of the package: everything else speaks in them and none of them import
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .checks import check, check_callable, check_like, check_low_rank, check_tensor, positive
+from .records import RowRecord, sizes
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores(RowRecord):
     """What a network returns at noise level sigma, in scaled quantities (all of order one).
 
     Attributes:
@@ -37,6 +40,9 @@ class Scores(NamedTuple):
     factor: Tensor | None = None
     sign: Tensor | None = None
 
+    def _summary(self) -> str:
+        return sizes(self.scaled_score, _rank(self.factor))
+
     def unscaled(self, sigma: float | Tensor) -> UnscaledScores:
         """s1, the diagonal of s2 and U.
 
@@ -55,7 +61,8 @@ class Scores(NamedTuple):
         return UnscaledScores(score / s, (self.c - 1) / s.square(), factor, self.sign)
 
 
-class UnscaledScores(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class UnscaledScores(RowRecord):
     """The scores themselves.
 
     Attributes:
@@ -77,6 +84,9 @@ class UnscaledScores(NamedTuple):
     factor: Tensor | None = None
     sign: Tensor | None = None
 
+    def _summary(self) -> str:
+        return sizes(self.score, _rank(self.factor))
+
     def scaled(self, sigma: float | Tensor) -> Scores:
         """sigma s1, 1 + sigma^2 diag, sigma U.
 
@@ -95,7 +105,8 @@ class UnscaledScores(NamedTuple):
         return Scores(self.score * s, 1 + self.diag * s.square(), factor, self.sign)
 
 
-class DenseScores(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseScores(RowRecord):
     """The scores themselves with the whole Hessian, for small D or an analytic density.
 
     Attributes:
@@ -113,6 +124,9 @@ class DenseScores(NamedTuple):
 
     score: Tensor
     hessian: Tensor
+
+    def _summary(self) -> str:
+        return sizes(self.score)
 
 
 @runtime_checkable
@@ -154,7 +168,8 @@ class SymmetricOperator(Protocol):
         """The matrices of these samples of the batch."""
 
 
-class MatrixFreeScores(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class MatrixFreeScores(RowRecord):
     """Scores whose Hessian is known by its products alone, for `sample(method="ozaki_lanczos")`.
 
     Attributes:
@@ -174,6 +189,13 @@ class MatrixFreeScores(NamedTuple):
 
     score: Tensor
     hessian: SymmetricOperator
+
+    def _summary(self) -> str:
+        return sizes(self.score, type(self.hessian).__name__)
+
+
+def _rank(factor: Tensor | None) -> str:
+    return f"rank {factor.shape[-1] if isinstance(factor, Tensor) else 0}"
 
 
 AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores

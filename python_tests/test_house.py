@@ -18,7 +18,7 @@ import hos_ext
 
 PACKAGE = Path(hos_ext.__file__).parent
 
-WORDS = {"scores", "random", "checks", "conditions", "storage"}
+WORDS = {"scores", "random", "records", "checks", "conditions", "storage"}
 BELOW = WORDS | {"ops", "schedules", "linalg", "tweedie"}
 WING = {"losses", "nn", "sampling", "diffusion", "uncertainty", "integrations"}
 LIBRARY = BELOW | WING | {"densities"}
@@ -40,9 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"app", FACE},
 }
 IMPORTS_C = {"hos_ext.ops._native"}
-TOUCHES_PRIVATE = {"hos_ext.ops._native", "hos_ext.ops._operator"}
+TOUCHES_PRIVATE = {"hos_ext.ops._native", "hos_ext.ops._operator", "hos_ext.records"}
 
-# Private names of torch that the two modules use. A new torch may drop one: then this test says so.
+# Private names of torch that these modules use. A new torch may drop one: then this test says so.
 PRIVATE = {
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._DisableFuncTorch",
@@ -60,6 +60,9 @@ PRIVATE = {
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
     "torch.autograd.function._SingleLevelFunction",
+    "torch.utils._pytree",
+    "torch.utils._pytree.GetAttrKey",
+    "torch.utils._pytree.register_pytree_node",
 }
 
 PUBLIC = {

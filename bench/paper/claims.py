@@ -282,7 +282,7 @@ def unet_training_steps(
         def loss(net=net, first=first):
             points = [x + sigma * noise] + [x] * (first == "vr")
             at = torch.cat(points)
-            score = net(at, torch.full((len(at),), sigma))[0] / sigma
+            score = net(at, torch.full((len(at),), sigma)).scaled_score / sigma
             if first == "vr":
                 return dsm_vr_loss(score.unflatten(0, (2, batch)), noise, sigma)
             return dsm_loss(score, noise, sigma)

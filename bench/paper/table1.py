@@ -262,7 +262,9 @@ def dense(name: str, rank: int, batch: int, sigma: float, seconds: float) -> dic
     noise = normal(tuple(x.shape), seed=_TEST_SEED, dtype=x.dtype)
     at = torch.cat([x + sigma * noise, x - sigma * noise, x])
     with torch.no_grad():
-        given = [value.unflatten(0, (3, batch)) for value in net(at)[:3] if value is not None]
+        scores = net(at)
+        parts = (scores.score, scores.diag, scores.factor)
+        given = [value.unflatten(0, (3, batch)) for value in parts if value is not None]
     inputs = [*given, noise, torch.full((batch,), sigma)]
     losses = {"ours": d2sm_vr_loss, "dense": peers.dense_d2sm_vr}
     steps = {key: peers.forward_backward(loss, inputs) for key, loss in losses.items()}

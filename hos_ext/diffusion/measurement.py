@@ -113,7 +113,8 @@ def _check_adjoint(where: str, problem: Problem) -> None:
 
 def moments_of(where: str, posterior: Posterior) -> tuple[Tensor, DPLR]:
     """Mean and covariance, the latter finite and not negative."""
-    mean, covariance = check_kind(where, "posterior", posterior, Posterior)
+    check_kind(where, "posterior", posterior, Posterior)
+    mean, covariance = posterior.mean, posterior.covariance
     check_posterior(where, posterior)
     diag, factor, of = covariance.diag, covariance.factor, "of the posterior covariance"
     for part, value in (("diagonal part", diag), ("factor", factor)):

@@ -159,7 +159,8 @@ def _clean_sample(run: Run, x: Tensor, t: float, covariance_form: str) -> tuple[
         mean = (x + sigma * run.scores(x, t, "scaled_score").scaled_score) / alpha
         return mean, DPLR(torch.zeros_like(x).flatten(1))
     scores = run.scores(x, t, "scaled_score", "c", "factor")
-    mean, covariance = posterior(x, scores, sigma, alpha)
+    found = posterior(x, scores, sigma, alpha)
+    mean, covariance = found.mean, found.covariance
     variance = covariance.diagonal()
     run.check_not_negative("posterior variance", variance, t)
     return mean, DPLR(variance) if covariance_form == "diagonal" else covariance

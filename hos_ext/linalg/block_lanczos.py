@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..checks import check, check_count, check_flag, check_kind, check_number
 from ..ops.noise import draw_normal
 from ..random import STREAM_START, Key
+from ..records import RowRecord, unusual
 from ..scores import SymmetricOperator
 from .dplr import DPLR, check_whole
 from .rational_krylov import fix_signs
@@ -19,7 +21,8 @@ _CAPACITY = 64  # columns of the Krylov basis before it is restarted, or 6 k if 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-class Eigenpairs(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenpairs(RowRecord):
     """Extreme eigenpairs of each matrix of a batch, and how well they are one.
 
     Attributes:
@@ -42,6 +45,10 @@ class Eigenpairs(NamedTuple):
     residuals: Tensor
     products: int
     converged: Tensor
+
+    def _summary(self) -> str:
+        batch, size, columns = self.vectors.shape
+        return ", ".join([f"B={batch}, D={size}, k={columns}", *unusual(self.vectors)])
 
 
 class _Ritz(NamedTuple):

@@ -7,6 +7,7 @@ through r x r matrices, and `rational_krylov` finds eigenpairs. A D x D matrix i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import (
+    WIDE,
     check,
     check_int,
     check_low_rank,
@@ -22,11 +24,14 @@ from ..checks import (
     check_tensor,
     is_int,
     per_sample,
+    place_of,
+    row_index,
     rows_at,
     said_by,
 )
 from ..ops.noise import draw_normal
 from ..random import STREAM_POSTERIOR, Key, fresh_seed
+from ..records import register_tree
 from . import woodbury
 from .derivatives import attach, change_of_product, derivative_wanted, low_rank_change
 from .rational_krylov import fix_signs, leading_vectors
@@ -91,6 +96,17 @@ class DPLR:
         matrix.sign = None if sign is None else sign.detach().to(diag.dtype)
         return matrix
 
+    def __len__(self) -> int:
+        return len(self.diag)
+
+    def __getitem__(self, index: int | slice | Tensor) -> DPLR:
+        """`rows`; a single number keeps the batch axis."""
+        return self.rows(row_index("DPLR[index]", index, len(self)))
+
+    def __iter__(self) -> Iterator[DPLR]:
+        """The matrices of the batch one by one, each a batch of one."""
+        return (self[row : row + 1] for row in range(len(self)))
+
     def rows(self, index: Tensor | slice) -> DPLR:
         """The matrices of these samples of the batch."""
         where = "DPLR.rows"
@@ -130,11 +146,20 @@ class DPLR:
         batch, size = self.diag.shape
         return f"DPLR(B={batch}, D={size}, rank={self.rank}{signed}, {self.dtype}, {self.device})"
 
-    def to(self, *args: Any, **kwargs: Any) -> DPLR:
-        """The same matrix on another device or in another dtype; arguments as `Tensor.to`."""
-        diag = self.diag.to(*args, **kwargs)
-        sign = None if self.sign is None else self.sign.to(diag.device)
-        return DPLR(diag, self.factor.to(*args, **kwargs), sign)
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DPLR:
+        """The same matrix on another device or in another dtype: `to("cuda")`,
+        `to(torch.float64)`, `to("cuda", torch.float64)`.
+
+        Raises:
+            TypeError, ValueError: device is no device, dtype is not float32 or float64.
+        """
+        place, kind = place_of("DPLR.to", device, dtype, WIDE)
+        diag, factor = self.diag.to(place, kind), self.factor.to(place, kind)
+        return DPLR.of(diag, factor, None if self.sign is None else self.sign.to(place))
 
     # -------------------------------------------------------------------------------- elementary
 
@@ -376,6 +401,18 @@ class DPLR:
 def _whitened_eigh(diag: Tensor, factor: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """`low_rank_eigh` of U / sqrt(d)."""
     return low_rank_eigh(factor / diag.sqrt().unsqueeze(-1), sign)
+
+
+def _from_parts(values: Iterable[Any], names: Iterable[str]) -> DPLR:
+    """A matrix of whatever torch's trees hold; nothing is checked or read."""
+    matrix = DPLR.__new__(DPLR)
+    matrix.sign = None
+    for name, value in zip(names, values, strict=True):
+        setattr(matrix, name, value)
+    return matrix
+
+
+register_tree(DPLR, lambda matrix: ("diag", "factor", "sign"), _from_parts)
 
 
 def check_whole(where: str, name: str, matrix: DPLR) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops.noise import draw_uniform
 from ..random import STREAM_PROBE, Key
+from ..records import RowRecord, sizes
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Estimate(RowRecord):
     """The mean of independent terms, and what to expect of its error.
 
     Attributes:
@@ -24,11 +26,16 @@ class Estimate(NamedTuple):
         >>> from hos_ext.linalg import ScoreHessian
         >>> hessian = ScoreHessian(lambda x: -2 * x, torch.ones(1, 3))
         >>> hessian.estimate_trace(2, seed=0)
-        Estimate(value=tensor([-6.]), standard_error=tensor([0.]))
+        Estimate(1 x ())
+        >>> hessian.estimate_trace(2, seed=0).value
+        tensor([-6.])
     """
 
     value: Tensor
     standard_error: Tensor
+
+    def _summary(self) -> str:
+        return sizes(self.value)
 
 
 def mean(chunks: Iterator[Tensor]) -> Estimate:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import check, check_callable, check_count, check_tensor
+from ..records import RowRecord
 from .spectrum import Function, Matvec, MatvecOfRows
 
 _BREAKDOWN = 10  # a Lanczos beta this many epsilons of the norm of A is rounding
@@ -18,7 +18,8 @@ _GUESSED = 0.1  # what a change by a guessed step counts: 1 costs iterations, .0
 _MAX_ITERATIONS = 200
 
 
-class LanczosResult(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class LanczosResult(RowRecord):
     """f(A) v for each function, and per sample how it was reached.
 
     Attributes:
@@ -41,6 +42,13 @@ class LanczosResult(NamedTuple):
     error: Tensor
     iterations: Tensor
     converged: Tensor
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+    def _summary(self) -> str:
+        functions = f"{len(self.values)} function{'s' * (len(self.values) != 1)}"
+        return f"{functions}, {len(self)} rows"
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ A row (sample) with NaN or inf gives NaN in that row and leaves the others as th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check, check_tensor, per_sample, said_by
+from ..records import RowRecord, unusual
 from ..scores import SymmetricOperator
 from .derivatives import (
     Change,
@@ -39,7 +41,8 @@ _SYMMETRY = {torch.float32: 1e-5, torch.float64: 1e-10}  # allowed asymmetry ove
 _SPREAD = 8  # allowed spread of a constant diagonal, in machine epsilons
 
 
-class Spectrum(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(RowRecord):
     """Q diag(values) Q^T + rest (I - Q Q^T) for each sample of a batch.
 
     Attributes:
@@ -60,17 +63,25 @@ class Spectrum(NamedTuple):
     values: Tensor
     rest: Tensor | None
 
+    def _summary(self) -> str:
+        batch, size, columns = self.basis.shape
+        return ", ".join([f"B={batch}, D={size}, m={columns}", *unusual(self.basis)])
 
+
+@dataclass(frozen=True, eq=False, repr=False)
 class _Derived(Spectrum):
-    """A spectrum of a matrix that is differentiated."""
+    """A spectrum of a matrix that is differentiated, with the change of that matrix.
 
-    change: Change  # of the matrix
+    What is made of it, as its rows, is a plain spectrum: its basis refuses gradients.
+    """
 
-    @classmethod
-    def of(cls, basis: Tensor, values: Tensor, rest: Tensor | None, change: Change) -> _Derived:
-        spectrum = cls(basis, values, rest)
-        spectrum.change = change
-        return spectrum
+    change: Change
+
+    def _names(self) -> tuple[str, ...]:
+        return "basis", "values", "rest"
+
+    def replace(self, **changes: Any) -> Spectrum:  # type: ignore[override]
+        return Spectrum(self.basis, self.values, self.rest).replace(**changes)
 
 
 def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum:
@@ -108,7 +119,7 @@ def dense_spectrum(matrix: Tensor, *, where: str = "dense_spectrum") -> Spectrum
         return Spectrum(basis, values, None)
     change = dense_change(where, even)
     values = attach_values(values, basis, change)
-    return _Derived.of(without_derivative(where, basis, even), values, None, change)
+    return _Derived(without_derivative(where, basis, even), values, None, change)
 
 
 def check_symmetric(where: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +211,7 @@ def isotropic_spectrum(
     change = shifted_change(where, change, rest)
     values = attach_values(values, basis, change)
     basis = without_derivative(where, basis, columns)
-    return _Derived.of(basis, values, None if whole else rest, change)
+    return _Derived(basis, values, None if whole else rest, change)
 
 
 def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ def spectrum_apply(spectrum: Spectrum, function: Function, v: Tensor) -> Tensor:
         >>> spectrum_apply(spectrum, lambda y: y.square(), torch.ones(1, 2))
         tensor([[25.,  1.]])
     """
-    basis, values, rest = spectrum
+    basis, values, rest = spectrum.basis, spectrum.values, spectrum.rest
     if isinstance(spectrum, _Derived):
         basis, values = basis.detach(), values.detach()
         rest = None if rest is None else rest.detach()
@@ -254,7 +265,7 @@ def spectrum_logdet(spectrum: Spectrum, function: Function) -> Tensor:
         >>> spectrum_logdet(spectrum, torch.exp)
         tensor([6.])
     """
-    basis, values, rest = spectrum
+    basis, values, rest = spectrum.basis, spectrum.values, spectrum.rest
     total = function(values).log().sum(-1)
     if rest is None:
         return total

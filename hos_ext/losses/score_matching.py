@@ -472,7 +472,8 @@ def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bo
     check(where, isinstance(scores, Scores), "model must return Scores", got, TypeError)
     shape: Shape = tuple(points.shape)
     value: Any
-    for name, value in zip(("scaled_score", "c", "factor"), scores[:3], strict=True):
+    for name in ("scaled_score", "c", "factor"):
+        value = getattr(scores, name)
         if name == "factor":
             if value is None:
                 return

@@ -202,7 +202,7 @@ class SecondOrderHead(nn.Module):
         scores = self.head(x, sigma, scaled_score, **known)
         if not isinstance(scores, Scores):
             raise TypeError(f"{where}: head must return Scores, got {type(scores).__name__}")
-        return scores._replace(scaled_score=scaled_score)
+        return Scores(scaled_score, scores.c, scores.factor, scores.sign)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -59,6 +59,9 @@ def begin_chains(
 def _resume(state: ChainState, seed: int | None, first_chain: int) -> ChainState:
     """A copy of the state, with which a seed and a first_chain must agree if they are given."""
     keys = f"keys {sorted(state)}" if isinstance(state, dict) else type(state).__name__
+    unnumbered = isinstance(state, dict) and state.keys() == {"x", "step", "since_draw", "seed"}
+    rule = "state must be of chains that follow one another (init=state['x'] starts others)"
+    check(_WHERE, not unnumbered, rule, "rows that do not")
     whole_state = isinstance(state, dict) and ChainState.__required_keys__ <= state.keys()
     check(_WHERE, whole_state, "state must be the state of Chains", keys, TypeError)
     for name, value, unset in (("seed", seed, None), ("first_chain", first_chain, 0)):

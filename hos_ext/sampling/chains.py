@@ -11,15 +11,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check, check_callable, check_flag, check_kind, require
+from ..checks import check, check_callable, check_flag, check_kind, require, row_index, rows_at
 from ..conditions import Conditions, check_conditions, condition_rows
 from ..random import Key
+from ..records import RowRecord, unusual
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
 from .methods.base import Report, StepOptions
@@ -42,7 +44,8 @@ class ChainOptions(StepOptions, total=False):
     model_kwargs: Conditions | None
 
 
-class Chains(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Chains(RowRecord):
     """What a run gives.
 
     Attributes:
@@ -54,6 +57,29 @@ class Chains(NamedTuple):
     draws: Tensor
     stats: dict[str, Any]
     state: ChainState
+
+    def _summary(self) -> str:
+        chains, draws, *dims = self.draws.shape
+        return ", ".join([f"{chains} x {draws} x {tuple(dims)}", *unusual(self.draws)])
+
+    def __getitem__(self, index: int | slice | Tensor) -> Chains:
+        """Some chains, with their statistics. Chains that follow one another can be gone on with
+        from their `state`, exactly; of others it lacks `first_chain`, which numbers their noise.
+        """
+        where, chains = "Chains[index]", len(self.draws)
+        index = row_index(where, index, chains)
+        draws = rows_at(where, self.draws, index)
+        stats = {
+            name: value[index] if isinstance(value, Tensor) and value.shape == (chains,) else value
+            for name, value in self.stats.items()
+        }
+        state: Any = {**self.state, "x": self.state["x"][index]}
+        numbers = torch.arange(chains, device=draws.device)[index]
+        if len(numbers) and not bool((numbers.diff() == 1).all()):
+            del state["first_chain"]
+        elif len(numbers):
+            state["first_chain"] += int(numbers[0])
+        return Chains(draws, stats, state)
 
     def to_arviz(self, name: str = "x") -> Any:
         """The draws and the per-chain statistics as ArviZ data (an xarray DataTree).

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..checks import (
 )
 from ..conditions import Conditions, check_conditions
 from ..random import Key, fresh_seed
+from ..records import Record
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype
 from .chains import ChainOptions, bound, sample
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class StepSizeSearch(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class StepSizeSearch(Record):
     """What `search_step_size` found, and what it saw on the way.
 
     Attributes:
@@ -47,8 +50,12 @@ class StepSizeSearch(NamedTuple):
     step_sizes: list[float]
     rates: list[float]
 
+    def _summary(self) -> str:
+        return f"step_size {self.step_size:.4g}, best of {len(self.step_sizes)}"
 
-class StepSizeAdaptation(NamedTuple):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StepSizeAdaptation(Record):
     """What `adapt_step_size` found, and the chains it warmed up.
 
     Attributes:
@@ -66,6 +73,10 @@ class StepSizeAdaptation(NamedTuple):
     divergences: Tensor
     diverged: Tensor
     state: ChainState
+
+    def _summary(self) -> str:
+        steps, chains = len(self.step_sizes), len(self.diverged)
+        return f"step_size {self.step_size:.4g} after {steps} steps of {chains} chains"
 
 
 def search_step_size(

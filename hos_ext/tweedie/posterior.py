@@ -17,8 +17,9 @@ on words alone. There is no third place.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,10 +37,12 @@ from ..checks import (
     said_by,
 )
 from ..linalg.dplr import DPLR, check_whole
+from ..records import RowRecord, sizes
 from ..scores import Scores, tweedie_mean
 
 
-class Posterior(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Posterior(RowRecord):
     """The first two moments of the clean sample given the noisy one, read as a Gaussian.
 
     Attributes:
@@ -61,6 +64,9 @@ class Posterior(NamedTuple):
 
     mean: Tensor
     covariance: DPLR
+
+    def _summary(self) -> str:
+        return sizes(self.mean, f"rank {getattr(self.covariance, 'rank', '?')}")
 
     @property
     def std(self) -> Tensor:
@@ -195,7 +201,7 @@ def check_posterior(where: str, posterior: Posterior, prefix: str = "posterior."
 
     A posterior is a record that anyone may fill, so whoever takes one looks at it.
     """
-    mean, covariance = posterior
+    mean, covariance = posterior.mean, posterior.covariance
     check_samples(where, f"{prefix}mean", mean)
     check_kind(where, f"{prefix}covariance", covariance, DPLR)
     check_whole(where, f"{prefix}covariance", covariance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from ..checks import check, check_int, check_kind, check_number, check_shape, ch
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key
+from ..records import Record
 from ..tweedie.posterior import Posterior, check_posterior
 
 _BAND = 1.959964  # normal quantile of a two-sided 95%
 
 
-class CalibrationReport(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class CalibrationReport(Record):
     """What `calibration_report` found; 1 is calibrated and above 1 overconfident.
 
     Attributes:
@@ -58,6 +60,12 @@ class CalibrationReport(NamedTuple):
     levels: Tensor
     entries: Tensor
     ellipsoid: Tensor
+
+    def _summary(self) -> str:
+        return (
+            f"{self.samples} x ({self.size},), mahalanobis {self.mahalanobis:.3f}, "
+            f"trace_ratio {self.trace_ratio:.3f}"
+        )
 
     def __str__(self) -> str:
         lines = [

@@ -306,7 +306,7 @@ def test_evaluate_is_json_even_of_a_model_without_numbers():
 def test_a_negative_variance_covers_nothing():
     def overconfident(x, sigma):
         scores = _gaussian(x, sigma)
-        return scores._replace(c=scores.c * torch.tensor([1.0, 1.0, 1.0, -1.0]))
+        return scores.replace(c=scores.c * torch.tensor([1.0, 1.0, 1.0, -1.0]))
 
     level = evaluate(overconfident, _source((4,), rows=200), [0.5], seed=0)["levels"][0]
     assert max(level["coverage"]["raw"]) <= 0.75

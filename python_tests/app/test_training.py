@@ -890,7 +890,7 @@ class _OverflowApart(nn.Module):
         return (
             scores
             if torch.is_grad_enabled()
-            else scores._replace(scaled_score=scores.scaled_score / 0)
+            else scores.replace(scaled_score=scores.scaled_score / 0)
         )
 
 

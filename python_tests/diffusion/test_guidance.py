@@ -453,7 +453,8 @@ def test_guided_images_match_the_dense_moments(kind, signed):
     operator, matrix = operators()[kind]
     x = torch.randn(4, *DIMS, generator=g, dtype=F64)
     y = torch.randn(4, len(matrix), generator=g, dtype=F64)
-    score, kappa = a_posterior(signed=signed)
+    scaled = a_posterior(signed=signed)
+    score, kappa = scaled.mean, scaled.covariance
     head = Scores(score, kappa.diag.reshape(x.shape), kappa.factor, kappa.sign)
     sigma = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=F64)
     s = sigma.reshape(-1, 1, 1)

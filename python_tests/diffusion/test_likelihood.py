@@ -197,7 +197,7 @@ def test_a_trace_without_its_factor_is_seen():
     x, full = low.sample(5, seed=0), exact_model(MIXTURE, VP_)
 
     def no_factor(x: Tensor, sigma: Tensor) -> Scores:
-        return full(x, sigma)._replace(factor=None)
+        return full(x, sigma).replace(factor=None)
 
     def signed(x: Tensor, sigma: Tensor) -> Scores:
         scores = full(x, sigma)
@@ -231,7 +231,7 @@ def test_each_image_gets_the_sum_of_its_pixels():
     )
     assert (value - low.log_prob(x)).abs().max() < 1e-4
     single = log_likelihood(
-        lambda y, sigma: Scores(*(v.float() for v in model(y, sigma)[:2])),
+        lambda y, sigma: model(y, sigma).to(torch.float32),
         x.reshape(3, 3, 4).float(),
         schedule,
         n_steps=60,

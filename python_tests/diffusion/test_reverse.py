@@ -481,7 +481,7 @@ def test_score_alone_suffices_where_only_the_score_is_used():
     full = exact_model(GAUSSIAN, schedule)
 
     def alone(x: Tensor, sigma: Tensor) -> Scores:
-        return gaussian_model(GAUSSIAN, schedule)(x, sigma)._replace(c=None)
+        return gaussian_model(GAUSSIAN, schedule)(x, sigma).replace(c=None)
 
     x = prior((50, D), schedule, seed=0, dtype=F64)
     near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
@@ -764,11 +764,11 @@ def with_value(name: str, value: float, row: int, before: float):
     """`rowwise` with a bad value in one row where sigma is below a level."""
 
     def model(x: Tensor, sigma: Tensor) -> Scores:
-        scores = rowwise(x, sigma)._replace(sign=None)
+        scores = rowwise(x, sigma).replace(sign=None)
         field = getattr(scores, name).clone()
         if sigma[0] < before and len(x) > row:
             field[row] = value
-        return scores._replace(**{name: field})
+        return scores.replace(**{name: field})
 
     return model
 

@@ -42,7 +42,7 @@ from entries import Entry, entries, invoke, valid_call  # noqa: E402
 from values import Changed, change, excluded  # noqa: E402
 from workers import Record, Worker, answers  # noqa: E402
 
-from hos_ext import DPLR  # noqa: E402
+from hos_ext import DPLR, records  # noqa: E402
 from hos_ext.scores import SymmetricOperator  # noqa: E402
 
 RECORD = Record(HERE / "api_fuzz.json", "calls", {})
@@ -79,7 +79,7 @@ def make_call(seed: int) -> Call:
     rng = random.Random(seed)
     entry = rng.choice(list(entries().values()))
     valid = valid_call(entry, seed)
-    names = [n for n in entry.kinds if n != "self" or hasattr(valid["self"], "_fields")]
+    names = [n for n in entry.kinds if n != "self" or isinstance(valid["self"], records.Record)]
     count = min(len(names), rng.choices([1, 2, 3], [70, 20, 10])[0])
     changed: dict[str, Changed] = {}
     for name in rng.sample(names, count) if names else []:
@@ -145,7 +145,7 @@ def _parts(call: Call) -> set[str]:
     """The fields of the records among the arguments, by which a message may name them."""
     found = {"matrix"} if "self" in call.entry.kinds else set()
     for value in call.valid.values():
-        found |= set(getattr(value, "_fields", ()))
+        found |= {*getattr(value, "__dataclass_fields__", getattr(value, "_fields", ()))}
         if hasattr(value, "covariance") or isinstance(value, DPLR):
             found |= {"diag", "factor", "sign"}
     return found
@@ -171,6 +171,8 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(result.parts))
     elif isinstance(result, SymmetricOperator):
         yield result.dense().detach()
+    elif isinstance(result, records.Record):
+        yield from _tensors([getattr(result, name) for name in result.__dataclass_fields__])
     elif isinstance(result, (list, tuple)):
         for part in result:
             yield from _tensors(part)

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 import hos_ext
 from hos_ext import densities, integrations, linalg, losses, nn, sampling, schedules
+from hos_ext.records import Record
 from hos_ext.scores import Scores, UnscaledScores
 from hos_ext.tweedie import Posterior
 
@@ -158,7 +159,7 @@ def _entry(name: str, call: Callable[..., Any], prefixes: tuple[str, ...]) -> En
 
 def _class_entries(room: str, cls: type) -> list[Entry | None]:
     found: list[Entry | None] = []
-    record, name = issubclass(cls, tuple), f"{room}.{cls.__name__}"
+    record, name = issubclass(cls, (tuple, Record)), f"{room}.{cls.__name__}"
     protocol = getattr(cls, "_is_protocol", False)
     if protocol or issubclass(cls, dict):
         return []

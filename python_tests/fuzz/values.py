@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from hos_ext import DPLR, Posterior, Scores, UnscaledScores
+from hos_ext.records import Record
 
 Change = Callable[[Any], Any]
 
@@ -298,7 +299,7 @@ def _changes(value: Any, rng: random.Random) -> list[Changed]:
     if isinstance(value, str):
         same = [Changed(str(np.str_(value)), "np.str_", True)]
         return [*same, *(Changed(v, f"{v!r}") for v in (value.upper(), value + " ", [value]))]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, Record) or hasattr(value, "_fields"):
         return [_field_changed(value, rng)]
     if isinstance(value, (list, tuple)):
         return _sequences(value, rng)
@@ -320,11 +321,13 @@ def _changes(value: Any, rng: random.Random) -> list[Changed]:
 
 
 def _field_changed(value: Any, rng: random.Random) -> Changed:
-    """A field of a named tuple is another."""
-    field = rng.choice(value._fields)
+    """A field of a record or of a named tuple is another."""
+    record = isinstance(value, Record)
+    field = rng.choice([*value.__dataclass_fields__] if record else value._fields)
     inner = getattr(value, field)
     new = change(inner, rng)
-    return Changed(value._replace(**{field: new.value}), f"{field}: {new.done}", new.same)
+    replace = value.replace if record else value._replace
+    return Changed(replace(**{field: new.value}), f"{field}: {new.done}", new.same)
 
 
 def _sequences(value: Any, rng: random.Random) -> list[Changed]:

@@ -218,7 +218,7 @@ def test_tau_may_be_a_scalar_tensor():
 def test_calibration_refuses_another_posterior():
     x, fit = random_posterior(3, 4, 1)
     with pytest.raises(TypeError) as error:
-        calibration(x, tuple(fit))
+        calibration(x, (fit.mean, fit.covariance))
     assert str(error.value) == "calibration: posterior must be a Posterior, got tuple"
 
 

@@ -146,7 +146,7 @@ def test_a_row_that_is_not_finite_is_nan_and_harms_no_other(kind: Any) -> None:
     for field, row in (("scaled_score", 0), ("c", 1), ("factor", 3)):
         broken = getattr(scores, field).clone(memory_format=torch.contiguous_format)
         broken[row].view(-1)[0] = torch.nan
-        got = outlier_score(scores._replace(**{field: broken}), kind=kind)
+        got = outlier_score(scores.replace(**{field: broken}), kind=kind)
         assert got.isnan().nonzero().flatten().tolist() == [row]
         kept = torch.arange(4) != row
         torch.testing.assert_close(got[kept], want[kept])

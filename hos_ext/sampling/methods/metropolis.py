@@ -167,5 +167,8 @@ def _pick_scores(pick: Callable[[Any, Any], Any], new: AnyScores, old: AnyScores
             "sample: score_fn must return the same kind of scores at every call, got "
             f"{type(new).__name__} after {type(old).__name__}"
         )
-    rows = [name for name in new._fields if name != "sign"]  # the batch shares its signs
-    return new._replace(**{name: pick(getattr(new, name), getattr(old, name)) for name in rows})
+    kind: Any = type(new)  # of the package, or a dataclass or NamedTuple of the user
+    names = kind._fields if issubclass(kind, tuple) else kind.__dataclass_fields__
+    pairs = {name: (getattr(new, name), getattr(old, name)) for name in names}
+    # The batch shares its signs.
+    return kind(**{k: new if k == "sign" else pick(new, old) for k, (new, old) in pairs.items()})
