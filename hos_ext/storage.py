@@ -102,8 +102,20 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
             left.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path | str) -> None:
-    """Makes the folder if need be and tries a file in it: OSError before the work, not after."""
+def check_writable(folder: Path | str, *, make: bool = True) -> None:
+    """Makes the folder if need be and tries a file in it: OSError before the work, not after.
+
+    Without `make` nothing is written: the folder, or the first one above that is there, is asked
+    whether it may be written to.
+    """
+    if not make:
+        place = Path(folder).absolute()
+        there = next(each for each in (place, *place.parents) if each.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+        return
     with _naming(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

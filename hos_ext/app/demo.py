@@ -28,7 +28,13 @@ QUICK = {"width": 64, "head_width": 64, "depth": 2, "batch_size": 32, "steps": 4
 
 
 def prepare(
-    out: Path, *, seed: int = 0, steps: int = 4000, quick: bool = False, force: bool = False
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int = 4000,
+    quick: bool = False,
+    device: str = "auto",
+    force: bool = False,
 ) -> runs.Run:
     """The checked training run of the demonstration, in out/run.
 
@@ -37,6 +43,7 @@ def prepare(
         seed: of every random choice. Same seed, same numbers, timings apart.
         steps: of training.
         quick: few steps of everything, to see that it runs; the figures then mean nothing.
+        device: auto, cpu, cuda or cuda:N, for the training.
         force: what is in out may be replaced.
 
     Raises:
@@ -45,11 +52,20 @@ def prepare(
     free = force or not (out / "report.html").exists()
     check("demo", free, "--out must hold no report (--force replaces it)", out)
     small = QUICK | {"steps": min(steps, QUICK["steps"])} if quick else {}
-    given = {"data": "digits", "seed": seed, "steps": steps, "tracker": "none"} | small
+    given = {"data": "digits", "seed": seed, "steps": steps, "tracker": "none"}
+    given |= {"device": device} | small
     return runs.prepare(given, out / "run", force=force)
 
 
-def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> dict[str, Any]:
+def run_demo(
+    job: runs.Run,
+    out: Path,
+    *,
+    program: str,
+    quick: bool = False,
+    console: Any = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Trains, checks and samples; writes report.html, metrics.json and figures to out.
 
     Args:
@@ -57,6 +73,8 @@ def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> 
         out: folder of the report.
         program: what a reader types for `hos-ext`.
         quick: as in `prepare`.
+        console: of rich, for what it says; None is stdout.
+        progress: of the training, as in `training.train`.
 
     Returns:
         The content of metrics.json.
@@ -64,12 +82,14 @@ def run_demo(job: runs.Run, out: Path, *, program: str, quick: bool = False) -> 
     Raises:
         RuntimeError: the loss stopped being finite, or an extra is missing.
     """
-    console = require("demo", "rich.console").Console(highlight=False, soft_wrap=True)
+    if console is None:
+        made = require("demo", "rich.console").Console
+        console = made(highlight=False, soft_wrap=True, markup=False)
     started = time.perf_counter()
     seed, source = job.options["seed"], job.source
     chains, steps, burn_in = (8, 20, 2) if quick else (32, 1000, 200)
     console.print(f"Training a rank-{job.options['rank']} second-order model on 8x8 digits")
-    trained = runs.fit(job, progress=True)
+    trained = runs.fit(job, progress=progress)
     model, facts = runs.load_run(job.out)
 
     console.print("Denoising held-out digits")
@@ -156,7 +176,7 @@ def _summary(console: Any, metrics: dict[str, Any], report: Path) -> None:
             f"{row['method']:8} h = {row['step_size']:.3f}: smallest ESS {row['min_ess']:.0f}, "
             f"{row['us_per_step']:.0f} us a step"
         )
-    console.print(f"[bold]Open {report}[/bold] ({metrics['train']['total_seconds']:.0f} s in all)")
+    console.print(f"Open {report} ({metrics['train']['total_seconds']:.0f} s in all)")
 
 
 def next_commands(out: Path, program: str) -> str:

@@ -579,7 +579,7 @@ def test_no_command_shows_help(capsys):
         (
             ["denoise", "FOLDER", "--device", "tpu"],
             2,
-            "load_run: device must be auto, cpu, or one that is there, got 'tpu'",
+            "load_run: device must be auto, cpu, cuda or cuda:N, got 'tpu'",
         ),
         (
             ["chains", "FOLDER", "--steps", "8", "--thin", "3"],

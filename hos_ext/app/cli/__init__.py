@@ -58,6 +58,8 @@ def run(arguments: list[str]) -> int:
         if code != 130:
             return code or 0
         message = "stopped"
+    except SystemExit as done:  # the shell asked for completions, or for the script of them
+        return done.code if isinstance(done.code, int) else 0
     except (KeyboardInterrupt, Exception) as error:
         message, code = explain(error)
         if message.startswith("No such command"):
@@ -76,12 +78,13 @@ def _warning_line(message: Any, *_: Any) -> str:
 def _application(typer: Any) -> Any:
     """All commands as one application of typer."""
     application = typer.Typer(
-        help=_HELP,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
+    output = importlib.import_module(".output", __name__)
+    application.callback(help=_HELP)(output.start)
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)
-        application.command(name)(getattr(module, name))
+        application.command(name)(output.takes_output(getattr(module, name)))
     return application

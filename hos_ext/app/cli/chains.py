@@ -11,6 +11,7 @@ from ..options import FOLDER
 from .common import (
     Data,
     Device,
+    DryRun,
     Force,
     Out,
     RunFolder,
@@ -20,6 +21,7 @@ from .common import (
     check_available,
     console,
     noise_level,
+    place_of,
 )
 from .errors import checking
 
@@ -59,6 +61,7 @@ def chains(
     test_data: TestData = None,
     out: Out = None,
     force: Force = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Draw chains of noisy data, from held-out samples; also on several processes.
 
@@ -71,21 +74,29 @@ def chains(
     Writes chains-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
     of a chain does not depend on the number of processes.
     """
-    place, main = out or folder, training.is_main()
+    main = training.is_main()
     with checking():
         _check_chains(method, step_size, steps, thin)
         model, facts = runs.load_run(folder, device=device)
+        place = place_of("chains", folder, out)
         level = noise_level("chains", facts, sigma)
         for module in ("h5netcdf", "h5py") if netcdf else ():
             require("chains --netcdf", module)
         if main:
             names = results.chains_files(method, netcdf=netcdf)
             results.refuse_existing("chains", place, names, force=force)
-            storage.check_writable(place)
+            storage.check_writable(place, make=not dry_run)
         source = runs.open_data(facts, data, test_data)
         check_available("chains", "--chains", chains, len(source.test))
-    starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
     size = results.methods()[method] * level**2 if step_size is None else step_size
+    if dry_run:
+        if main:
+            console().print(
+                f"dry run: would draw {chains} chains of {burn_in} + {steps} steps of {method}, "
+                f"step size {size:g}, at sigma {level:g} and write {', '.join(names)} to {place}"
+            )
+        return
+    starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
     dynamics = results.Dynamics(level, method, size)
     with results.ranks():
         found, ess = results.run_chains_over_ranks(

@@ -11,6 +11,7 @@ import typer
 
 from ...checks import check, require
 from ..options import FOLDER
+from .output import talks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,17 @@ Out = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=FOLDER)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout and nothing else, for programs.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, say what would be done, and write nothing.",
+        rich_help_panel=FOLDER,
+    ),
 ]
 
 
@@ -96,10 +108,20 @@ def check_available(command: str, option: str, count: int, available: int) -> No
     check(command, count <= available, rule, count)
 
 
-def console() -> "Console":
-    """The terminal: numbers are not coloured, lines not broken."""
-    made: Console = require("cli", "rich.console").Console(highlight=False, soft_wrap=True)
+def console(*, shown: bool = True) -> "Console":
+    """The terminal: numbers are not coloured, lines not broken; with --quiet it is silent."""
+    quiet = not (shown and talks())
+    made: Console = require("cli", "rich.console").Console(
+        highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet
+    )
     return made
+
+
+def place_of(command: str, folder: Path, out: Path | None) -> Path:
+    """The folder that a command writes to: --out, or that of the run."""
+    rule = f"--out must be given where RUN is no folder ({folder} is a model of the hub)"
+    check(command, out is not None or folder.is_dir(), rule, "none")
+    return out or folder
 
 
 def program() -> str:

@@ -7,8 +7,9 @@ import typer
 
 from .. import demo as demonstration
 from ..options import OPTIONS
-from .common import Force, Seed, program
+from .common import Device, Force, Seed, console, program
 from .errors import checking
+from .output import talks
 
 
 def demo(
@@ -18,6 +19,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps only, to see that it runs.")
     ] = False,
+    device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Train on real digits, denoise with uncertainty, check it, sample; write a report.
@@ -31,5 +33,10 @@ def demo(
     Writes report.html, its figures and metrics.json, and the run itself to OUT/run.
     """
     with checking():
-        job = demonstration.prepare(out, seed=seed, steps=steps, quick=quick, force=force)
-    demonstration.run_demo(job, out, program=program(), quick=quick)
+        job = demonstration.prepare(
+            out, seed=seed, steps=steps, quick=quick, device=device, force=force
+        )
+    terminal = console()
+    demonstration.run_demo(
+        job, out, program=program(), quick=quick, console=terminal, progress=talks()
+    )

@@ -12,6 +12,7 @@ from .common import (
     NOISE,
     Data,
     Device,
+    DryRun,
     Force,
     Out,
     RunFolder,
@@ -21,6 +22,7 @@ from .common import (
     check_available,
     console,
     noise_level,
+    place_of,
 )
 from .errors import checking
 
@@ -60,6 +62,7 @@ def denoise(
     test_data: TestData = None,
     out: Out = None,
     force: Force = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Denoise images or arrays: mean, standard deviation, principal components, report.
 
@@ -78,7 +81,7 @@ def denoise(
         known = not files or sigma is not None or raw_sigma is not None
         check("denoise", known, "--sigma or --raw-sigma must be given for files", "none")
         level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scaling.scale)
-        place = out or folder
+        place = place_of("denoise", folder, out)
         results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
         if files:
             one_of("denoise", "--units", units, results.UNITS)
@@ -89,7 +92,13 @@ def denoise(
             names = [f"held-out {i}" for i in range(count)]
             source = runs.open_data(facts, data, test_data)
             check_available("denoise", "--count", count, len(source.test))
-        storage.check_writable(place)
+        storage.check_writable(place, make=not dry_run)
+    if dry_run:
+        console().print(
+            f"dry run: would denoise {len(names)} samples of shape {shape} at sigma {level:g} and "
+            f"write {', '.join(results.denoise_files(shape))} to {place}"
+        )
+        return
     recalibration = facts["recalibration"]
     if files:
         result = evaluation.denoise(model, samples, level, recalibration=recalibration)

@@ -1,6 +1,7 @@
 """`hos-ext evaluate`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,21 @@ import typer
 from ... import storage
 from ...checks import require
 from .. import evaluation, results, runs
-from .common import NOISE, Data, Device, Force, Out, RunFolder, Seed, TestData, console, noise_level
+from .common import (
+    NOISE,
+    Data,
+    Device,
+    DryRun,
+    Force,
+    Json,
+    Out,
+    RunFolder,
+    Seed,
+    TestData,
+    console,
+    noise_level,
+    place_of,
+)
 from .errors import checking
 
 # Columns of the printed table: heading, and name of the figure.
@@ -40,6 +55,8 @@ def evaluate(
     test_data: TestData = None,
     out: Out = None,
     force: Force = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Check on held-out samples whether the uncertainty is calibrated; print and write it.
 
@@ -53,19 +70,23 @@ def evaluate(
     evaluate.json, calibration.png and uncertainty.png (the covariance at each level, its
     eigenvectors); for density: data also the errors of both scores against the exact ones.
     """
-    place = out or folder
     with checking():
         model, facts = runs.load_run(folder, device=device)
+        place = place_of("evaluate", folder, out)
         levels = _levels(facts, sigma)
         results.refuse_existing("evaluate", place, results.EVALUATE_FILES, force=force)
-        storage.check_writable(place)
+        storage.check_writable(place, make=not dry_run)
         source = runs.open_data(facts, data, test_data)
+    if dry_run:
+        return _say_plan(place, levels, min(limit or len(source.test), len(source.test)), as_json)
     report = evaluation.evaluate(
         model, source, levels, recalibration=facts["recalibration"], seed=seed, limit=limit
     )
     pictures = results.evaluated(model, source, levels, report, seed=seed)
     results.write(place, {"evaluate.json": runs.json_text(report).encode(), **pictures})
-    terminal = console()
+    if as_json:
+        print(runs.json_text(report), end="")
+    terminal = console(shown=not as_json)
     terminal.print(_table(report))
     for row in report["accuracy"] or []:
         terminal.print(
@@ -73,6 +94,18 @@ def evaluate(
             f"of the diagonal of s2 {row['s2_diag_relative']:.3g}"
         )
     terminal.print(f"wrote {', '.join(results.EVALUATE_FILES)} to {place}")
+
+
+def _say_plan(place: Path, levels: list[float], count: int, as_json: bool) -> None:
+    """What a --dry-run says."""
+    if as_json:
+        plan = {"n": count, "sigma": levels, "out": str(place), "files": results.EVALUATE_FILES}
+        print(runs.json_text(plan), end="")
+    at = ", ".join(f"{level:g}" for level in levels)
+    console(shown=not as_json).print(
+        f"dry run: would evaluate {count} held-out samples at sigma {at} and write "
+        f"{', '.join(results.EVALUATE_FILES)} to {place}"
+    )
 
 
 def _levels(facts: Mapping[str, Any], typed: str | None) -> list[float]:

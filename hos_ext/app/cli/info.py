@@ -1,18 +1,16 @@
 """`hos-ext info`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from .. import runs
-from .common import RunFolder
+from .common import Json, RunFolder, console
 from .errors import checking
 
 
 def info(
     folder: RunFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a run is: data, model, options, checkpoints (whole or damaged), figures.
 
@@ -27,7 +25,7 @@ def info(
     if as_json:
         print(runs.json_text(content), end="")
     else:
-        print("\n".join(_lines(content)))
+        console().print("\n".join(_lines(content)))
 
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:

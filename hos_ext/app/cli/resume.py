@@ -7,6 +7,7 @@ import typer
 
 from ...checks import check
 from .. import runs
+from .common import DryRun
 from .errors import checking
 from .train import say_finished, work
 
@@ -20,6 +21,11 @@ def resume(
             "the learning rate to zero at the last step."
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N. Default: as before."),
+    ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last whole checkpoint.
 
@@ -44,5 +50,7 @@ def resume(
         )
         if runs.finished(folder) and not more:
             return say_finished(folder)
-        job = runs.prepare(options | ({"steps": steps} if more else {}), folder, resume=True)
-    work(job)
+        changed = {"steps": steps} if more else {}
+        changed |= {} if device is None else {"device": device}
+        job = runs.prepare(options | changed, folder, resume=True, make=not dry_run)
+    work(job, dry_run=dry_run)

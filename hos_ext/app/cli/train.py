@@ -10,9 +10,10 @@ import typer
 
 from ...checks import check
 from .. import runs, training
-from ..options import FOLDER, OPTIONS, Option, read_config
-from .common import Force, console, program
+from ..options import FOLDER, OPTIONS, Option, read_config, training_options
+from .common import DryRun, Force, console, program
 from .errors import checking
+from .output import talks
 
 
 def _takes_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -72,6 +73,7 @@ def train(
         ),
     ] = False,
     force: Force = False,
+    dry_run: DryRun = False,
     **typed: Any,
 ) -> None:
     """Train a second-order score model: score, and covariance of what noise hid.
@@ -98,11 +100,13 @@ def train(
         )
         check("train", not force or hosts == 1 or runs.launch_name(), rule, "none")
         again = runs.begun_by_launch(folder)
-        job = runs.prepare(given, folder, force=force and not again, resume=go_on or again)
+        job = runs.prepare(
+            given, folder, force=force and not again, resume=go_on or again, make=not dry_run
+        )
     if job.resume and runs.finished(folder, job.options["steps"]):
         say_finished(folder)
     else:
-        work(job)
+        work(job, dry_run=dry_run)
 
 
 def default_out(given: Mapping[str, Any]) -> str:
@@ -118,7 +122,7 @@ def say_finished(folder: Path) -> None:
     console().print(f"{folder} is finished: {steps} steps. Nothing to do.")
 
 
-def work(job: runs.Run) -> None:
+def work(job: runs.Run, *, dry_run: bool = False) -> None:
     """Trains what `runs.prepare` has checked, and says what goes in and what came out."""
     terminal, known = console(), job.facts["data"]
     if training.is_main():
@@ -128,7 +132,9 @@ def work(job: runs.Run) -> None:
             f"{known['n_test']} to report on\n{job.options['model']}, rank {job.options['rank']}, "
             f"{job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
         )
-    figures = runs.fit(job, progress=True)
+    if dry_run:
+        return _say_plan(job)
+    figures = runs.fit(job, progress=talks())
     if not figures:
         return
     terminal.print(
@@ -137,3 +143,20 @@ def work(job: runs.Run) -> None:
         f"{figures['recalibration']:.3f}"
     )
     terminal.print(f"next: {program()} denoise {job.out}")
+
+
+def _say_plan(job: runs.Run) -> None:
+    """What a --dry-run adds: how much memory a step takes, and what would be written."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = training_options(job.options)
+    memory = training.estimate_memory(job.model, job.source, chosen, processes=processes)
+    if not training.is_main():
+        return
+    saved = -(-chosen.steps // chosen.save_every)
+    held, needed = (f"{count / 2**20:.1f} MiB" for count in memory[:2])
+    console().print(
+        f"dry run: each process would hold about {held} of weights, their average, gradients and "
+        f"moments, and {needed} of activations "
+        f"for {memory.rows} samples at a time\nwould write {', '.join(runs.PARTS)} to {job.out}, a "
+        f"checkpoint every {chosen.save_every} steps ({saved} in all, the last {chosen.keep} kept)"
+    )

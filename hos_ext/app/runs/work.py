@@ -36,7 +36,12 @@ class Run(NamedTuple):
 
 
 def prepare(
-    given: Mapping[str, Any], out: Path, *, force: bool = False, resume: bool = False
+    given: Mapping[str, Any],
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    make: bool = True,
 ) -> Run:
     """Checks everything that can be checked before the work; writes nothing but the folder.
 
@@ -44,7 +49,8 @@ def prepare(
         given: options by name; those left out get their defaults.
         out: the run folder.
         force: a run that is there may be replaced.
-        resume: a run that is there is continued; its options must be these.
+        resume: a run that is there is continued; its options must be these, but for the device.
+        make: the folder is made; else not even that is written.
 
     Raises:
         ValueError, TypeError, OSError: an option, the data or the folder will not do.
@@ -75,11 +81,12 @@ def prepare(
         stored = read_run(out)
         longer = options["decay"] == "constant" and options["steps"] > stored["options"]["steps"]
         same = {"steps": stored["options"]["steps"]} if longer else {}
-        # How long a process waits changes no number; a run may be older than the option.
-        same["timeout"] = stored["options"].get("timeout")
+        # How long a process waits changes no number, nor does where it runs but for rounding. A
+        # run may be older than an option.
+        same |= {name: stored["options"].get(name) for name in ("timeout", "device")}
         refuse_changes("options", stored["options"], options | same)
         refuse_changes("data", stored["data"], facts["data"])
-    storage.check_writable(out)
+    storage.check_writable(out, make=make)
     return Run(out, options, source, model, facts, resume)
 
 
