@@ -29,7 +29,7 @@ SMALL = [
     "--batch-size=16",
     "--tracker=none",
 ]
-TINY_IMAGES = ["--channels=8,8", "--rank=1", "--steps=2", "--batch-size=4", "--tracker=none"]
+TINY_IMAGES = ["--channels=16,16", "--rank=1", "--steps=2", "--batch-size=4", "--tracker=none"]
 IMAGE_FILES = ["denoise-components.tiff", "denoise-mean.tiff", "denoise-std.tiff"]
 DENOISE_FILES = [*IMAGE_FILES, "denoise.md", "denoise.npz", "denoise.png"]
 
