@@ -28,7 +28,17 @@ from hos_ext.diffusion import (
 from hos_ext.linalg import dplr
 from hos_ext.sampling import method_names
 from hos_ext.sampling.chains import sample
-from hos_ext.schedules import EDM, VE, VP, CosineVP, Schedule, SubVP, from_alphas_cumprod
+from hos_ext.schedules import (
+    EDM,
+    VE,
+    VP,
+    CosineVP,
+    Interpolant,
+    Rectified,
+    Schedule,
+    SubVP,
+    from_alphas_cumprod,
+)
 from hos_ext.scores import Scores, UnscaledScores
 
 F64 = torch.float64
@@ -44,12 +54,20 @@ MIXTURE = GaussianMixture(
 )
 TABLE = torch.cumprod(1 - torch.linspace(1e-3, 0.12, 100, dtype=F64), 0)
 # As they are, and away from the ends, where Euler steps of moderate length are in their regime.
-WHOLE = [VE(), VP(), CosineVP(), SubVP(), EDM(), from_alphas_cumprod(TABLE)]
+CIRCLE = Interpolant(
+    lambda t: torch.cos(math.pi / 2 * t),
+    lambda t: torch.sin(math.pi / 2 * t),
+    t_min=0.01,
+    t_max=0.99,
+)
+FLOWS = [Rectified(), Rectified(shift=3.0), CIRCLE]
+WHOLE = [VE(), VP(), CosineVP(), SubVP(), EDM(), from_alphas_cumprod(TABLE), *FLOWS]
 MILD = [
     VE(0.3, 5.0),
     VP(0.5, 4.0, t_min=0.05),
     CosineVP(t_min=0.1, t_max=0.8),
     SubVP(0.5, 4.0, t_min=0.1),
+    Rectified(0.1, 0.8),
     EDM(0.1, 5.0),
     from_alphas_cumprod([0.99, 0.9, 0.7, 0.4, 0.15]),
     from_alphas_cumprod(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)),  # DDPM
