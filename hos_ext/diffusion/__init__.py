@@ -1,5 +1,6 @@
 """Along a noise schedule: reverse processes, guidance, likelihood."""
 
+from .along import AlongSchedule
 from .annealed import annealed_langevin
 from .guidance import condition, condition_mean, guided
 from .inputs import GridOptions, ReverseOptions
@@ -14,6 +15,7 @@ from .reverse import (
 )
 
 __all__ = [
+    "AlongSchedule",
     "GridOptions",
     "ReverseOptions",
     "annealed_langevin",

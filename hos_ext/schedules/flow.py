@@ -60,8 +60,13 @@ class Rectified(Flow):
     velocity does not tell it. At t = 1 there is no signal: alpha = 0, and beta and g diverge. The
     velocity itself is finite at both.
 
+    An error e of sigma s1 is one of e / (1 - t) in the velocity. So a network that learns scores
+    along this line is best taken as `hos_ext.diffusion.AlongSchedule(network, Rectified())`, also
+    in training: it then sees x / alpha and sigma / alpha, and its errors fade towards t = 1.
+
     Attributes:
-        t_min, t_max: the times in use.
+        t_min, t_max: the times in use. At 0.98 sigma / alpha is 49, much as at the end of `VE`.
+            Networks that give the velocity itself may go on to 0.999 and beyond.
         shift: how much of the grid and of the random times lies near the noise. A time t becomes
             shift t / (1 + (shift - 1) t), so that sigma / alpha is multiplied by shift. 1: evenly
             spread; Stable Diffusion 3 takes 3 for large pictures.
@@ -77,11 +82,11 @@ class Rectified(Flow):
         >>> schedule.alpha(0.25), schedule.sigma(0.25)
         (0.75, 0.25)
         >>> [round(t, 3) for t in schedule.times(4).tolist()]
-        [0.999, 0.899, 0.749, 0.499, 0.001]
+        [0.98, 0.879, 0.728, 0.481, 0.001]
     """
 
     t_min: float = 1e-3
-    t_max: float = 0.999
+    t_max: float = 0.98
     shift: float = 1.0
     logit_normal: tuple[float, float] | None = None
 

@@ -49,6 +49,11 @@ class Path(NamedTuple):
         """E[x0 | x]; alpha or sigma may be 0."""
         return (self.sigma_slope * x - self.sigma * velocity) / self.w
 
+    def kappa(self) -> tuple[Tensor, Tensor]:
+        """p and q of I + sigma^2 s2 = p J + q I, without the cancellation of the way by s2."""
+        scale = self.alpha / self.w
+        return -scale * self.sigma, scale * self.sigma_slope
+
 
 def v_path(sigma: Tensor, alpha: Tensor) -> Path:
     """The path whose velocity is v = alpha z - sigma x0, the v-prediction of diffusion models."""

@@ -1,7 +1,7 @@
 """Is the covariance right, and what is it good for."""
 
 from .calibration import CalibrationReport, calibration, calibration_report, recalibration_factor
-from .from_score import posterior_from_score
+from .from_score import posterior_from_score, posterior_from_velocity
 from .outliers import auroc, outlier_score
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "calibration_report",
     "outlier_score",
     "posterior_from_score",
+    "posterior_from_velocity",
     "recalibration_factor",
 ]

@@ -60,7 +60,7 @@ CIRCLE = Interpolant(
     t_min=0.01,
     t_max=0.99,
 )
-FLOWS = [Rectified(), Rectified(shift=3.0), CIRCLE]
+FLOWS = [Rectified(), Rectified(t_max=0.999, shift=3.0), CIRCLE]
 WHOLE = [VE(), VP(), CosineVP(), SubVP(), EDM(), from_alphas_cumprod(TABLE), *FLOWS]
 MILD = [
     VE(0.3, 5.0),

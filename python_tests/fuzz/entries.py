@@ -24,7 +24,7 @@ import torch
 from typing_extensions import Unpack
 
 import hos_ext
-from hos_ext import densities, integrations, linalg, losses, nn, sampling, schedules
+from hos_ext import densities, diffusion, integrations, linalg, losses, nn, sampling, schedules
 from hos_ext.records import Record
 from hos_ext.scores import Scores, UnscaledScores
 from hos_ext.tweedie import Posterior
@@ -544,6 +544,7 @@ MAKERS: dict[str, Make] = LEVELS | {
     "s": lambda w: 0.008,
     "alphas_cumprod": lambda w: torch.linspace(0.99, 0.01, 20, dtype=torch.float64),
     "velocity": World.batch,
+    "velocity_fn": lambda w: lambda x: -0.1 * x,
     "alpha_slope": lambda w: -0.4,
     "sigma_slope": lambda w: 1.0,
     "logit_normal": lambda w: (0.0, 1.0),
@@ -605,6 +606,7 @@ SELF: dict[str, Make] = {
     "Chains": _chains,
     "DiffusersScore": lambda w: integrations.DiffusersScore(_Network(), _scheduler(w)),
     "ModelScore": lambda w: nn.ModelScore(_Network(), schedules.VP(), "eps"),
+    "AlongSchedule": lambda w: diffusion.AlongSchedule(standard_model, schedules.Rectified()),
     "MeanDenoiser": lambda w: integrations.MeanDenoiser(standard_model),
 }
 
@@ -716,6 +718,11 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "linalg.ScoreHessian.scale": {"a": lambda w: 2.0},
     "linalg.ScoreHessian.low_rank": {"self": World.covariance},
     "uncertainty.posterior_from_score": SCALARS,
+    "uncertainty.posterior_from_velocity": {
+        "schedule": lambda w: schedules.Rectified(),
+        "t": lambda w: w.rng.choice([0.5, w.rows() / 2]),
+    },
+    "diffusion.AlongSchedule.forward": {"sigma": lambda w: w.rng.choice([0.5, w.rows() / 2])},
 }
 # Parameters that a valid call always gives, and those that it leaves out or that exclude others.
 ALWAYS = {
