@@ -5,7 +5,7 @@
 
 from .arguments import ChainState
 from .chains import ChainOptions, Chains, sample
-from .diagnostics import ess, ess_rate, min_ess, mode_jumps, r_hat
+from .diagnostics import LawError, ess, ess_rate, law_error, min_ess, mode_jumps, r_hat
 from .distributed import sample_sharded, shard
 from .methods import (
     Metropolis,
@@ -25,16 +25,19 @@ from .methods import (
     unregister_step,
 )
 from .step_size import StepSizeAdaptation, StepSizeSearch, adapt_step_size, search_step_size
+from .watch import RunawayWarning
 
 __all__ = [
     "ChainOptions",
     "ChainState",
     "Chains",
+    "LawError",
     "Metropolis",
     "NormalLaw",
     "NormalStep",
     "PlainStep",
     "Point",
+    "RunawayWarning",
     "Step",
     "StepOptions",
     "StepSizeAdaptation",
@@ -43,6 +46,7 @@ __all__ = [
     "diagonal_law",
     "ess",
     "ess_rate",
+    "law_error",
     "make_step",
     "method_names",
     "min_ess",

@@ -26,6 +26,7 @@ from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
 from .methods.base import Report, StepOptions
 from .methods.registry import Method, make_step
+from .watch import Watch, Watched, warn
 
 
 class ChainOptions(StepOptions, total=False):
@@ -175,6 +176,13 @@ def sample(
     diverge). An adjusted chain rejects such a proposal, and one whose acceptance ratio is NaN, and
     `stats` counts it. The other chains are not affected.
 
+    Finite chains can run away too, most often where a learned score is asked outside the range of
+    its data. So runs of at least 8 steps are watched: how far they spread against their start, how
+    |x| drifts, the energy and the R-hat of their last part. A run beyond the wide bounds of
+    `hos_ext.sampling.watch`, or with chains that diverged, gives one `RunawayWarning` with these
+    numbers. Chains within the bounds may still be wrong: compare them with draws of p where there
+    are such (`law_error`).
+
     Args:
         score_fn: maps x of shape (rows, *dims) to the score s1 of the same shape, dtype and device
             ("langevin", "mala"), to UnscaledScores, to DenseScores (not for "ozaki_isotropic"), or
@@ -220,7 +228,10 @@ def sample(
         acceptance probability of the steps after the burn-in, and "log_ratio", "log_prob" or
         "scores". "ozaki_lanczos" adds, of shape (chain,), "lanczos_error" (the largest relative
         error estimate), "lanczos_iterations" (in all) and "lanczos_unconverged" (steps that ended
-        above the tolerance). `state` resumes the run.
+        above the tolerance). The watch adds "ran_away" (bool, finite but beyond a bound) and, to
+        runs of at least 8 steps, "spread", "drift" and "energy", all of shape (chain,), "sizes"
+        (chain, looks), rms |x| at steps evenly spread after the burn-in, and the float "r_hat".
+        `state` resumes the run.
 
     Raises:
         ValueError: an argument out of range, an unknown method or curvature, a score of another
@@ -263,16 +274,20 @@ def sample(
     since_draw = start["since_draw"] % thin if burn_in == 0 else 0
     draws = x.new_empty((chains, (since_draw + n_steps) // thin, *x.shape[1:]))
     tally = _Tally.zeros(step.keeps, chains, x.device)
+    watch = Watch(x, step_size, burn_in, n_steps)
     began = time.perf_counter()
     with torch.no_grad(), _progress_bar(progress, step.name, total * -(-chains // chunk)) as tick:
         for low in range(0, chains, chunk):
             rows = slice(low, low + chunk)
             h = step_size[rows] if isinstance(step_size, Tensor) and step_size.dim() else step_size
-            target = bound(score_fn, log_prob, condition_rows(conditions, rows))
-            walk, counts = step.walk(*target, x[rows], h), tally.rows(rows)
+            score, density = bound(score_fn, log_prob, condition_rows(conditions, rows))
+            watched = Watched(score, watch, adjusted=step.adjusted)
+            walk, counts = step.walk(watched, density, x[rows], h), tally.rows(rows)
             first = start["first_chain"] + low
             for k in range(total):
+                watched.before(k, rows)
                 report = walk.advance(Key(start["seed"], start["step"] + k, first))
+                watched.after(walk)
                 counts.add(report, warm=k < burn_in)
                 draw, rest = divmod(since_draw + k + 1 - burn_in, thin)
                 if k >= burn_in and rest == 0:
@@ -286,12 +301,14 @@ def sample(
         "seconds": time.perf_counter() - began,
         "n_score_evaluations": total + step.adjusted,
         **tally.figures(n_steps),
+        **watch.figures(),
     }
     if step.adjusted:
         stats["log_ratio"] = "scores" if log_prob is None else "log_prob"
     end = start.copy()
     end["step"] += total
     end["since_draw"] = (since_draw + n_steps) % thin
+    warn("sample", stats, stacklevel=2)
     return Chains(draws, stats, end)
 
 

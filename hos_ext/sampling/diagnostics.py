@@ -1,4 +1,4 @@
-"""How good chains are: effective sample size, R-hat, mode jumps.
+"""How good chains are: effective sample size, R-hat, mode jumps, and the error of their law.
 
 Chains come with the chain axis first, as `sample` returns them; `ess` (but for its "cutoff") and
 `r_hat` hand each dimension to arviz-stats (extra `app`).
@@ -7,13 +7,23 @@ Chains come with the chain axis first, as `sample` returns them; `ess` (but for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check, check_tensor, kind_name, one_of, positive, require, said_by
+from ..checks import (
+    FLOATING,
+    check,
+    check_count,
+    check_tensor,
+    kind_name,
+    one_of,
+    positive,
+    require,
+    said_by,
+)
 
 ESS_KINDS = ("bulk", "tail", "mean", "sd", "cutoff")
 _CUTOFF = 0.05
@@ -194,6 +204,85 @@ def mode_jumps(draws: Tensor, modes: Tensor | Callable[[Tensor], Tensor]) -> Ten
             check_tensor(caller, "modes(draws)", labels, shape=(len(kept),), dtypes=kinds)
         jumps.append(int((labels[1:] != labels[:-1]).sum()))
     return torch.tensor(jumps, dtype=torch.int64, device=draws.device)
+
+
+class LawError(NamedTuple):
+    """How far the law of draws is from that of other samples; `law_error` makes it.
+
+    Attributes:
+        spread: root of the ratio of total variances; 1 is right, 2 is twice as wide.
+        energy_distance: (2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|), at most 1; 0 is right, and
+            differs from 0 wherever the laws do. Without bias, so that equal laws give numbers of
+            either sign.
+
+    Example:
+        >>> from hos_ext.sampling import LawError
+        >>> LawError(1.1, 0.002).spread
+        1.1
+    """
+
+    spread: float
+    energy_distance: float
+
+
+def law_error(draws: Tensor, reference: Tensor, *, limit: int = 2000) -> LawError:
+    """Compares draws with samples of the law that they should have, such as held-out data.
+
+    A chain can mix fast in the wrong law, and its effective sample size then looks best. So look
+    at this beside it. Draws of one chain depend on each other, as the formula does not know:
+    their energy distance comes out a little too large.
+
+    Args:
+        draws: shape (n, *dims), n >= 2, finite; `chains.draws.flatten(0, 1)`.
+        reference: shape (m, *dims), m >= 2, finite, dtype and device of draws.
+        limit: the energy distance is of at most so many rows of each, evenly spread.
+
+    Returns:
+        LawError.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or size; reference is constant.
+
+    References:
+        Szekely & Rizzo 2013, doi:10.1016/j.jspi.2013.03.018.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.sampling import law_error
+        >>> x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+        >>> right, wide = law_error(x[::2], x[1::2]), law_error(1.5 * x[::2], x[1::2])
+        >>> [round(right.spread, 1), round(right.energy_distance, 2)]
+        [1.0, -0.0]
+        >>> [round(wide.spread, 1), round(wide.energy_distance, 2)]
+        [1.5, 0.03]
+    """
+    where = "law_error"
+    limit = check_count(where, "limit", limit, least=2)
+    check_tensor(where, "draws", draws, dtypes=FLOATING)
+    shape = ("m", *draws.shape[1:])
+    check_tensor(where, "reference", reference, like=draws, shape=shape, dtypes=FLOATING)
+    for name, value in (("draws", draws), ("reference", reference)):
+        rows = len(value) if value.dim() >= 2 else 0
+        rule = f"{name} must have shape (n, *dims), n >= 2"
+        check(where, rows >= 2 and value.numel() > 0, rule, tuple(value.shape))
+        check(where, bool(value.isfinite().all()), f"{name} must be finite", "NaN or infinities")
+    x, y = (value.detach().flatten(1).double() for value in (draws, reference))
+    variance = y.var(0).sum()
+    check(where, variance > 0, "reference must vary", "equal rows")
+    spread = float((x.var(0).sum() / variance).sqrt())
+    x, y = (value[_evenly(len(value), limit)] for value in (x, y))
+    exact = "donot_use_mm_for_euclid_dist"
+    across = torch.cdist(x, y, compute_mode=exact).mean()
+    within = sum(
+        torch.cdist(each, each, compute_mode=exact).sum() / (len(each) * (len(each) - 1))
+        for each in (x, y)
+    )
+    return LawError(spread, float((2 * across - within) / (2 * across)))
+
+
+def _evenly(rows: int, most: int) -> Tensor:
+    """Numbers of at most so many rows, evenly spread."""
+    return torch.linspace(0, rows - 1, min(rows, most)).round().long()
 
 
 def _check_modes(caller: str, modes: Tensor, draws: Tensor) -> None:

@@ -9,6 +9,7 @@ densities), to rounding for networks, for any number of ranks. Works in any init
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,7 @@ from ..conditions import check_conditions, condition_rows
 from ..scores import ScoreFn
 from .arguments import ChainState, begin_chains
 from .chains import ChainOptions, Chains, sample
+from .watch import RunawayWarning, figure_of_all, warn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,7 +87,7 @@ def sample_sharded(
     Returns:
         On every rank the Chains of all, as one process gives them: draws and statistics in the
         order of the chains, on the device of init, and a state to go on from. "seconds" is the
-        longest of any rank.
+        longest of any rank. Rank 0 warns of chains that ran away on any of them.
 
     Raises:
         ValueError, TypeError: as `sample`; arguments that differ between ranks; this process is not
@@ -141,14 +143,16 @@ def sample_sharded(
     options["model_kwargs"] = condition_rows(options.get("model_kwargs") or {}, mine)
 
     def run() -> Chains:
-        return sample(
-            score_fn,
-            step_size=own_step_size,
-            n_steps=n_steps,
-            state=share,
-            progress=progress and rank == 0,
-            **options,
-        )
+        with warnings.catch_warnings():  # of all chains together, below
+            warnings.simplefilter("ignore", RunawayWarning)
+            return sample(
+                score_fn,
+                step_size=own_step_size,
+                n_steps=n_steps,
+                state=share,
+                progress=progress and rank == 0,
+                **options,
+            )
 
     part, seconds = _together(group, run, lambda done: done.stats["seconds"])
     sizes = [each.stop - each.start for each in shares]
@@ -158,7 +162,9 @@ def sample_sharded(
         else value
         for name, value in part.stats.items()
     }
-    stats |= {"step_size": step_size, "seconds": max(seconds)}
+    stats |= {"step_size": step_size, "seconds": max(seconds), **figure_of_all(stats)}
+    if rank == 0:
+        warn("sample_sharded", stats, stacklevel=2)
     end = part.state.copy()
     end["x"] = _gather(part.state["x"], sizes, group)
     end["first_chain"] = start["first_chain"]

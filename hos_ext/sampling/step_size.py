@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from .methods.base import CURVATURES
 from .methods.metropolis import MetropolisWalk
 from .methods.points import Point
 from .methods.registry import Method, make_step
+from .watch import RunawayWarning
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,7 +112,7 @@ def search_step_size(
 
     Returns:
         StepSizeSearch. A rate counts the draws of all chains over the score evaluations of all
-        chains; it is 0 where a chain diverged or ESS is undefined.
+        chains; it is 0 where a chain diverged or ran away, or ESS is undefined.
 
     Raises:
         ValueError: no candidates, or none with a positive rate; and as `sample` and `ess`.
@@ -143,7 +145,8 @@ def search_step_size(
         seed = fresh_seed()
     rates = []
     for h in candidates:
-        with said_by(where, "sample"):
+        with said_by(where, "sample"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunawayWarning)  # the rate says it
             chains = sample(
                 score_fn,
                 init,
@@ -155,7 +158,7 @@ def search_step_size(
                 **options,
             )
         rate = 0.0
-        if not bool(chains.stats["diverged"].any()):
+        if not bool((chains.stats["diverged"] | chains.stats["ran_away"]).any()):
             with said_by(where, "min_ess", draws="the draws kept"):
                 size = min_ess(chains.draws, kind=ess_kind)
             cost = chains.stats["n_score_evaluations"] * len(init)

@@ -599,6 +599,7 @@ def test_annealed_chains_sum_over_levels_what_can_be_summed(monkeypatch):
     assert bool((whole["acceptance"] <= 1).all())
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_annealed_chains_count_divergences_of_all_levels():
     def model(x: Tensor, sigma: Tensor) -> Scores:
         bad = (torch.arange(len(x)) == 1) & (sigma > 0.7)

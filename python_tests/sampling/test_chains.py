@@ -402,6 +402,7 @@ def test_no_chains_and_no_steps_are_legal(init):
 # ------------------------------------------------------------------------------------- divergences
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_a_diverged_chain_stays_non_finite_is_counted_and_harms_no_other(init):
     bad = init.clone()
     bad[2, 1] = float("nan")
@@ -415,6 +416,7 @@ def test_a_diverged_chain_stays_non_finite_is_counted_and_harms_no_other(init):
     assert torch.equal(chains.draws[others], healthy.draws[others])
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_every_non_finite_value_is_a_divergence(value):
     init = torch.zeros(3, 5)
@@ -431,6 +433,7 @@ def test_large_half_precision_states_are_no_divergence():
     assert chains.stats["divergences"].tolist() == [0, 0]
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_an_unstable_step_size_is_reported_as_divergence():
     init = torch.ones(3, 2)
     step_size = torch.tensor([0.1, 100.0, 0.1])
@@ -441,6 +444,7 @@ def test_an_unstable_step_size_is_reported_as_divergence():
     assert chains.stats["diverged"].tolist() == [False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_raw_curvature_that_overflows_counts_as_divergence():
     chains = sample(
         lambda x: UnscaledScores(x, torch.full_like(x, 1e4), None),
@@ -528,6 +532,7 @@ def test_acceptance_is_that_of_the_steps_after_the_burn_in(init):
     assert nothing.stats["acceptance"].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_an_adjusted_chain_whose_score_is_nan_at_the_start_is_reported():
     init = torch.tensor([[0.5], [2.0]])
     chains = sample(
@@ -607,6 +612,7 @@ def gaussian_low_rank(d):
     return score_fn
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_non_finite_state_harms_no_other_chain_in_any_method(init, method):
     bad = init.clone()

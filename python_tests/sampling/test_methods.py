@@ -263,6 +263,7 @@ def test_cayley_treatment_bears_zeros_on_the_diagonal():
     torch.testing.assert_close(a, tiny, rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("curvature", ["clamp", "abs", "raw"])
 @pytest.mark.parametrize("method", ["ozaki_cayley", "mh_ozaki_cayley"])
@@ -295,6 +296,7 @@ def test_cayley_treatment_keeps_a_negative_definite_hessian_with_positive_diag()
     torch.testing.assert_close(new.draws[0, 0], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 def test_a_step_too_large_for_raw_cayley_is_a_divergence():
     diag = torch.tensor([[1.0, -1.0], [3.0, -1.0], [-1.0, -1.0]], dtype=F64)
     for given in (
@@ -515,6 +517,7 @@ def test_exact_steps_accept_everything_on_a_gaussian(method, exact_density, h):
 STEP_SIZES = {"mala": 0.6}  # at which an adjusted step accepts more than half; others take 2.5
 
 
+@pytest.mark.filterwarnings("ignore::hos_ext.sampling.RunawayWarning")
 @pytest.mark.parametrize("method", ADJUSTED)
 def test_adjusted_chains_keep_a_mixture(method):
     """Exact draws of a mixture are still exact draws after 8 steps: independent chains, so that the
