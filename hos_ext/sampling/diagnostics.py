@@ -250,11 +250,11 @@ def law_error(draws: Tensor, reference: Tensor, *, limit: int = 2000) -> LawErro
         >>> import torch
         >>> from hos_ext.sampling import law_error
         >>> x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
-        >>> right, wide = law_error(x[::2], x[1::2]), law_error(1.5 * x[::2], x[1::2])
-        >>> [round(right.spread, 1), round(right.energy_distance, 2)]
-        [1.0, -0.0]
-        >>> [round(wide.spread, 1), round(wide.energy_distance, 2)]
-        [1.5, 0.03]
+        >>> right, wide = law_error(x[::2], x[1::2]), law_error(3 * x[::2], x[1::2])
+        >>> round(right.spread, 1), abs(right.energy_distance) < 0.01
+        (1.0, True)
+        >>> round(wide.spread, 1), round(wide.energy_distance, 1)
+        (3.0, 0.1)
     """
     where = "law_error"
     limit = check_count(where, "limit", limit, least=2)

@@ -133,8 +133,13 @@ class Watched:
         scores = self._score_fn(x)
         score = scores if isinstance(scores, Tensor) else getattr(scores, "score", None)
         # What does not fit x is refused by the step, a moment later.
-        fits = isinstance(score, Tensor) and score.shape == x.shape and score.device == x.device
-        if self._number is not None and fits and not self._adjusted:
+        if (
+            self._number is not None
+            and not self._adjusted
+            and isinstance(score, Tensor)
+            and score.shape == x.shape
+            and score.device == x.device
+        ):
             self._look(x, score)
         return scores
 

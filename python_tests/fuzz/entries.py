@@ -81,6 +81,7 @@ TRUSTED = {
     "schedules.check_schedule": "a check itself: its first argument is the name in errors",
     "linalg.hessian_of": "takes any object, and answers None for what has no Hessian",
     "sampling.sample_sharded": "needs a group of processes; it hands its arguments to `sample`",
+    "sampling.RunawayWarning": "a kind of warning, which takes a text",
     "sampling.register_step": "takes a class of steps, by duck typing of its attributes",
     "sampling.unregister_step": "takes a class that was registered",
     "nn.MLP.from_weights": "called by load_model with what it has read and checked",
@@ -709,6 +710,11 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "diffusion.second_order_reverse": RUN,
     "sampling.adapt_step_size": {"step_size": lambda w: 0.1, "method": lambda w: "mala"},
     "sampling.shard": {"n": lambda w: 10},
+    "sampling.law_error": {
+        "draws": lambda w: w.randn(16, 2),
+        "reference": lambda w: w.randn(12, 2),
+        "limit": lambda w: 10,
+    },
     "uncertainty.outlier_score": {"kind": lambda w: "laplacian"},
     "densities.ProductLogisticMixture": {
         "weights": lambda w: torch.full((D, 2), 0.5, dtype=w.dtype),
