@@ -8,11 +8,12 @@ the extra `app`. Only `hf:` writes to disk: to Hugging Face's own cache.
 from .augment import augment, distort
 from .files import files_of
 from .images import decode_image, decode_pages, image_rows
+from .labels import Labels, class_number, classes_of, drop_labels
 from .opening import open_rows, open_source, read_samples
 from .own import as_source
 from .pictures import Pictures
 from .registry import register_source, source_forms
-from .rows import LIMIT, Request, Rows, array_rows, refusal
+from .rows import LIMIT, Classes, Request, Rows, array_rows, refusal
 from .scaling import GREY_LEVELS, Scaling, dequantise, to_grey
 from .source import Source
 from .sources.density import known_density
@@ -24,8 +25,10 @@ __all__ = [
     "GREY_LEVELS",
     "LIMIT",
     "SHAPE",
+    "Classes",
     "Digits",
     "Examples",
+    "Labels",
     "Parts",
     "Pictures",
     "Request",
@@ -36,10 +39,13 @@ __all__ = [
     "as_source",
     "augment",
     "batch_rows",
+    "class_number",
+    "classes_of",
     "decode_image",
     "decode_pages",
     "dequantise",
     "distort",
+    "drop_labels",
     "examples_of",
     "files_of",
     "image_rows",

@@ -19,7 +19,7 @@ from ...checks import require
 from ...ops.noise import draw_uniform
 from ...random import STREAM_CROP, Key
 from .pictures import Pictures, converted, fitted, has_alpha, levels_of
-from .rows import LIMIT, Request, Rows, alike, check_set, error_line, finite, refusal
+from .rows import LIMIT, Classes, Request, Rows, alike, check_set, error_line, finite, refusal
 from .unfit import Unfit
 
 ENDINGS = (
@@ -259,7 +259,11 @@ def fit_image(
 
 
 def image_rows(
-    request: Request, size: int, fetch: Callable[[int], Any], name: Callable[[int], str]
+    request: Request,
+    size: int,
+    fetch: Callable[[int], Any],
+    name: Callable[[int], str],
+    classes: Classes | None = None,
 ) -> Rows:
     """Rows of encoded images, decoded at once where they fit in memory.
 
@@ -268,13 +272,15 @@ def image_rows(
         size: how many images.
         fetch: image i as `decode_image` takes it.
         name: of image i, for messages.
+        classes: of the images. Each page of one has its class.
 
     Returns:
         The rows, all of the shape and dtype of image 0.
     """
     spec, wanted = request.spec, request.pictures
     if wanted.pages == "all":
-        size, fetch, name, page_of = _all_pages(spec, size, fetch, name, wanted)
+        size, fetch, name, page_of, of = _all_pages(spec, size, fetch, name, wanted)
+        classes = classes and Classes(classes.numbers[of], classes.names)
     else:
         page_of = int  # is not asked for
 
@@ -314,6 +320,7 @@ def image_rows(
         batch = torch.from_numpy(np.stack(images) if images else none)
         return finite(spec, batch, lambda i: name(int(rows[i])))
 
+    rows = rows._replace(classes=classes)
     if not wanted.drawn:
         return rows
     return rows._replace(visit=lambda numbers, key: read(numbers, places_of(key, len(numbers))))
@@ -350,8 +357,8 @@ def _all_pages(
     fetch: Callable[[int], Any],
     name: Callable[[int], str],
     wanted: Pictures,
-) -> tuple[int, Callable[[int], Any], Callable[[int], str], Callable[[int], int]]:
-    """Rows of all pages: how many, the file of each, its name, and the page."""
+) -> tuple[int, Callable[[int], Any], Callable[[int], str], Callable[[int], int], list[int]]:
+    """Rows of all pages: how many, the file of each, its name, the page, and numbers of files."""
     places = []
     for i in range(size):
         count = count_pages(_content(spec, fetch(i), name(i)), wanted)
@@ -361,4 +368,5 @@ def _all_pages(
         i, page, count = places[k]
         return name(i) if count == 1 else f"{name(i)}[{page}]"
 
-    return len(places), lambda k: fetch(places[k][0]), named, lambda k: places[k][1]
+    files = [i for i, _, _ in places]
+    return len(places), lambda k: fetch(files[k]), named, lambda k: places[k][1], files

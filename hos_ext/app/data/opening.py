@@ -30,6 +30,7 @@ def open_source(
     test_spec: str | None = None,
     column: str | None = None,
     columns: Sequence[str] | str | None = None,
+    label: str | None = None,
     pictures: Pictures | None = None,
     split: str = "train",
     limit: int = LIMIT,
@@ -66,6 +67,9 @@ def open_source(
             .npz file. May be left out where one is the only image column, or the only choice.
         columns: of a table in csv:, parquet: or hf: whose columns are numbers; a list, or names
             with commas. By default all of them. Each is standardised by itself.
+        label: of a conditional model: which column of a table, or array of an .npz file (or .npy
+            file beside it, by its path), has the class of each row; "label" also for digits, and
+            for folder:, whose sub-folders are the classes. None: no labels.
         pictures: what is done to pictures: their size, transparency, colours, bits and pages.
         split: of hf:.
         limit: bytes. A set is decoded at once where it fits, and row by row when needed where it
@@ -107,12 +111,14 @@ def open_source(
     request = Request(spec, target, seed, column, split, limit)
     if pictures is not None:
         check_kind("open_source", "pictures", pictures, Pictures)
-    request = request._replace(pictures=pictures or Pictures(), columns=_names(columns))
+    names = _names(columns)
+    request = request._replace(pictures=pictures or Pictures(), columns=names, label=label)
     _check_request(kind, request)
     own: tuple[Kind, Request] | None = None  # a test set of its own
     if test_spec is not None:
         own_kind, own_target = find_kind("test_spec", test_spec)
         own = own_kind, request._replace(spec=test_spec, target=own_target, split="test")
+        _check_label(*own)
         _refuse_overlap((kind, request), own)
     elif kind.splits is not None and "test" not in split and "test" in kind.splits(request):
         own = kind, request._replace(split="test")
@@ -210,6 +216,15 @@ def _check_request(kind: Kind, request: Request) -> None:
     check("open_source", fits, f"columns must be None for {spec}", repr(request.columns))
     fits = column is None or not request.columns
     check("open_source", fits, "column must be None with columns", repr(column))
+    _check_label(kind, request)
+
+
+def _check_label(kind: Kind, request: Request) -> None:
+    label = request.label
+    named = label is None or (isinstance(label, str) and label)
+    check("open_source", named, "label must be a name", repr(label))
+    fits = label is None or kind.labels
+    check("open_source", fits, f"label must be None for {request.spec}", repr(label))
 
 
 def _refuse_overlap(one: tuple[Kind, Request], other: tuple[Kind, Request]) -> None:

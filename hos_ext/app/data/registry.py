@@ -45,6 +45,7 @@ class Kind(NamedTuple):
     column: bool
     held_out: tuple[int, int] | None
     columns: bool = False
+    labels: bool = False
 
     @property
     def form(self) -> str:
@@ -64,6 +65,7 @@ def register_source(
     splits: Callable[[Request], list[str]] | None = None,
     column: bool = False,
     columns: bool = False,
+    labels: bool = False,
     held_out: tuple[int, int] | None = None,
 ) -> Callable[[Opener], Opener]:
     """Makes a source known by its name; decorates the function that opens it.
@@ -78,6 +80,7 @@ def register_source(
             them by `request.split`, and a part called "test" is the test set by default.
         column: whether `request.column` means something to the opener.
         columns: whether `request.columns` does.
+        labels: whether `request.label` does: the rows then have `classes`.
         held_out: how many rows are for validation and for the test where the user does not say; by
             default a twentieth of the rows each, at most 1000.
 
@@ -91,7 +94,9 @@ def register_source(
     check("register_source", new, "name must be new and without a colon", repr(name))
 
     def register(opener: Opener) -> Opener:
-        _KINDS[name] = Kind(name, target, opener, stream, files, splits, column, held_out, columns)
+        _KINDS[name] = Kind(
+            name, target, opener, stream, files, splits, column, held_out, columns, labels
+        )
         return opener
 
     return register

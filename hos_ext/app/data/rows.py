@@ -40,6 +40,8 @@ class Request(NamedTuple):
         limit: bytes. A set that is larger is read row by row.
         pictures: what is done to pictures.
         columns: which columns make a sample of a table; empty where the user did not say.
+        label: which labels are wanted: the name of a column or array, or "label" for those that a
+            set has of itself; None for none.
     """
 
     spec: str
@@ -50,6 +52,19 @@ class Request(NamedTuple):
     limit: int = LIMIT
     pictures: Pictures = Pictures()
     columns: tuple[str, ...] = ()
+    label: str | None = None
+
+
+class Classes(NamedTuple):
+    """The class of each row.
+
+    Attributes:
+        numbers: of the classes. Shape (n,), int64.
+        names: what they are called: class k is names[k].
+    """
+
+    numbers: Tensor
+    names: tuple[str, ...]
 
 
 class Rows(NamedTuple):
@@ -66,6 +81,7 @@ class Rows(NamedTuple):
         visit: the same rows as a step of training sees them, drawn by a key: such as cuts of
             pictures at random places. None where they are those of `read`.
         whole: floating values that are whole numbers of another kind, such as int64.
+        classes: of the rows, where they were asked for.
     """
 
     spec: str
@@ -77,6 +93,7 @@ class Rows(NamedTuple):
     truth: Any = None
     visit: Callable[[Tensor, Key], Tensor] | None = None
     whole: bool = False
+    classes: Classes | None = None
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """The rows of these numbers, a few at a time."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...checks import check, check_count, check_int
 from ...random import Key
+from .labels import Labels, matched
 from .pictures import levels_of
-from .rows import CHUNK_VALUES, Request, Rows, check_layout, check_set, warn_whole
+from .rows import CHUNK_VALUES, Classes, Request, Rows, check_layout, check_set, warn_whole
 from .scaling import Scaling, chosen_scaling, root_mean_square, statistics_rows
 from .splits import Parts, batch_rows, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
@@ -32,6 +33,7 @@ class Source(NamedTuple):
         test: raw rows to report on.
         truth: the density (float64 parameters) that `density:` was drawn from, else None.
         reader: what `batch` calls.
+        labels: of its rows, where they were asked for.
     """
 
     spec: str
@@ -43,6 +45,7 @@ class Source(NamedTuple):
     test: Tensor
     truth: Any
     reader: Callable[[int, int, int, int, int], tuple[Tensor, Tensor]]
+    labels: Labels | None = None
 
     def batch(
         self, step: int, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None
@@ -66,13 +69,34 @@ class Source(NamedTuple):
             ValueError: an argument out of range; an image that cannot be read, or a sample that
                 is not as the others or not finite (sets in memory are checked when opened).
         """
-        step = check_int("Source.batch", "step", step, 2**40)
-        batch_size = check_count("Source.batch", "batch_size", batch_size)
-        stop = batch_size if stop is None else stop
-        rule = f"start and stop must satisfy 0 <= start <= stop <= {batch_size}"
-        share = 0 <= start <= stop <= batch_size
-        check("Source.batch", share, rule, f"{start} and {stop}")
-        return self.reader(step, batch_size, seed, start, stop)
+        place = _share("Source.batch", step, batch_size, start, stop)
+        return self.reader(*place[:2], seed, *place[2:])
+
+    def batch_labels(
+        self, step: int, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The labels of what `batch` gives for the same arguments. Shape (stop - start,), int64.
+
+        Raises:
+            ValueError: an argument out of range; the source was opened without labels.
+        """
+        where = "Source.batch_labels"
+        place = _share(where, step, batch_size, start, stop)
+        check(where, self.labels is not None, "the source must be opened with label", "none")
+        assert self.labels is not None
+        return self.labels.reader(*place[:2], seed, *place[2:])
+
+
+def _share(
+    where: str, step: int, batch_size: int, start: int, stop: int | None
+) -> tuple[int, int, int, int]:
+    """Step, batch size, and ends of a share of its batch, checked."""
+    step = check_int(where, "step", step, 2**40)
+    batch_size = check_count(where, "batch_size", batch_size)
+    stop = batch_size if stop is None else stop
+    rule = f"start and stop must satisfy 0 <= start <= stop <= {batch_size}"
+    check(where, 0 <= start <= stop <= batch_size, rule, f"{start} and {stop}")
+    return step, batch_size, start, stop
 
 
 # ------------------------------------------------------------------------------------- from rows
@@ -121,7 +145,23 @@ def source_of_rows(
         test=held_rows(rows if own is None else own, parts.test, limit),
         truth=rows.truth,
         reader=read,
+        labels=_labels_of(rows, own, parts),
     )
+
+
+def _labels_of(rows: Rows, own: Rows | None, parts: Parts) -> Labels | None:
+    """The labels of rows in their parts; of a test set of its own in the classes of the rows."""
+    if rows.classes is None:
+        return None
+    (numbers, names), train = rows.classes, parts.train
+    tested = numbers if own is None else matched(own.classes, names, own.spec)
+    assert train is not None
+
+    def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> Tensor:
+        place = batch_rows(len(train), batch_size, seed=seed, step=step, start=start, stop=stop)
+        return numbers[train[place]]
+
+    return Labels(names, numbers[parts.validation], tested[parts.test], read)
 
 
 def _own_test(rows: Rows, own: Rows, seed: int, test: int | None) -> Tensor:
@@ -175,10 +215,28 @@ def source_of_stream(
     scaling = chosen_scaling(spec, levels, some, "standardise")
     stream = Stream(spec, examples.dataset.skip(held), buffer)
 
+    def take(step: int, batch_size: int, seed: int) -> list[dict[str, Any]]:
+        return stream.take(step * batch_size, (step + 1) * batch_size, seed)
+
     def read(step: int, batch_size: int, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        batch = stream.take(step * batch_size, (step + 1) * batch_size, seed)
         key = Key(seed, step + 1, start)
-        return examples.read(batch[start:stop], example, key)
+        return examples.read(take(step, batch_size, seed)[start:stop], example, key)
+
+    labels = None
+    if examples.label is not None:
+        held_labels = examples.labels(found[:held])
+        tested = held_labels[validation:]
+        if other is not None:
+            numbers_of = Classes(other.labels(own), other.names)
+            tested = matched(numbers_of, examples.names, other.spec)
+        labels = Labels(
+            examples.names,
+            held_labels[:validation],
+            tested,
+            lambda step, size, seed, start, stop: examples.labels(
+                take(step, size, seed)[start:stop]
+            ),
+        )
 
     return Source(
         spec=spec,
@@ -190,4 +248,5 @@ def source_of_stream(
         test=tests.clone(),
         truth=None,
         reader=read,
+        labels=labels,
     )

@@ -28,6 +28,8 @@ class Examples(NamedTuple):
         decode: an example as an array.
         name: of a row number, for messages.
         pictures: what is done to pictures; decoded ones have their own size.
+        label: the number of the class of an example, and `names` those of the classes, where they
+            were asked for.
     """
 
     spec: str
@@ -35,6 +37,18 @@ class Examples(NamedTuple):
     decode: Callable[[dict[str, Any]], np.ndarray]
     name: Callable[[int], str]
     pictures: Pictures = Pictures()
+    label: Callable[[dict[str, Any], int], int] | None = None
+    names: tuple[str, ...] = ()
+
+    def labels(self, examples: list[dict[str, Any]]) -> Tensor:
+        """The classes of examples. Shape (n,), int64."""
+        assert self.label is not None
+        found = [self.label(content, content[_ROW]) for content in examples]
+        for content, number in zip(examples, found, strict=True):
+            rule = f"have labels in 0 ... {len(self.names) - 1}"
+            good = 0 <= number < len(self.names)
+            check_set(self.spec, good, rule, f"{number} in {self.name(content[_ROW])}")
+        return torch.tensor(found, dtype=torch.int64)
 
     def sample(self, content: dict[str, Any], place: Tensor | None = None) -> np.ndarray:
         """An example as an array; of a picture the cut at a place, or at the middle."""

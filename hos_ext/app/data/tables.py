@@ -13,7 +13,9 @@ import numpy as np
 
 from ...checks import check, require
 from .images import decode_image, image_rows
+from .labels import classes_of
 from .rows import (
+    Classes,
     Request,
     Rows,
     array_rows,
@@ -49,7 +51,14 @@ def choose_column(spec: str, features: dict[str, Any], column: str | None) -> tu
     return column, column in images
 
 
-def table_rows(request: Request, pieces: list[Any], places: Sequence[str], *, image: bool) -> Rows:
+def table_rows(
+    request: Request,
+    pieces: list[Any],
+    places: Sequence[str],
+    *,
+    image: bool,
+    classes: Classes | None = None,
+) -> Rows:
     """The rows of a column that comes in pieces of arrow, each from the place of that number."""
     arrow, spec = require("open_source", "pyarrow"), request.spec
     starts = list(itertools.accumulate([len(piece) for piece in pieces], initial=0))
@@ -61,8 +70,45 @@ def table_rows(request: Request, pieces: list[Any], places: Sequence[str], *, im
 
     check_set(spec, len(values), "not be empty", "0 rows")
     if image:
-        return image_rows(request, len(values), lambda i: values[i].as_py(), name)
-    return array_rows(request, _numbers(spec, values, name), name)
+        return image_rows(request, len(values), lambda i: values[i].as_py(), name, classes)
+    rows = array_rows(request, _numbers(spec, values, name), name)
+    return rows._replace(classes=classes)
+
+
+def label_classes(
+    request: Request, features: dict[str, Any], read: Callable[[str], Sequence[Any]]
+) -> Classes | None:
+    """The classes in the column that `request.label` names; None where it names none.
+
+    Args:
+        request: what was asked for.
+        features: the columns as `datasets` describes them.
+        read: the values of a column, in the order of the rows.
+    """
+    label = request.label
+    if label is None:
+        return None
+    names = _class_names(request, features)
+    return classes_of(request, read(label), names)
+
+
+def _class_names(request: Request, features: dict[str, Any]) -> list[str] | None:
+    """The names of a column of classes; None of a column of plain numbers or text."""
+    label = request.label
+    fit = [name for name, feature in features.items() if _is_label(feature)]
+    rule = f"label must be one of the columns {fit} of {request.spec}"
+    check("open_source", label in fit, rule, repr(label))
+    names: list[str] | None = features[str(label)].get("names")
+    return names
+
+
+def _is_label(feature: Any) -> bool:
+    """Classes, whole numbers or text."""
+    if not isinstance(feature, dict):
+        return False
+    kind, dtype = feature.get("_type"), str(feature.get("dtype"))
+    plain = kind == "Value" and dtype.startswith(("int", "uint", "bool", "string", "large_string"))
+    return kind == "ClassLabel" or plain
 
 
 def stream_table(request: Request, target: str, **options: Any) -> Examples:
@@ -73,7 +119,12 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
         dataset = load_data_set(spec, datasets.load_dataset, target, **options)
     features = dataset.features.to_dict() if dataset.features else {}
     column, image = choose_column(spec, features, request.column)
-    dataset, number = dataset.select_columns([column]), ""
+    label = request.label
+    names = None if label is None else _class_names(request, features)
+    rule = f"have classes with names in column {label!r} (kind ClassLabel) to be a stream"
+    check_set(spec, label is None or names, rule, "others")
+    columns = [column] if label is None else [column, label]
+    dataset, number = dataset.select_columns(columns), ""
     pictures = streamed(request)
     if not image:
         check_no_pictures(request)
@@ -91,7 +142,15 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
             got = f"{place}: {error_line(error)}"
             raise refusal(spec, "hold arrays of numbers", got) from None
 
-    return examples_of(spec, dataset, decode, lambda row: f"row {row} of {spec}", pictures)
+    found = examples_of(spec, dataset, decode, lambda row: f"row {row} of {spec}", pictures)
+    if names is None:
+        return found
+    return found._replace(label=lambda example, _: _number(example[str(label)]), names=tuple(names))
+
+
+def _number(label: Any) -> int:
+    """A class by its number; -1 where there is none, which is refused."""
+    return -1 if label is None else int(label)
 
 
 def load_data_set(spec: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....checks import require
+from ....checks import check, require
+from ..labels import classes_of
 from ..registry import register_source
 from ..rows import Request, Rows, array_rows
 from ..scaling import GREY_LEVELS
@@ -17,10 +18,16 @@ from ..splits import split_rows, too_few
 SHAPE = (8, 8)
 
 
-@register_source("digits", held_out=(180, 360))
+@register_source("digits", held_out=(180, 360), labels=True)
 def open_digits(request: Request) -> Rows:
-    """All scans, as whole levels 0 ... 16."""
-    return array_rows(request, _scans("open_source"), levels=GREY_LEVELS)
+    """All scans, as whole levels 0 ... 16; their labels are the digits."""
+    rows = array_rows(request, _scans("open_source"), levels=GREY_LEVELS)
+    if request.label is None:
+        return rows
+    rule = "label must be 'label' for digits"
+    check("open_source", request.label == "label", rule, repr(request.label))
+    digits = require("open_source", "sklearn.datasets").load_digits().target
+    return rows._replace(classes=classes_of(request, digits))
 
 
 class Digits(NamedTuple):

@@ -6,7 +6,7 @@ from ....checks import require
 from ..registry import register_source
 from ..rows import Request, Rows
 from ..streams import Examples
-from ..tables import choose_column, load_data_set, stream_table, table_rows
+from ..tables import choose_column, label_classes, load_data_set, stream_table, table_rows
 
 
 def _splits(request: Request) -> list[str]:
@@ -19,12 +19,14 @@ def _stream(request: Request) -> Examples:
     return stream_table(request, request.target, split=request.split)
 
 
-@register_source("hf", "NAME", splits=_splits, stream=_stream, column=True)
+@register_source("hf", "NAME", splits=_splits, stream=_stream, column=True, labels=True)
 def open_hf(request: Request) -> Rows:
     """A column of images or of lists of numbers, of one split."""
     datasets = require("open_source", "datasets")
     spec = request.spec
     dataset = load_data_set(spec, datasets.load_dataset, request.target, split=request.split)
-    column, image = choose_column(spec, dataset.features.to_dict(), request.column)
+    features = dataset.features.to_dict()
+    column, image = choose_column(spec, features, request.column)
+    classes = label_classes(request, features, lambda name: dataset[name][:])
     piece = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    return table_rows(request, [piece], [spec], image=image)
+    return table_rows(request, [piece], [spec], image=image, classes=classes)

@@ -9,8 +9,9 @@ import numpy as np
 from ....checks import check
 from ..arrays import ENDINGS, load_arrays
 from ..files import files_of
+from ..labels import classes_of
 from ..registry import register_source
-from ..rows import Request, Rows, array_rows, refusal
+from ..rows import Request, Rows, array_rows, check_set, refusal
 from ..unfit import Unfit
 
 
@@ -18,12 +19,42 @@ def _files(request: Request) -> list[Path]:
     return files_of(request, ENDINGS)
 
 
-@register_source("npy", "PATH", files=_files, column=True)
+@register_source("npy", "PATH", files=_files, column=True, labels=True)
 def open_npy(request: Request) -> Rows:
-    """The rows of an array (n, *dims); `column` names one of several arrays of an .npz file."""
-    path = _files(request)[0]
-    array = _load(request.spec, path, request.column)
-    return array_rows(request, array, lambda i: f"row {i} of {path}")
+    """The rows of an array (n, *dims); `column` names one of several arrays of an .npz file.
+
+    So does `label`, the classes of the rows. Beside an .npy file it is the path of another one.
+    """
+    path, column, label = _files(request)[0], request.column, request.label
+    if label is None:
+        array = _load(request.spec, path, column)
+        return array_rows(request, array, lambda i: f"row {i} of {path}")
+    if Path(label).suffix == ".npy":
+        rule = "label must be an array of an .npz file for a test set of its own"
+        check("open_source", request.split == "train", rule, repr(label))
+        file = Path(label).expanduser()
+        check("open_source", file.is_file(), "label must be a file that exists", repr(label))
+        labels = _load(request.spec, file, None)
+    else:
+        names = _names(request.spec, path)
+        rule = f"label must be one of the arrays {names} of {path}, or an .npy file of labels"
+        check("open_source", label in names, rule, repr(label))
+        others = [name for name in names if name != label]
+        column = others[0] if column is None and len(others) == 1 else column
+        labels = _load(request.spec, path, label)
+    array = _load(request.spec, path, column)
+    rows = array_rows(request, array, lambda i: f"row {i} of {path}")
+    rule, got = f"have {rows.size} labels {label!r}, one for each row", f"shape {labels.shape}"
+    check_set(request.spec, labels.shape[:1] == (rows.size,), rule, got)
+    return rows._replace(classes=classes_of(request, labels))
+
+
+def _names(spec: str, path: Path) -> list[str]:
+    """The names of the arrays in an .npz file; none of an .npy file."""
+    try:
+        return load_arrays(path, "")[1]
+    except Unfit as error:
+        raise refusal(spec, error.rule, error.got) from None
 
 
 def _load(spec: str, path: Path, column: str | None) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ....checks import require
 from ..files import files_of
 from ..registry import register_source
 from ..rows import Request, Rows, check_set, error_line, refusal
 from ..streams import Examples
-from ..tables import choose_column, stream_table, table_rows
+from ..tables import choose_column, label_classes, stream_table, table_rows
 
 
 def _files(request: Request) -> list[Path]:
@@ -21,15 +22,17 @@ def _stream(request: Request) -> Examples:
     return stream_table(request, "parquet", split="train", data_files=files)
 
 
-@register_source("parquet", "PATH", files=_files, stream=_stream, column=True)
+@register_source("parquet", "PATH", files=_files, stream=_stream, column=True, labels=True)
 def open_parquet(request: Request) -> Rows:
     """A column of images, as on the hub, or of lists of numbers, from files of one kind."""
     datasets, arrow = require("open_source", "datasets"), require("open_source", "pyarrow")
     spec, column = request.spec, request.column
     places, pieces, image = [str(path) for path in _files(request)], [], False
+    files: list[Any] = []
     for place in places:
         try:
             file = require("open_source", "pyarrow.parquet").ParquetFile(place)
+            files.append(file)
             features = datasets.Features.from_arrow_schema(file.schema_arrow).to_dict()
             column, image = choose_column(place, features, column)
             pieces.append(file.read(columns=[column]).column(0))
@@ -39,4 +42,12 @@ def open_parquet(request: Request) -> Rows:
         types = pieces[0].type, pieces[-1].type
         got = f"{types[0]} in {places[0]} and {types[1]} in {place}"
         check_set(spec, types[0] == types[1], f"hold one type in column {column!r}", got)
-    return table_rows(request, pieces, places, image=image)
+
+    def read(label: str) -> list[Any]:
+        try:
+            return [v for f in files for v in f.read(columns=[label]).column(0).to_pylist()]
+        except (OSError, KeyError, arrow.ArrowException) as error:
+            raise refusal(spec, f"have labels {label!r}", error_line(error)) from None
+
+    classes = label_classes(request, features, read)
+    return table_rows(request, pieces, places, image=image, classes=classes)
