@@ -81,7 +81,6 @@ TRUSTED = {
     "schedules.check_schedule": "a check itself: its first argument is the name in errors",
     "linalg.hessian_of": "takes any object, and answers None for what has no Hessian",
     "sampling.sample_sharded": "needs a group of processes; it hands its arguments to `sample`",
-    "sampling.RunawayWarning": "a kind of warning, which takes a text",
     "sampling.register_step": "takes a class of steps, by duck typing of its attributes",
     "sampling.unregister_step": "takes a class that was registered",
     "nn.MLP.from_weights": "called by load_model with what it has read and checked",
@@ -162,7 +161,7 @@ def _class_entries(room: str, cls: type) -> list[Entry | None]:
     found: list[Entry | None] = []
     record, name = issubclass(cls, (tuple, Record)), f"{room}.{cls.__name__}"
     protocol = getattr(cls, "_is_protocol", False)
-    if protocol or issubclass(cls, dict):
+    if protocol or issubclass(cls, (dict, Exception)):
         return []
     if not record and not inspect.isabstract(cls) and cls.__init__ is not object.__init__:
         found.append(_entry(name, cls, (cls.__name__,)))
