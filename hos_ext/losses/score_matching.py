@@ -233,6 +233,7 @@ def score_matching_loss(
     conditional: Callable[..., Scores] = model
     scores = conditional(points, levels, **conditions)
     _check_scores(scores, points, diagonal, with_clean)
+    _look_at_score(model, points, sigma, noise, scores.scaled_score)
     with torch.autocast(x0.device.type, enabled=False):
         z = _wide(noise).flatten(1)
         at = _by_point(scores, 1 + with_minus + with_clean, z)
@@ -251,6 +252,23 @@ def score_matching_loss(
             return loss
         terms = {"first": first_term, "second": second_term}
         return loss, {key: reduced(term.detach(), reduction) for key, term in terms.items()}
+
+
+def _look_at_score(
+    model: Any, points: Tensor, sigma: Tensor | float, noise: Tensor, scaled_score: Tensor
+) -> None:
+    """Shows the first samples to the watch of a model that stands on a given score.
+
+    Once it is done, this is two attributes a step. Nothing is seen within torch.compile and
+    torch.func, where it could not be read.
+    """
+    watch = getattr(getattr(model, "module", model), "watch", None)  # `module`: of DDP
+    if watch is None or getattr(watch, "done", True) or not callable(watch):
+        return
+    if torch.compiler.is_compiling() or functorch_active() or not is_plain(scaled_score):
+        return
+    rows = len(noise)
+    watch(points[:rows], sigma, noise, scaled_score[:rows])
 
 
 def _evaluation_points(

@@ -36,6 +36,7 @@ from ..scores import ScoreModel, Scores
 from .base import Network
 from .mlp import MLP
 from .unet import UNet
+from .watch import ScoreWatch
 from .weights import WEIGHTS, check_folder, read_weights, write_weights
 
 _HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
@@ -97,9 +98,10 @@ class SecondOrderHead(nn.Module):
 
     Args:
         score_model: the first-order model. `score_model(x, sigma)` -> sigma * s1 as x, for
-            x = x0 + sigma z, or -> `Scores`, of which scaled_score counts: a `DiffusersScore`, a
-            model of ours, any function. Smooth in x where variance is reduced. A module is frozen
-            in place.
+            x = x0 + sigma z, or -> `Scores`, of which scaled_score counts: a `ModelScore` (of a
+            network that predicts anything else), a model of ours, any function. The losses look at
+            it on the first samples, and warn once if it predicts the noise worse than zero. Smooth
+            in x where variance is reduced. A module is frozen in place.
         head: `head(x, sigma, scaled_score) -> Scores`: an `MLP` or `UNet` made with
             given_score=True. Of the conditions of score_model it gets those that its attribute
             `conditions` names: "label" where it was made with num_classes.
@@ -139,6 +141,7 @@ class SecondOrderHead(nn.Module):
         self.first_order = score_model
         self.head = head
         self.scaled = scaled
+        self.watch = ScoreWatch()  # asked by `score_matching_loss`
 
     @property
     def score_model(self) -> ScoreModel:

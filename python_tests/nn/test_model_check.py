@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hos_ext.losses import score_matching_loss
 from hos_ext.nn import MLP, ModelScore, SecondOrderHead, check_model
 from hos_ext.schedules import EDM, VP, Rectified, from_alphas_cumprod
 from hos_ext.scores import Scores
@@ -288,3 +289,81 @@ def test_levels_are_those_asked_for_or_near_the_data():
         check_model(score, samples(), sigmas=0.4)
     with pytest.raises(ValueError, match=r"^check_model: schedule must be None for a model that h"):
         check_model(score, samples(), schedule=VP())
+
+
+# ------------------------------------------------------------------------ heads, while they learn
+
+
+def trained(score_model, steps, *, batch=64, alpha=1.0, **options):
+    """What a training of a head warns of."""
+    head = MLP((D,), 1, given_score=True, width=8, head_width=8).double()
+    model = SecondOrderHead(score_model, head, **options)
+    data = samples(batch)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            sigma = 0.3 + torch.rand(batch, generator=torch.manual_seed(step), dtype=F64)
+            score_matching_loss(model, data, sigma, alpha=alpha, seed=0, offset=step)
+    assert {warning.filename for warning in seen} <= {__file__}
+    return model, [str(warning.message) for warning in seen]
+
+
+RAW = {
+    "eps": (lambda x, sigma: best(EDM(), "eps")(x, sigma), "prediction='eps'"),
+    "x0": (lambda x, sigma: best(EDM(), "x0")(x, sigma), "prediction='x0'"),
+    "score": (lambda x, sigma: best(EDM(), "score")(x, sigma), "prediction='score'"),
+    "random": (lambda x, sigma: torch.cos(9 * x), "1 is no guess; 512 training samples"),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_a_head_on_what_is_no_score_is_warned_of_once(kind):
+    net, named = RAW[kind]
+    model, seen = trained(net, 12)
+    assert len(seen) == 1
+    start = "SecondOrderHead: score_model must give sigma * s1, and what it gives guesses the noise"
+    assert seen[0].startswith(start)
+    assert named in seen[0]
+    assert model.watch.done
+
+
+def test_a_head_on_a_score_is_not_warned_of():
+    score = ModelScore(best(EDM(), "eps"), EDM(), "eps")
+    assert trained(score, 12)[1] == []
+    assert trained(best(EDM(), "score"), 12, scaled=False)[1] == []
+    assert trained(score, 70, batch=8)[1] == []
+
+
+def test_the_watch_looks_at_the_first_samples_alone():
+    """After them a step asks for two attributes: it is not called again."""
+    model, _ = trained(ModelScore(best(EDM(), "eps"), EDM(), "eps"), 7)
+    assert not model.watch.done  # 448 samples of 8 numbers are not yet 4096
+    calls = []
+    watch = type(model.watch).__call__
+
+    class Counted(type(model.watch)):
+        def __call__(self, *arguments):
+            calls.append(len(arguments[0]))
+            watch(self, *arguments)
+
+    model.watch.__class__ = Counted
+    for step in range(7, 12):
+        score_matching_loss(model, samples(64), 0.5, seed=0, offset=step)
+    assert calls == [64]
+    assert model.watch.done
+    assert model.watch._seen == []
+
+
+def test_the_watch_sees_through_a_wrapper():
+    class Wrapped(nn.Module):  # as DistributedDataParallel
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *arguments, **options):
+            return self.module(*arguments, **options)
+
+    model, _ = trained(RAW["eps"][0], 0)
+    sigma = torch.full((512,), 0.5, dtype=F64)
+    with pytest.warns(UserWarning, match=r"SecondOrderHead: .*prediction='eps'"):
+        score_matching_loss(Wrapped(model), samples(512), sigma, seed=0)
