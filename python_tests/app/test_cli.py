@@ -315,7 +315,9 @@ def test_denoise_takes_images_and_arrays_in_raw_units(images, tmp_path):
     expected = (raw[[0, 0, 1, 0, 1, 0, 1]][:, None] - 127.5) / 128
     np.testing.assert_allclose(arrays["noisy"], expected, rtol=1e-6)
     assert arrays["mean"].shape == (7, 1, 8, 8)
-    assert _files(tmp_path / "out") == DENOISE_FILES
+    labels = ["a", "b-0", "b-1", "c-0", "c-1", "d-0", "d-1"]
+    pictures = [f"denoise-{label}-{what}.png" for label in labels for what in ("mean", "std")]
+    assert _files(tmp_path / "out") == sorted([*DENOISE_FILES, *pictures])
     report = (tmp_path / "out" / "denoise.md").read_text()
     assert "| b.tiff[1] |" in report
     assert "not known" in report
@@ -339,7 +341,11 @@ def test_vectors_are_trained_denoised_and_evaluated(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npy", np.zeros((3, 3)), "must hold samples (1, 8, 8), got shape (3, 3)"),
+        (
+            "a.npy",
+            np.zeros((2, 3, 3)),
+            "must hold pictures (1, height, width), got shape (2, 3, 3)",
+        ),
         ("a.npy", np.zeros((8, 8), np.int64), "must hold uint8 or floating values, got int64"),
         ("a.npy", np.full((8, 8), np.nan), "must hold finite values, got nan to nan"),
         ("a.npy", np.diag([-np.inf, *[9.0] * 7]), "must hold finite values, got -inf to 9"),

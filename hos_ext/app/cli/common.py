@@ -108,6 +108,14 @@ def check_available(command: str, option: str, count: int, available: int) -> No
     check(command, count <= available, rule, count)
 
 
+def available(command: str, option: str, count: int | None, usual: int, there: int) -> int:
+    """How many held-out samples are taken: as asked for, or the usual number, or all there are."""
+    if count is None:
+        return min(usual, there)
+    check_available(command, option, count, there)
+    return count
+
+
 def console(*, shown: bool = True) -> "Console":
     """The terminal: numbers are not coloured, lines not broken; with --quiet it is silent."""
     quiet = not (shown and talks())

@@ -1,13 +1,17 @@
 """`hos-ext denoise`."""
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ... import storage
 from ...checks import check, one_of
 from .. import evaluation, results, runs
+from ..data import Pictures
+from ..options import OPTIONS
 from .common import (
     NOISE,
     Data,
@@ -19,12 +23,21 @@ from .common import (
     Seed,
     Sigma,
     TestData,
-    check_available,
+    available,
     console,
     noise_level,
     place_of,
 )
 from .errors import checking
+
+PICTURES = "Pictures"  # a panel of --help
+_COUNT = 4  # held-out samples by default
+
+
+def _option(name: str) -> Any:
+    """An option of pictures that a run has too."""
+    about = f"{OPTIONS[name].help} Default: as the run."
+    return typer.Option(help=about, rich_help_panel=PICTURES)
 
 
 def denoise(
@@ -32,8 +45,9 @@ def denoise(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Noisy images (.png, .jpg, .tiff) or arrays (.npy, .npz), in the units of the "
-            "data set. Without: held-out samples, with noise added."
+            help="Noisy images (.png, .jpg, .tiff, ...) or arrays (.npy, .npz), in the units of "
+            "the data set. U-Nets take any height and width. Without: held-out samples, with "
+            "noise added."
         ),
     ] = None,
     sigma: Sigma = None,
@@ -54,8 +68,34 @@ def denoise(
         ),
     ] = "auto",
     count: Annotated[
-        int, typer.Option(min=1, help="Held-out samples, without FILES.", rich_help_panel=NOISE)
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Held-out samples, without FILES. Default: 4, or all that there are.",
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pixels that neighbouring tiles of a larger picture share. Default: a quarter of "
+            "a tile.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
+    alpha: Annotated[str | None, _option("alpha")] = None,
+    convert: Annotated[str | None, _option("convert")] = None,
+    bits: Annotated[int | None, _option("bits")] = None,
+    pages: Annotated[str | None, _option("pages")] = None,
+    stretch: Annotated[
+        bool,
+        typer.Option(
+            "--stretch",
+            help="Stretch the contrast of .png files from black to white.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     data: Data = None,
@@ -72,49 +112,130 @@ def denoise(
 
       hos-ext denoise runs/mnist scan1.png scan2.png --raw-sigma 40 --out denoised
 
+      hos-ext denoise runs/photos holiday.jpg --raw-sigma 25 --out denoised
+
     Writes denoise.npz, denoise.png, denoise.md and, for images, denoise-mean.tiff,
-    denoise-std.tiff and denoise-components.tiff.
+    denoise-std.tiff, denoise-components.tiff and denoise-NAME-mean.png, denoise-NAME-std.png.
+    Pictures larger than those of the data set are denoised in tiles, without components.
     """
+    given = {"--data": data, "--test-data": test_data, "--count": count}
+    asked = {"alpha": alpha, "convert": convert, "bits": bits, "pages": pages}
     with checking():
         model, facts = runs.load_run(folder, device=device)
-        scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
-        known = not files or sigma is not None or raw_sigma is not None
-        check("denoise", known, "--sigma or --raw-sigma must be given for files", "none")
+        scaling = runs.scaling_of(facts)
         level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scaling.scale)
-        place = place_of("denoise", folder, out)
-        results.refuse_existing("denoise", place, results.denoise_files(shape), force=force)
         if files:
-            one_of("denoise", "--units", units, results.UNITS)
-            samples, names = results.read_files(
-                files, shape, scaling, sigma=level, std=facts["data"]["std"], units=units
-            )
+            known = sigma is not None or raw_sigma is not None
+            check("denoise", known, "--sigma or --raw-sigma must be given for files", "none")
+            _refuse_beside("FILES", given)
+            noisy = _read(files, facts, level, units, asked)
+            names = noisy.names if isinstance(noisy, results.Samples) else [n for _, n in noisy]
         else:
-            names = [f"held-out {i}" for i in range(count)]
+            _refuse_beside(
+                "held-out samples",
+                {f"--{k}": v for k, v in asked.items()} | {"--stretch": stretch or None},
+            )
             source = runs.open_data(facts, data, test_data)
-            check_available("denoise", "--count", count, len(source.test))
+            amount = available("denoise", "--count", count, _COUNT, len(source.test))
+            names = [f"held-out {i}" for i in range(amount)]
+        tiled = bool(files) and isinstance(noisy, list)
+        if not tiled:
+            _refuse_beside("samples of the size of the data set", {"--overlap": overlap})
+        elif overlap is not None:
+            least = min(facts["data"]["shape"][1:])
+            rule = f"--overlap must be less than the size of a tile, {least}"
+            check("denoise", overlap < least, rule, overlap)
+        place = place_of("denoise", folder, out)
+        written = _written(facts, names if files else [], tiled=tiled, stretch=stretch)
+        results.refuse_existing("denoise", place, written, force=force)
         storage.check_writable(place, make=not dry_run)
     if dry_run:
         console().print(
-            f"dry run: would denoise {len(names)} samples of shape {shape} at sigma {level:g} and "
-            f"write {', '.join(results.denoise_files(shape))} to {place}"
+            f"dry run: would denoise {len(names)} samples of shape {tuple(facts['data']['shape'])}"
+            f"{' in tiles' if tiled else ''} at sigma {level:g} and write {', '.join(written)} to "
+            f"{place}"
         )
         return
-    recalibration = facts["recalibration"]
-    if files:
-        result = evaluation.denoise(model, samples, level, recalibration=recalibration)
+    factor = facts["recalibration"]
+    if files and isinstance(noisy, list):
+        tile = facts["data"]["shape"][1:]
+        found = [
+            evaluation.denoise_tiled(model, x, level, tile, overlap=overlap, recalibration=factor)
+            for x, _ in noisy
+        ]
+        made = results.denoised_pictures(found, names, scaling, factor, tile, stretch=stretch)
+        what = f"{len(names)} pictures in {sum(each.tiles for each in found)} tiles"
     else:
-        result = evaluation.denoise_held_out(
-            model, source, level, count=count, seed=seed, recalibration=recalibration
-        )
-    made = results.denoised(result, names, scaling, recalibration)
+        if files:
+            result = evaluation.denoise(model, noisy.x, level, recalibration=factor)
+        else:
+            result = evaluation.denoise_held_out(
+                model, source, level, count=amount, seed=seed, recalibration=factor
+            )
+        made = results.denoised(result, names, scaling, factor, stretch=stretch if files else None)
+        what = _said(result, len(names))
     results.write(place, made)
-    for name in set(results.denoise_files(shape)) - made.keys():  # of an earlier call, --force
+    for name in set(written) - made.keys():  # of an earlier call, --force
         (place / name).unlink(missing_ok=True)
-    what = f"sigma {level:g}: {len(names)} samples"
-    if result.x0 is not None:
-        errors = evaluation.denoising_errors(result)
-        what = (
-            f"sigma {level:g}: mean squared error {errors['mse_noisy']:.4g} -> "
-            f"{errors['mse_denoised']:.4g}"
+    console().print(f"sigma {level:g}: {what}; wrote {_listed(made)} to {place}")
+
+
+def _refuse_beside(what: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that mean nothing here."""
+    typed = ", ".join(name for name, value in options.items() if value is not None)
+    rule = f"{what} must come without {typed}"
+    check("denoise", not typed, rule, lambda: f"both {what} and {typed}")
+
+
+def _read(
+    files: list[Path],
+    facts: Mapping[str, Any],
+    level: float,
+    units: str,
+    asked: Mapping[str, Any],
+) -> results.Samples | list[results.Noisy]:
+    """Samples of the size of the data set; or, for a U-Net, pictures of any size."""
+    one_of("denoise", "--units", units, results.UNITS)
+    scaling, shape = runs.scaling_of(facts), tuple(facts["data"]["shape"])
+    names = ("alpha", "convert", "bits", "pages")
+    chosen = {name: facts["options"].get(name) for name in names}
+    pictures = Pictures.of(chosen | {k: v for k, v in asked.items() if v is not None})
+    options: dict[str, Any] = {"sigma": level, "std": facts["data"]["std"], "units": units}
+    options |= {"pictures": pictures}
+    convolves = facts["options"].get("model") in ("unet", "unet-small") and len(shape) == 3
+    if not convolves or results.sizes_fit(files, shape, pictures):
+        return results.read_files(files, shape, scaling, **options)
+    found = results.read_pictures(files, shape[0], scaling, **options)
+    if facts["options"].get("crop") is None:
+        warnings.warn(
+            f"denoise: pictures are denoised in tiles of {shape[1]}x{shape[2]}, but the model was "
+            "trained on whole pictures of that size: a tile may look like none of them (train "
+            "with --size and --crop random or centre)",
+            stacklevel=2,
         )
-    console().print(f"{what}; wrote {', '.join(made)} to {place}")
+    return found
+
+
+def _written(
+    facts: Mapping[str, Any], names: list[str], *, tiled: bool, stretch: bool
+) -> list[str]:
+    """The names of all files."""
+    shape, levels = tuple(facts["data"]["shape"]), runs.scaling_of(facts).levels
+    if tiled:
+        return results.picture_files(names, shape[0], levels, stretch=stretch)
+    return results.denoise_files(shape, names, levels, stretch=stretch)
+
+
+def _said(result: evaluation.Denoised, count: int) -> str:
+    """What came out, in words."""
+    if result.x0 is None:
+        return f"{count} samples"
+    errors = evaluation.denoising_errors(result)
+    return f"mean squared error {errors['mse_noisy']:.4g} -> {errors['mse_denoised']:.4g}"
+
+
+def _listed(made: Mapping[str, bytes]) -> str:
+    """The files, many pictures as one word."""
+    plain = [name for name in made if not name.endswith(("-mean.png", "-std.png"))]
+    more = len(made) - len(plain)
+    return ", ".join(plain) + (f" and {more} pictures denoise-NAME-*.png" if more else "")

@@ -11,13 +11,16 @@ from .chains import run_chains
 from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
 from .figures import evaluate
 from .plain import plain_json
+from .tiles import Picture, denoise_tiled
 
 __all__ = [
     "Denoised",
+    "Picture",
     "accuracy",
     "calibration_figures",
     "denoise",
     "denoise_held_out",
+    "denoise_tiled",
     "denoising_errors",
     "evaluate",
     "plain_json",

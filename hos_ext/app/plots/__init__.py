@@ -10,6 +10,7 @@ dims, are signals, shown as lines of their entries in order.
 from .calibration import BAND, calibration_figure
 from .chains import chains_figure, spread_figure
 from .denoising import denoising_figure, uncertainty_grid
+from .pictures import pictures_figure
 from .style import png
 from .training import training_figure
 from .uncertainty import uncertainty_figure
@@ -19,6 +20,7 @@ __all__ = [
     "calibration_figure",
     "chains_figure",
     "denoising_figure",
+    "pictures_figure",
     "png",
     "spread_figure",
     "training_figure",

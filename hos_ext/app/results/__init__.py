@@ -8,25 +8,31 @@ from .chains import Dynamics, chains_files, drawn, methods, ranks, run_chains_ov
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
-from .reading import Samples, read_files
+from .pictures import denoised_pictures, picture_files
+from .reading import Noisy, Samples, read_files, read_pictures, sizes_fit
 from .units import UNITS, to_data_units
 
 __all__ = [
     "EVALUATE_FILES",
     "UNITS",
     "Dynamics",
+    "Noisy",
     "Samples",
     "chains_files",
     "denoise_files",
     "denoised",
+    "denoised_pictures",
     "drawn",
     "evaluated",
     "methods",
     "npz",
+    "picture_files",
     "ranks",
     "read_files",
+    "read_pictures",
     "refuse_existing",
     "run_chains_over_ranks",
+    "sizes_fit",
     "tiff",
     "to_data_units",
     "write",

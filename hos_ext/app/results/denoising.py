@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import data, evaluation, plots
 from .files import npz, tiff
+from .pictures import png_files, png_names, png_note
 
 _COMPONENTS = 4
 
@@ -36,17 +37,25 @@ first {components} principal components.
 - denoise-mean.tiff, denoise-std.tiff, denoise-components.tiff (for images): float32, raw units, one
   page for each channel of each sample. A component is sqrt(eigenvalue) times its eigenvector;
   there are {components} for each sample. One is left out where float32 cannot hold it.
-"""
+{png}"""
 
 
-def denoise_files(shape: tuple[int, ...]) -> list[str]:
-    """The names that `denoised` gives its files."""
+def denoise_files(
+    shape: tuple[int, ...], names: Sequence[str] = (), levels: int = 0, *, stretch: bool = False
+) -> list[str]:
+    """The names that `denoised` gives its files; the arguments are those of `png_names`."""
     images = ["denoise-mean.tiff", "denoise-std.tiff", "denoise-components.tiff"]
-    return ["denoise.npz", "denoise.png", "denoise.md", *(images if len(shape) > 1 else [])]
+    fixed = ["denoise.npz", "denoise.png", "denoise.md", *(images if len(shape) > 1 else [])]
+    return [*fixed, *png_names(names, shape, levels, stretch=stretch)]
 
 
 def denoised(
-    result: evaluation.Denoised, names: Sequence[str], scaling: data.Scaling, recalibration: float
+    result: evaluation.Denoised,
+    names: Sequence[str],
+    scaling: data.Scaling,
+    recalibration: float,
+    *,
+    stretch: bool | None = None,
 ) -> dict[str, bytes]:
     """The files of a denoised batch, by name.
 
@@ -55,6 +64,7 @@ def denoised(
         names: of the samples.
         scaling: of the data.
         recalibration: what their covariances were multiplied by, for the report.
+        stretch: as in `png_files`; None for no .png of single samples.
 
     Returns:
         The content of each of `denoise_files`; without the .tiff that float32 cannot hold to a
@@ -80,6 +90,9 @@ def denoised(
     }
     if result.x0 is not None:
         arrays["clean"] = result.x0
+    pictures: dict[str, bytes] = {}
+    if stretch is not None:
+        pictures = png_files(names, list(found.mean), list(found.std), scaling, stretch=stretch)
     report = _REPORT.format(
         sigma=result.sigma,
         raw_sigma=result.sigma * scale,
@@ -87,6 +100,7 @@ def denoised(
         recalibration=recalibration,
         components=values.shape[1],
         table="\n".join(_table(result, names, values)),
+        png=png_note(pictures, scaling.levels, stretch=bool(stretch)),
     )
     files = {
         "denoise.npz": npz(arrays),
@@ -102,7 +116,7 @@ def denoised(
         files |= _tiff("denoise-mean.tiff", arrays["raw_mean"], spread)
         files |= _tiff("denoise-std.tiff", spread, spread)
         files |= _tiff("denoise-components.tiff", steps, steps.abs().amax())
-    return files
+    return files | pictures
 
 
 def _tiff(name: str, values: Tensor, spread: Tensor) -> dict[str, bytes]:
