@@ -174,6 +174,8 @@ def _class_entries(room: str, cls: type) -> list[Entry | None]:
             continue
         if (key.startswith("_") and key not in OPERATORS) or key == "train":
             continue
+        if home is Record and key == "replace":
+            continue  # takes anything for a field, as the class does
         if key in OPERATORS:
             call: Any = OPERATORS[key]
         elif isinstance(static, classmethod) or (
@@ -604,6 +606,19 @@ SELF: dict[str, Make] = {
     "UNet": _unet,
     "SecondOrderHead": _head,
     "Chains": _chains,
+    "Estimate": lambda w: linalg.Estimate(w.diag(), w.diag().abs()),
+    "Eigenpairs": lambda w: linalg.eigenpairs(linalg.DenseOperator(w.dense()), 2),
+    "Spectrum": lambda w: linalg.spectrum.dense_spectrum(w.dense()),
+    "LanczosResult": lambda w: linalg.LanczosResult(
+        (w.diag(),), w.diag()[:, 0], torch.ones(B, dtype=torch.int64), torch.ones(B) > 0
+    ),
+    "StepSizeSearch": lambda w: sampling.StepSizeSearch(0.1, [0.1], [0.5]),
+    "StepSizeAdaptation": lambda w: sampling.StepSizeAdaptation(
+        0.1, [0.5], [0.1], torch.zeros(B), torch.zeros(B) > 0, _chains(w).state
+    ),
+    "CalibrationReport": lambda w: hos_ext.uncertainty.calibration_report(
+        w.batch(), World.posterior(w), tau=0.5, levels=[0.5]
+    ),
     "DiffusersScore": lambda w: integrations.DiffusersScore(_Network(), _scheduler(w)),
     "ModelScore": lambda w: nn.ModelScore(_Network(), schedules.VP(), "eps"),
     "AlongSchedule": lambda w: diffusion.AlongSchedule(standard_model, schedules.Rectified()),
