@@ -75,7 +75,7 @@ def test_the_options_of_a_training_are_described_once():
     engine = {each.name: each for each in dataclasses.fields(training.TrainingOptions)}
     of_a_run_alone = {"sigma_range", "objective", "log_every"}
     assert engine.keys() - options.OPTIONS.keys() == of_a_run_alone - {"objective"}
-    other_defaults = {"steps": 4000, "tracker": "tensorboard"}
+    other_defaults = {"steps": 4000, "tracker": "tensorboard", "condition_dropout": None}
     for name in engine.keys() - of_a_run_alone:
         row = options.OPTIONS[name]
         assert row.kind.__name__ == engine[name].type

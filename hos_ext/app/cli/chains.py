@@ -23,6 +23,7 @@ from .common import (
     noise_level,
     place_of,
 )
+from .conditions import Condition, chosen_class, of_class
 from .errors import checking
 
 CHAINS = "Chains"  # a panel of --help
@@ -55,6 +56,7 @@ def chains(
     netcdf: Annotated[
         bool, typer.Option("--netcdf", help="Also ArviZ data, .nc.", rich_help_panel=FOLDER)
     ] = False,
+    condition: Condition = None,
     seed: Seed = 0,
     device: Device = "auto",
     data: Data = None,
@@ -86,7 +88,8 @@ def chains(
             names = results.chains_files(method, netcdf=netcdf)
             results.refuse_existing("chains", place, names, force=force)
             storage.check_writable(place, make=not dry_run)
-        source = runs.open_data(facts, data, test_data)
+        chosen_class("chains", facts, condition)
+        source = of_class("chains", runs.open_data(facts, data, test_data), facts, condition)
         check_available("chains", "--chains", chains, len(source.test))
     size = results.methods()[method] * level**2 if step_size is None else step_size
     if dry_run:
@@ -97,7 +100,10 @@ def chains(
             )
         return
     starts = evaluation.denoise_held_out(model, source, level, count=chains, seed=seed).x
-    dynamics = results.Dynamics(level, method, size)
+    told = {}
+    if source.labels is not None:
+        told = {"label": source.labels.test[:chains].to(starts.device)}
+    dynamics = results.Dynamics(level, method, size, told)
     with results.ranks():
         found, ess = results.run_chains_over_ranks(
             model, starts, dynamics, n_steps=steps, burn_in=burn_in, thin=thin, seed=seed

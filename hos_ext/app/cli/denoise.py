@@ -9,6 +9,7 @@ import typer
 
 from ... import storage
 from ...checks import check, one_of
+from ...conditions import condition_rows
 from .. import evaluation, results, runs
 from ..data import Pictures
 from ..options import OPTIONS
@@ -28,6 +29,7 @@ from .common import (
     noise_level,
     place_of,
 )
+from .conditions import Condition, chosen_class, class_name, given_labels, of_class
 from .errors import checking
 
 PICTURES = "Pictures"  # a panel of --help
@@ -96,6 +98,7 @@ def denoise(
             rich_help_panel=PICTURES,
         ),
     ] = False,
+    condition: Condition = None,
     seed: Seed = 0,
     device: Device = "auto",
     data: Data = None,
@@ -130,14 +133,17 @@ def denoise(
             _refuse_beside("FILES", given)
             noisy = _read(files, facts, level, units, asked)
             names = noisy.names if isinstance(noisy, results.Samples) else [n for _, n in noisy]
+            told = given_labels("denoise", facts, condition, len(names), "files")
         else:
             _refuse_beside(
                 "held-out samples",
                 {f"--{k}": v for k, v in asked.items()} | {"--stretch": stretch or None},
             )
+            chosen_class("denoise", facts, condition)
             source = runs.open_data(facts, data, test_data)
+            source = of_class("denoise", source, facts, condition)
             amount = available("denoise", "--count", count, _COUNT, len(source.test))
-            names = [f"held-out {i}" for i in range(amount)]
+            names = [f"held-out {i}{class_name(source, i)}" for i in range(amount)]
         tiled = bool(files) and isinstance(noisy, list)
         if not tiled:
             _refuse_beside("samples of the size of the data set", {"--overlap": overlap})
@@ -160,14 +166,24 @@ def denoise(
     if files and isinstance(noisy, list):
         tile = facts["data"]["shape"][1:]
         found = [
-            evaluation.denoise_tiled(model, x, level, tile, overlap=overlap, recalibration=factor)
-            for x, _ in noisy
+            evaluation.denoise_tiled(
+                model,
+                x,
+                level,
+                tile,
+                overlap=overlap,
+                recalibration=factor,
+                model_kwargs=condition_rows(told, slice(i, i + 1)),
+            )
+            for i, (x, _) in enumerate(noisy)
         ]
         made = results.denoised_pictures(found, names, scaling, factor, tile, stretch=stretch)
         what = f"{len(names)} pictures in {sum(each.tiles for each in found)} tiles"
     else:
         if files:
-            result = evaluation.denoise(model, noisy.x, level, recalibration=factor)
+            result = evaluation.denoise(
+                model, noisy.x, level, recalibration=factor, model_kwargs=told
+            )
         else:
             result = evaluation.denoise_held_out(
                 model, source, level, count=amount, seed=seed, recalibration=factor

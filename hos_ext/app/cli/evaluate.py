@@ -24,6 +24,7 @@ from .common import (
     noise_level,
     place_of,
 )
+from .conditions import Condition, chosen_class, of_class
 from .errors import checking
 
 # Columns of the printed table: heading, and name of the figure.
@@ -49,6 +50,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Held-out samples. Default: all.")
     ] = None,
+    condition: Condition = None,
     seed: Seed = 0,
     device: Device = "auto",
     data: Data = None,
@@ -76,7 +78,8 @@ def evaluate(
         levels = _levels(facts, sigma)
         results.refuse_existing("evaluate", place, results.EVALUATE_FILES, force=force)
         storage.check_writable(place, make=not dry_run)
-        source = runs.open_data(facts, data, test_data)
+        chosen_class("evaluate", facts, condition)
+        source = of_class("evaluate", runs.open_data(facts, data, test_data), facts, condition)
     if dry_run:
         return _say_plan(place, levels, min(limit or len(source.test), len(source.test)), as_json)
     report = evaluation.evaluate(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_number
+from ...conditions import condition_rows, move_conditions
 from ...schedules import draw_sigma
-from ...scores import Model
+from ...scores import Model, model_scores
 from ...tweedie.posterior import posterior
 from ...uncertainty.calibration import calibration, recalibration_factor
 from .. import data
@@ -62,10 +63,14 @@ def recalibrate(
         to_device(model, value)
         for value in (x0 / level, x0 / level + noise, x0 + level * noise, sigma)
     )
-    size = chunk_rows(x0.shape[1:])
-    parts = zip(unit_x.split(size), x.split(size), sigma.split(size), strict=True)
-    found = join([posterior(unit, model(x, s), 1.0) for unit, x, s in parts])
-    return recalibration_factor(unit_x0, found, tau=0.5)
+    conditions, size = move_conditions(rows.conditions, x.device), chunk_rows(x0.shape[1:])
+    found = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        told = condition_rows(conditions, part)
+        scores = model_scores(where, model, x[part], sigma[part], told)
+        found.append(posterior(unit_x[part], scores, 1.0))
+    return recalibration_factor(unit_x0, join(found), tau=0.5)
 
 
 def calibration_figures(result: Denoised, recalibration: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...checks import check, check_number
 from ...sampling import diagnostics
 from ...sampling.chains import Chains, sample
-from ...scores import Model, UnscaledScores
+from ...scores import Model, Scores, UnscaledScores
 
 
 def run_chains(
@@ -66,9 +66,10 @@ def run_chains(
     return chains.draws, figures
 
 
-def scores_at(model: Model, sigma: float) -> Callable[[Tensor], UnscaledScores]:
+def scores_at(model: Model, sigma: float) -> Callable[..., UnscaledScores]:
     """The scores of the noisy density at one sigma, as `sampling.sample` takes them."""
-    return lambda x: model(x, sigma).unscaled(sigma)
+    conditional: Callable[..., Scores] = model
+    return lambda x, **model_kwargs: conditional(x, sigma, **model_kwargs).unscaled(sigma)
 
 
 def refuse_diverged(where: str, name: str, step_size: float, chains: Chains, method: str) -> None:

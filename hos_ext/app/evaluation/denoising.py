@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_number, check_samples
+from ...conditions import Conditions, check_conditions, condition_rows, move_conditions
 from ...linalg.dplr import DPLR
-from ...scores import Model
+from ...scores import Model, model_scores
 from ...tweedie.posterior import Posterior, posterior
 from .. import data
 from .rows import HeldOut, chunk_rows, held_out, to_device
@@ -38,6 +39,7 @@ def denoise(
     sigma: float,
     *,
     recalibration: float = 1.0,
+    model_kwargs: Conditions | None = None,
 ) -> Denoised:
     """The posterior of what was there before noise of level sigma, for a batch of noisy samples.
 
@@ -47,6 +49,7 @@ def denoise(
             device of the model, and the result is there.
         sigma: noise standard deviation, > 0. Data units.
         recalibration: scalar that every covariance is multiplied by, > 0: see `recalibrate`.
+        model_kwargs: conditions of the model, each tensor of one row a sample.
 
     Returns:
         Denoised, without clean samples.
@@ -57,7 +60,8 @@ def denoise(
     check_samples("denoise", "x", x)
     sigma = check_number("denoise", "sigma", sigma)
     scale = check_number("denoise", "recalibration", recalibration)
-    return _denoise(model, x, sigma, scale)
+    conditions = check_conditions("denoise", model_kwargs, len(x))
+    return _denoise(model, x, sigma, scale, conditions)
 
 
 @torch.no_grad()
@@ -72,6 +76,8 @@ def denoise_held_out(
     recalibration: float = 1.0,
 ) -> Denoised:
     """`denoise` for the first rows of a part of the data, dequantised, with noise of level sigma.
+
+    Where the source has labels, the model is told those of the rows.
 
     Args:
         model, sigma, recalibration: as in `denoise`.
@@ -101,15 +107,23 @@ def denoise_held_out(
 def denoise_rows(model: Model, rows: HeldOut, sigma: float, scale: float = 1.0) -> Denoised:
     """Held-out rows denoised under their noise; the covariances are multiplied by `scale`."""
     x0 = rows.clean()
-    result = _denoise(model, x0 + sigma * rows.noise(x0), sigma, scale)
+    result = _denoise(model, x0 + sigma * rows.noise(x0), sigma, scale, rows.conditions)
     return result._replace(x0=to_device(model, x0))
 
 
-def _denoise(model: Model, x: Tensor, sigma: float, scale: float) -> Denoised:
+def _denoise(
+    model: Model, x: Tensor, sigma: float, scale: float, conditions: Conditions
+) -> Denoised:
     x = to_device(model, x)
-    parts = x.split(chunk_rows(x.shape[1:]))
-    found = join([posterior(part, model(part, sigma), sigma) for part in parts])
-    return Denoised(sigma, None, x, found if scale == 1 else found.recalibrated(scale))
+    conditions, size = move_conditions(conditions, x.device), chunk_rows(x.shape[1:])
+    found = []
+    for start in range(0, max(len(x), 1), size):
+        rows = slice(start, start + size)
+        told = condition_rows(conditions, rows)
+        scores = model_scores("denoise", model, x[rows], sigma, told)
+        found.append(posterior(x[rows], scores, sigma))
+    whole = join(found)
+    return Denoised(sigma, None, x, whole if scale == 1 else whole.recalibrated(scale))
 
 
 def join(parts: list[Posterior]) -> Posterior:

@@ -30,6 +30,7 @@ class HeldOut:
         scaling: of the data.
         seed, offset: key of dequantisation and noise.
         first: the number of row 0 in the part.
+        label: the classes of the rows. Shape (n,); None for data without labels.
     """
 
     raw: Tensor
@@ -37,13 +38,22 @@ class HeldOut:
     seed: int
     offset: int
     first: int = 0
+    label: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def up_to(self, count: int) -> HeldOut:
         """The first rows, at most `count`."""
-        return replace(self, raw=self.raw[:count])
+        return replace(self, raw=self.raw[:count], label=self._labels(0, count))
+
+    def _labels(self, start: int, count: int) -> Tensor | None:
+        return None if self.label is None else self.label[start : start + count]
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """What a model is told of the rows."""
+        return {} if self.label is None else {"label": self.label}
 
     def clean(self) -> Tensor:
         """The rows in data units, dequantised. Shape (n, *dims), float32."""
@@ -58,7 +68,8 @@ class HeldOut:
         """The rows in parts that `chunk_rows` allows, each under the noise that is its own."""
         first = self.first
         for raw in self.raw.split(chunk_rows(self.raw.shape[1:])):
-            yield replace(self, raw=raw, first=first)
+            label = self._labels(first - self.first, len(raw))
+            yield replace(self, raw=raw, first=first, label=label)
             first += len(raw)
 
 
@@ -67,7 +78,10 @@ def held_out(where: str, source: data.Source, part: str, seed: int) -> HeldOut:
     one_of(where, "part", part, tuple(_OFFSETS))
     raw = source.test if part == "test" else source.validation
     check(where, len(raw), f"source must have {part} rows", f"none in {source.spec}")
-    return HeldOut(raw, source.scaling, seed, _OFFSETS[part])
+    label = None
+    if source.labels is not None:
+        label = source.labels.test if part == "test" else source.labels.validation
+    return HeldOut(raw, source.scaling, seed, _OFFSETS[part], label=label)
 
 
 def noise_levels(where: str, sigmas: Iterable[float]) -> list[float]:

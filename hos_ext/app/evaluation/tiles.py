@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check, check_count, check_number, check_tensor
-from ...scores import Model
+from ...conditions import Conditions, check_conditions, move_conditions, repeat_conditions
+from ...scores import Model, model_scores
 from ...tweedie.posterior import posterior
 from .rows import chunk_rows, to_device
 
@@ -50,6 +51,7 @@ def denoise_tiled(
     *,
     overlap: int | None = None,
     recalibration: float = 1.0,
+    model_kwargs: Conditions | None = None,
 ) -> Picture:
     """The posterior mean and standard deviation of a noisy picture of any size.
 
@@ -65,6 +67,7 @@ def denoise_tiled(
         overlap: pixels that neighbouring tiles share at least; by default a quarter of a tile.
             Its outer quarter does not count, and weights rise over the next half of it.
         recalibration: scalar that every covariance is multiplied by, > 0: see `recalibrate`.
+        model_kwargs: conditions of the model for this picture: each tensor has one row.
 
     Returns:
         The picture. Beside x, mean and std, memory does not depend on its size.
@@ -76,6 +79,7 @@ def denoise_tiled(
     check(_WHERE, x.numel(), "x must not be empty", x)
     sigma = check_number(_WHERE, "sigma", sigma)
     scale = check_number(_WHERE, "recalibration", recalibration)
+    conditions = check_conditions(_WHERE, model_kwargs, 1)
     high, wide = (check_count(_WHERE, "tile", each) for each in tile)
     share = min(high, wide) // 4
     if overlap is not None:
@@ -93,7 +97,8 @@ def denoise_tiled(
     for some in (places[i : i + step] for i in range(0, len(places), step)):
         part = torch.stack([full[:, t : t + high, s : s + wide] for t, s in some])
         part = to_device(model, part)
-        found = posterior(part, model(part, sigma), sigma)
+        told = repeat_conditions(move_conditions(conditions, part.device), len(part))
+        found = posterior(part, model_scores(_WHERE, model, part, sigma, told), sigma)
         found = found if scale == 1 else found.recalibrated(scale)
         blended = zip(some, found.mean.to(full), found.std.to(full), strict=True)
         for (top, left), tile_mean, tile_std in blended:

@@ -64,6 +64,12 @@ def _reconcile(options: dict[str, Any]) -> None:
     good = len(levels) in (1, 2) and 0 < levels[0] <= levels[-1] < math.inf
     check("train", good, "sigma must be one level or LOW,HIGH with 0 < LOW <= HIGH", levels)
     options["sigma"] = [float(levels[0]), float(levels[-1])]
+    conditional = options["condition"] is not None
+    fits = conditional or options["condition_dropout"] is None
+    rule = "condition_dropout must be left out without condition"
+    check("train", fits, rule, options["condition_dropout"])
+    fits = not conditional or options["first_order"] is None
+    check("train", fits, "condition must be left out with first_order", options["condition"])
     if options["diagonal"]:
         check("train", not options["rank"], "rank must be 0 with diagonal", options["rank"])
         options["rank"] = 0
@@ -81,6 +87,8 @@ def _fill_in(options: dict[str, Any], source: data.Source) -> None:
     measured = {"gamma": float(math.prod(source.shape))}
     # Rounded: the last digits of the measured one depend on the number of threads.
     measured |= {"sigma_data": float(f"{source.std:.6g}")}
+    if options["condition"] is not None:
+        measured["condition_dropout"] = TrainingOptions.condition_dropout
     for name, option in OPTIONS.items():
         if option.models and model not in option.models:
             rule = f"{name} must be left out with model {model}"
@@ -100,6 +108,7 @@ def open_chosen_source(options: Mapping[str, Any]) -> data.Source:
         test_spec=options["test_data"],
         column=options["column"],
         columns=options.get("columns"),
+        label=options.get("condition"),
         pictures=data.Pictures.of(options),
         streaming=options["streaming"],
     )
@@ -116,4 +125,6 @@ def training_options(options: Mapping[str, Any]) -> TrainingOptions:
         objective |= {"diagonal": True}
     low, high = options["sigma"]
     named = {name: options[name] for name in OPTIONS if name in _NAMES}
+    if named["condition_dropout"] is None:  # without labels
+        del named["condition_dropout"]
     return TrainingOptions(**named | {"sigma_range": (low, high), "objective": objective})

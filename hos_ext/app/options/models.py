@@ -16,10 +16,17 @@ from ...nn.unet import UNet
 from .table import OPTIONS
 
 
-def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+def build_model(
+    options: Mapping[str, Any], shape: tuple[int, ...], num_classes: int | None = None
+) -> nn.Module:
     """The network that completed options describe, untrained but for a first-order model given.
 
     The options' seed is that of the first weights; torch's own generator is left as it was.
+
+    Args:
+        options: of the run.
+        shape: of one sample.
+        num_classes: of data with labels.
 
     Raises:
         ValueError, TypeError: a size out of range, or a first-order model that cannot be read or
@@ -32,6 +39,7 @@ def build_model(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module
         "constrained": not options["free"],
         "c_min": options["c_min"],
         "given_score": options["first_order"] is not None,
+        "num_classes": num_classes,
     }
     common |= {
         name: options[name] for name, option in OPTIONS.items() if options["model"] in option.models

@@ -122,6 +122,13 @@ OPTIONS: dict[str, Option] = {
         "Of animations and files of several pages: first, or all as samples.",
         measured="refused",
     ),
+    "condition": Option(
+        str,
+        None,
+        DATA,
+        "Learn the classes: label (of digits, of sub-folders), or NAME of a column or array.",
+        measured="none",
+    ),
     "streaming": Option(bool, False, DATA, "Read files as a stream: more data than memory."),
     "validation": Option(
         int, None, DATA, "Rows held out to tune on.", measured="5 %, at most 1000"
@@ -228,6 +235,9 @@ OPTIONS: dict[str, Option] = {
         "Weight of the first-order term.",
         {"digits": 1.0},
         measured="entries of a sample",
+    ),
+    "condition_dropout": _of_training(
+        "condition_dropout", panel=OBJECTIVE, default=None, measured="0.1 with --condition"
     ),
     "steps": _of_training("steps", default=4000),
     "batch_size": _of_training("batch_size", by={"images": 32, "else": 128}),

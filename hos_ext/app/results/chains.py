@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ...conditions import Conditions
 from ...sampling import diagnostics, distributed
 from ...sampling.chains import Chains
 from ...sampling.methods import OzakiIsotropic, make_step, method_names
-from ...scores import Model, UnscaledScores
+from ...scores import Model, UnscaledScores, model_scores
 from ...tweedie.posterior import posterior
 from .. import data, plots, training
 from ..evaluation.chains import refuse_diverged, scores_at
@@ -47,11 +49,13 @@ class Dynamics(NamedTuple):
         sigma: noise level of the density that they sample. Data units.
         method: one of `methods()`.
         step_size: h, in squared data units.
+        model_kwargs: conditions of the model, one row for each chain in each tensor.
     """
 
     sigma: float
     method: str
     step_size: float
+    model_kwargs: Conditions = MappingProxyType({})
 
 
 @contextmanager
@@ -85,9 +89,14 @@ def run_chains_over_ranks(
     Raises:
         RuntimeError: chains diverged.
     """
-    sigma, method, step_size = dynamics
+    sigma, method, step_size, conditions = dynamics
     chains = distributed.sample_sharded(
-        scores_at(model, sigma), init, method=method, step_size=step_size, **options
+        scores_at(model, sigma),
+        init,
+        method=method,
+        step_size=step_size,
+        model_kwargs=conditions,
+        **options,
     )
     refuse_diverged("chains", "--step-size", step_size, chains, method)
     return chains, diagnostics.min_ess(chains.draws)
@@ -125,9 +134,10 @@ def drawn(
     Raises:
         RuntimeError: matplotlib or an extra of ArviZ is missing.
     """
-    sigma, method, step_size = dynamics
+    sigma, method, step_size, conditions = dynamics
     draws = chains.draws
-    ends = posterior(draws[:, -1], model(draws[:, -1], sigma), sigma).mean
+    last = model_scores("chains", model, draws[:, -1], sigma, conditions)
+    ends = posterior(draws[:, -1], last, sigma).mean
     arrays = {
         "sigma": torch.tensor(sigma),
         "step_size": torch.tensor(step_size),

@@ -42,6 +42,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def describe(source: data.Source) -> dict[str, Any]:
     """What is kept of the data: shape, scaling, sigma_data and the number of rows of each part."""
     train = source.parts.train
+    # Only where there are some: run.json of data without labels is what it was.
+    classes = {} if source.labels is None else {"classes": list(source.labels.names)}
     return {
         "spec": source.spec,
         "shape": list(source.shape),
@@ -50,6 +52,7 @@ def describe(source: data.Source) -> dict[str, Any]:
         "n_train": None if train is None else len(train),  # a stream has no known end
         "n_validation": len(source.validation),
         "n_test": len(source.test),
+        **classes,
     }
 
 

@@ -67,7 +67,8 @@ def prepare(
     torch.backends.cudnn.allow_tf32 = bool(given.get("tf32"))
     torch.backends.cuda.matmul.allow_tf32 = bool(given.get("tf32"))
     options, source = complete(given)
-    model = build_model(options, source.shape)
+    classes = None if source.labels is None else len(source.labels.names)
+    model = build_model(options, source.shape, classes)
     facts: dict[str, Any] = {
         "format": FORMAT,
         "options": options,

@@ -27,21 +27,30 @@ class Batch(NamedTuple):
         sigma: their noise levels. Shape (B,).
         rows: their places in the data set. Shape (B,).
         key: of their noise; `key.first` is the place of row 0 in the global batch.
+        label: their classes, or no class. Shape (B,), int64; None for data without labels.
     """
 
     x0: Tensor
     sigma: Tensor
     rows: Tensor
     key: Key
+    label: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
         """Rows [start, stop)."""
         x0, sigma, rows = (each[start:stop] for each in self[:3])
-        return Batch(x0, sigma, rows, self.key._replace(first=self.key.first + start))
+        label = None if self.label is None else self.label[start:stop]
+        return Batch(x0, sigma, rows, self.key._replace(first=self.key.first + start), label)
 
     def to(self, place: torch.device) -> Batch:
-        """The same with samples and levels on a device."""
-        return self._replace(x0=self.x0.to(place), sigma=self.sigma.to(place))
+        """The same with samples, levels and labels on a device."""
+        label = None if self.label is None else self.label.to(place)
+        return self._replace(x0=self.x0.to(place), sigma=self.sigma.to(place), label=label)
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """What the model is told besides."""
+        return {} if self.label is None else {"label": self.label}
 
 
 def draw_batch(
@@ -55,7 +64,11 @@ def draw_batch(
     levels = source.scaling.levels
     raw = data.augment(raw, options.augment, levels=levels, batch_size=size, **keys)
     x0 = source.scaling.forward(raw, **keys)
-    return Batch(x0, draw_sigma(stop - start, options.sigma_range, **keys), rows, key)
+    label = None
+    if source.labels is not None:
+        label = source.batch_labels(step - 1, size, seed=options.seed, start=start, stop=stop)
+        label = data.drop_labels(label, len(source.labels.names), options.condition_dropout, key)
+    return Batch(x0, draw_sigma(stop - start, options.sigma_range, **keys), rows, key, label)
 
 
 def draw_validation(source: data.Source, options: TrainingOptions) -> Batch:
@@ -63,7 +76,9 @@ def draw_validation(source: data.Source, options: TrainingOptions) -> Batch:
     key = Key(options.seed)
     rows = torch.arange(min(len(source.validation), _VALIDATION_ROWS))
     x0 = source.scaling.forward(source.validation[rows], seed=options.seed)
-    return Batch(x0, draw_sigma(len(rows), options.sigma_range, seed=options.seed), rows, key)
+    label = None if source.labels is None else source.labels.validation[rows]
+    sigma = draw_sigma(len(rows), options.sigma_range, seed=options.seed)
+    return Batch(x0, sigma, rows, key, label)
 
 
 def losses(network: Model, batch: Batch, objective: Mapping[str, Any]) -> Tensor:
@@ -74,6 +89,7 @@ def losses(network: Model, batch: Batch, objective: Mapping[str, Any]) -> Tensor
         batch.sigma,
         **objective,
         **batch.key._asdict(),
+        model_kwargs=batch.conditions,
         reduction="none",
         return_terms=True,
     )

@@ -251,6 +251,8 @@ _DEFAULTS = {"variance_reduction": True, "centred": False}
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses other options; with a constant learning rate there may be more steps."""
+    # A checkpoint from before there were labels has none, whatever becomes of them.
+    before = {"condition_dropout": now.get("condition_dropout")} | before
     if isinstance(before.get("objective"), dict):
         before = before | {"objective": _DEFAULTS | before["objective"]}
     for name, value in now.items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ... import storage
-from ...checks import check_callable, check_flag, check_kind, refuse_dropout, said_by
+from ...checks import check, check_callable, check_flag, check_kind, refuse_dropout, said_by
 from ..data import Source, as_source
 from .batches import Batch, draw_batch, draw_validation, gradient_variance, losses, validation_loss
 from .checkpoints import (
@@ -128,6 +128,7 @@ def train(
     size = options.batch_size
     with said_by("train", "as_source"):
         source = as_source(data, seed=options.seed, validation=validation, test=0, batch_size=size)
+    _check_labels(model, source)
     accelerator = open_accelerator(options, out)
     check_precision(
         options.objective,
@@ -327,6 +328,22 @@ class _Training:
     def trained(self, start: int) -> Trained:
         """What `train` returns, for a run that started after step `start`."""
         return Trained(self.ema.module.eval(), self.history, self.step, start, self.source)
+
+
+def _check_labels(model: nn.Module, source: Source) -> None:
+    """Refuses a conditional model without labels, labels without one, and other classes."""
+    takes = "label" in getattr(model, "conditions", ())
+    head = getattr(model, "head", model)
+    classes = getattr(head, "num_classes", None)
+    if source.labels is None:
+        rule = "data must have labels for a model that takes them (open_source has label=)"
+        check("train", not takes, rule, f"none in {source.spec}")
+        return
+    count = len(source.labels.names)
+    rule = f"model must take label= (num_classes={count}) for data with labels"
+    check("train", takes, rule, f"{type(model).__name__} without")
+    rule = f"model must have num_classes={count}, the classes of the data"
+    check("train", classes in (None, count), rule, classes)
 
 
 def _optimizer(weights: list[nn.Parameter], options: TrainingOptions) -> torch.optim.AdamW:

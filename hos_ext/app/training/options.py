@@ -36,6 +36,11 @@ def _about(help: str, check: Check | None = None, *, decides: bool = False) -> d
     return {"help": help, "check": check, "decides": decides}
 
 
+def _check_rate(where: str, name: str, value: Any) -> None:
+    number = check_number(where, name, value, positive=False)
+    check(where, number < 1, f"{name} must be in [0, 1)", f"{number:g}")
+
+
 def _check_average(where: str, name: str, value: Any) -> None:
     number = check_number(where, name, value, positive=False)
     check(where, number < 1, f"{name} must be below 1", f"{number:g}")
@@ -136,6 +141,15 @@ class TrainingOptions:
             "none, flip (left and right), or distort (rotate, shear, scale, shift half of a "
             "batch).",
             partial(one_of, known=("none", "flip", "distort")),
+            decides=True,
+        ),
+    )
+    # The score without a class is learned beside: guidance needs it, and so does data without one.
+    condition_dropout: float = field(
+        default=0.1,
+        metadata=_about(
+            "Part of the labels that a step leaves out, of data with labels (for guidance).",
+            _check_rate,
             decides=True,
         ),
     )
