@@ -90,9 +90,16 @@ def check_kind(
 
 
 def kind_name(value: object) -> str:
-    """The class of what came, for an error message; of an array of numpy also the way out."""
+    """The class of what came, for an error message, with the way out of what is often mixed up."""
     name = type(value).__name__
-    return f"{name} (torch.from_numpy makes a Tensor of it)" if name == "ndarray" else name
+    return f"{name} ({_WAYS_OUT[name]})" if name in _WAYS_OUT else name
+
+
+_WAYS_OUT = {
+    "ndarray": "torch.from_numpy makes a Tensor of it",
+    "Scores": ".unscaled(sigma) has s1 and s2 in true units",
+    "UnscaledScores": ".score is s1, and .scaled(sigma) makes Scores",
+}
 
 
 def one_of(where: str, name: str, value: object, known: Iterable[str]) -> str:

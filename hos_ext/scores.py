@@ -12,7 +12,15 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from .checks import check, check_callable, check_like, check_low_rank, check_tensor, positive
+from .checks import (
+    check,
+    check_callable,
+    check_like,
+    check_low_rank,
+    check_tensor,
+    kind_name,
+    positive,
+)
 from .records import RowRecord, sizes
 
 
@@ -202,6 +210,21 @@ AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
 """s1 alone, or with the Hessian in one of the three forms that samplers know."""
 
 
+def score_of(score: AnyScores) -> Any:
+    """s1 itself, of what holds it. Anything else as it is, for the check that follows: `Scores`
+    hold sigma s1, and are refused there.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import UnscaledScores
+        >>> from hos_ext.scores import score_of
+        >>> score_of(UnscaledScores(torch.tensor([[2.0]]), torch.tensor([[-1.0]])))
+        tensor([[2.]])
+    """
+    holds = isinstance(score, (UnscaledScores, DenseScores, MatrixFreeScores))
+    return score.score if holds else score
+
+
 Level: TypeAlias = float | Tensor
 """A noise level sigma or a signal scale alpha: one for all samples, or one for each."""
 
@@ -269,8 +292,8 @@ def model_scores(
     check_callable(where, "model", model)
     conditional: Callable[..., Scores] = model
     scores = conditional(x, sigma, **(model_kwargs or {}))
-    kind = type(scores).__name__
-    check(where, isinstance(scores, Scores), "model must return Scores", kind, TypeError)
+    good = isinstance(scores, Scores)
+    check(where, good, "model must return Scores", lambda: kind_name(scores), TypeError)
     check_like(where, "scaled_score from model", scores.scaled_score, x)
     return scores
 

@@ -1,206 +1,168 @@
-"""The words: one rule for the low-rank part in all that take one, and the checks of `checks`."""
-
-from __future__ import annotations
+"""Scores in true units and scaled ones cannot be taken for one another, nor for anything else."""
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
 from hos_ext import (
-    DPLR,
-    VP,
-    Scores,
+    MLP,
+    SecondOrderHead,
     UnscaledScores,
-    checks,
-    diffusion,
-    linalg,
-    nn,
+    langevin_step,
+    ops,
+    ozaki_step,
     posterior,
-    sampling,
+    sample,
+    score_matching_loss,
 )
-from hos_ext.linalg import DenseOperator, ScoreHessian
-from hos_ext.losses import ScoreMatchingLoss, hermite, score_matching_loss
-from hos_ext.nn import MLP, SecondOrderHead
-from hos_ext.tweedie import moments_from_cumulants, posterior_covariance, second_moment
+from hos_ext.densities import Gaussian
+from hos_ext.diffusion import annealed_langevin, guided, log_likelihood, reverse_sde
+from hos_ext.linalg import ScoreHessian, hessian_of
+from hos_ext.losses import order_k_loss, second_moment_loss
+from hos_ext.schedules import VE, VP
+from hos_ext.scores import DenseScores, MatrixFreeScores
+from hos_ext.tweedie import (
+    eps_from_score,
+    posterior_covariance,
+    posterior_mean,
+    posterior_moments,
+    second_moment,
+    v_from_score,
+    velocity_from_score,
+    x0_from_score,
+)
+from hos_ext.uncertainty import outlier_score, posterior_from_score
 
-# torch itself uses what it deprecates, where forward mode begins.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+LAW = Gaussian(torch.tensor([0.3, -0.2]).double(), torch.tensor([[2.0, 0.4], [0.4, 1.0]]).double())
+SIGMA, ALPHA = 0.6, 0.8
+NOISY = LAW.noisy(SIGMA, ALPHA)
+X = torch.tensor([[1.0, 2.0], [-0.5, 0.1], [0.0, -1.0]]).double()
+S1, S2 = NOISY.score(X), NOISY.hessian(X)
+TRUE = UnscaledScores(S1, S2.diagonal(dim1=1, dim2=2))
+SCALED = TRUE.scaled(SIGMA)
 
-B, D, R = 3, 4, 2
-X = torch.linspace(-1, 1, B * D).reshape(B, D)
-C = X.abs() + 0.5
-TAKERS = {
-    "Scores.unscaled": lambda f, s, sigma: Scores(X, C, f, s).unscaled(sigma),
-    "UnscaledScores.scaled": lambda f, s, sigma: UnscaledScores(X, C, f, s).scaled(sigma),
-    "posterior": lambda f, s, sigma: posterior(X, Scores(X, C, f, s), sigma),
-    "posterior_covariance": lambda f, s, sigma: posterior_covariance(C, f, sigma, sign=s),
-    "second_moment": lambda f, s, sigma: second_moment(X, X, C, f, sigma, sign=s),
+TAKE_S1 = {
+    "posterior_mean": lambda s: posterior_mean(X, s, SIGMA, ALPHA),
+    "x0_from_score": lambda s: x0_from_score(X, s, SIGMA, ALPHA),
+    "eps_from_score": lambda s: eps_from_score(s, SIGMA),
+    "v_from_score": lambda s: v_from_score(X, s, SIGMA, ALPHA),
+    "velocity_from_score": lambda s: velocity_from_score(
+        X, s, SIGMA, ALPHA, alpha_slope=-1.0, sigma_slope=1.0
+    ),
 }
 
 
-@pytest.mark.parametrize("sigma", [0.5, torch.full((B,), 0.5)], ids=["float", "row"])
-@pytest.mark.parametrize("name", TAKERS)
-def test_a_factor_has_the_batch_of_the_samples(name, sigma):
-    """One factor for all rows is written out; the same whether sigma is one number or one a row."""
-    factor = torch.ones(B, D, R)
-    TAKERS[name](factor, torch.tensor([1.0, -1.0]), sigma)
-    for wrong in (factor[:1], factor[0], factor[:, :, 0], factor[:, :1], factor[None]):
-        rule = f"{name}: factor must have shape ({B}, {D}, r), got {tuple(wrong.shape)}"
-        with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
-            TAKERS[name](wrong, None, sigma)
+@pytest.mark.parametrize("name", TAKE_S1)
+def test_s1_may_come_in_what_holds_it(name):
+    want = TAKE_S1[name](S1)
+    for holder in (TRUE, DenseScores(S1, S2), MatrixFreeScores(S1, hessian_of(TRUE))):
+        assert torch.equal(TAKE_S1[name](holder), want)
+    if name in ("posterior_mean", "x0_from_score"):
+        torch.testing.assert_close(want, LAW.posterior_mean(X, SIGMA, ALPHA))
 
 
-@pytest.mark.parametrize("name", TAKERS)
-def test_a_sign_is_one_for_each_column(name):
-    factor = torch.ones(B, D, R)
-    for wrong, rule in (
-        ("abc", "sign must be a Tensor, got str"),
-        (torch.ones(1), "sign must have shape (2,), got (1,)"),
-        (torch.tensor([1.0, 0.5]), "sign must hold +1 and -1 only, got [1.0, 0.5]"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(f'{name}: {rule}')}$"):
-            TAKERS[name](factor, wrong, 0.5)
-    with pytest.raises(ValueError, match=r"sign must have shape \(0,\), got \(2,\)$"):
-        TAKERS[name](None, torch.ones(2), 0.5)  # columns that are not there
+def call_sample(method):
+    return lambda s: sample(lambda x: s, X, method=method, step_size=0.1, n_steps=1)
 
 
-def _model(x, sigma):
-    return Scores(-x, torch.ones_like(x))
+def head(scaled):
+    def made(s):
+        net = MLP((2,), 1, given_score=True).double()
+        return SecondOrderHead(lambda x, sigma: s, net, scaled=scaled)(X, SIGMA)
+
+    return made
 
 
-FLAGS = {
+# What is given scaled scores (or true ones) in place of the other, and what it says.
+TO_TRUE = r"got Scores \(\.unscaled\(sigma\) has s1 and s2 in true units\)"
+TO_SCALED = r"got UnscaledScores \(\.score is s1, and \.scaled\(sigma\) makes Scores\)"
+REFUSE_SCALED = {
+    **{name: (call, "score must be a Tensor") for name, call in TAKE_S1.items()},
+    "second_moment": (
+        lambda s: second_moment(X, s, TRUE.diag, None, SIGMA),
+        "score must be a Tensor",
+    ),
+    "posterior_covariance": (
+        lambda s: posterior_covariance(s, None, SIGMA),
+        "diag must be a Tensor",
+    ),
+    "langevin_step": (lambda s: langevin_step(X, s, 0.1, seed=0), "score must be a Tensor"),
+    "ozaki_step": (lambda s: ozaki_step(X, s, TRUE.diag, 0.1, seed=0), "score must be a Tensor"),
+    "dsm_loss": (lambda s: ops.dsm_loss(s, X, SIGMA), "score must be a Tensor"),
+    "d2sm_loss": (
+        lambda s: ops.d2sm_loss(s, TRUE.diag, None, X, SIGMA),
+        "score must be a Tensor",
+    ),
+    "sample": (call_sample("langevin"), "score from score_fn must be a tensor"),
+    "sample ": (call_sample("ozaki"), "score_fn must return UnscaledScores"),
+    "hessian_of": (hessian_of, "scores must hold scores"),
+    "second_moment_loss": (
+        lambda s: second_moment_loss(X, X, s, S2, SIGMA),
+        "score must be a Tensor",
+    ),
+}
+REFUSE_TRUE = {
+    "posterior": (lambda s: posterior(X, s, SIGMA), "scores must be a Scores"),
+    "outlier_score": (outlier_score, "scores must be a Scores"),
     "score_matching_loss": (
-        lambda **k: score_matching_loss(_model, X, 0.5, noise=X, **k),
-        "variance_reduction diagonal scale_free detach_score centred return_terms",
+        lambda s: score_matching_loss(lambda x, sigma: s, X, SIGMA, seed=0),
+        "model must return Scores",
     ),
-    "ScoreMatchingLoss": (
-        lambda **k: ScoreMatchingLoss(0.5, **k),
-        "variance_reduction diagonal scale_free detach_score centred",
+    "reverse_sde": (
+        lambda s: reverse_sde(lambda x, sigma: s, X, VP(), n_steps=2, seed=0),
+        "model must return Scores",
     ),
-    "hermite": (lambda **k: hermite(X, 2, **k), "diagonal"),
-    "moments_from_cumulants": (lambda **k: moments_from_cumulants([X], **k), "central"),
-    "MLP": (lambda **k: MLP((2,), 1, **k), "constrained given_score"),
-    "SecondOrderHead": (
-        lambda **k: SecondOrderHead(_model, MLP((2,), 1, given_score=True), **k),
-        "scaled",
+    "log_likelihood": (
+        lambda s: log_likelihood(lambda x, sigma: s, X, VP(), n_steps=2),
+        "model must return Scores",
     ),
+    "annealed_langevin": (
+        lambda s: annealed_langevin(lambda x, sigma: s, X, [0.5], n_steps=1, seed=0),
+        "model must return Scores",
+    ),
+    "SecondOrderHead": (head(scaled=True), "score from score_model must be a Tensor"),
 }
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_flags_are_true_or_false(name):
-    """The text "False" is true to Python, and an array has no truth."""
-    call, flags = FLAGS[name]
-    for flag in flags.split():
-        for wrong in ("False", 1, None, torch.tensor([True, False])):
-            with pytest.raises(TypeError, match=f"^{name}: {flag} must be True or False, got "):
-                call(**{flag: wrong})
+@pytest.mark.parametrize("name", REFUSE_SCALED)
+def test_scaled_scores_are_refused_for_true_ones_with_the_way_out(name):
+    call, rule = REFUSE_SCALED[name]
+    with pytest.raises(TypeError, match=rf"^{name.strip()}: {rule}.*, {TO_TRUE}"):
+        call(SCALED)
 
 
-def test_a_device_is_here_and_named():
-    assert checks.device_of("f", "device", "cpu") == torch.device("cpu")
-    assert checks.device_of("f", "device", None) == torch.empty(0).device
-    for wrong in ("cuda:77", "abc", torch.device("cuda", 77)):
-        with pytest.raises(ValueError, match=r"^f: device must be a device of this machine, got '"):
-            checks.device_of("f", "device", wrong)
-    with pytest.raises(TypeError, match=r"^f: device must be a device or its name, got \[\]$"):
-        checks.device_of("f", "device", [])
+@pytest.mark.parametrize("name", REFUSE_TRUE)
+def test_true_scores_are_refused_for_scaled_ones_with_the_way_out(name):
+    call, rule = REFUSE_TRUE[name]
+    with pytest.raises(TypeError, match=rf"^{name}: {rule}.*, {TO_SCALED}"):
+        call(TRUE)
 
 
-def test_errors_of_an_inner_function_are_said_by_the_outer_one():
-    with pytest.raises(TypeError, match=r"^outer: n must be, got 1$") as caught:  # noqa: SIM117
-        with checks.said_by("outer", "inner", shape="n"):
-            raise TypeError("inner: shape must be, got 1")
-    assert caught.traceback  # the place is not lost
-    with pytest.raises(ValueError, match=r"^another: shape$"):  # noqa: SIM117
-        with checks.said_by("outer", "inner", shape="n"):
-            raise ValueError("another: shape")
+def test_score_functions_that_return_scaled_scores_are_refused():
+    for call, name in (
+        (lambda: ScoreHessian(lambda x: SCALED, X), "ScoreHessian"),
+        (lambda: posterior_from_score(lambda x: SCALED, X, SIGMA, rank=1), "posterior_from"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}.*{TO_TRUE}"):
+            call()
 
 
-def test_huge_ints_are_no_floats():
-    assert checks.as_float(10**400) == float("inf")
-    assert checks.as_float(-(10**400)) == -float("inf")
-    for call in (checks.positive, checks.per_sample):
-        with pytest.raises(ValueError, match=r"^f: sigma must be finite, got inf$"):
-            call("f", "sigma", 10**400, X)
+@pytest.mark.parametrize("given", [TRUE, SCALED], ids=["true", "scaled"])
+def test_a_record_passes_for_no_pair(given):
+    """A tuple of tensors may mean several points, several orders, or two functions."""
+    for call in (
+        lambda: ops.assemble_hessian(given, None),
+        lambda: posterior_moments(X, given, SIGMA),
+        lambda: order_k_loss(3, X, given, X, SIGMA),
+        lambda: guided(lambda x, sigma: SCALED, X, given, 0.1, VP()),
+        lambda: VE(given),
+    ):
+        with pytest.raises(TypeError, match=re.compile("must")):
+            call()
 
 
-def test_meta_tensors_hold_no_values_to_check():
-    with pytest.raises(ValueError, match=r"^f: sigma must .*got "):
-        checks.positive("f", "sigma", torch.ones(B, device="meta"), X)
-    with pytest.raises(ValueError, match=r"^DPLR: sign must "):
-        DPLR(X, torch.ones(B, D, R), torch.ones(R, device="meta"))
-
-
-def test_numpy_leaves_the_sum_to_the_matrix():
-    """ones(3) + matrix was an array of objects, one sum for each entry."""
-    matrix = DPLR(C)
-    with pytest.raises(TypeError, match=r"^DPLR.__add__: other must be a float or a Tensor"):
-        np.ones(3) + matrix
-    assert torch.equal((np.float64(2.0) + matrix).diag, C + 2)
-
-
-def test_times_are_drawn_in_floating_dtypes_alone():
-    """Times between 0 and 1 cut to whole numbers were all zero."""
-    with pytest.raises(ValueError, match=r"^VP.sample_t: dtype must be float32, float64, got "):
-        VP().sample_t(5, seed=0, dtype=torch.int64)
-
-
-def test_seeds_and_rows_are_looked_at_where_no_noise_is_drawn():
-    hessian = ScoreHessian(lambda x: -x, X, symmetrize=True)
-    for name, value in (("seed", "abc"), ("first", -1)):
-        with pytest.raises((TypeError, ValueError), match=f"^ScoreHessian.estimate_trace: {name} "):
-            hessian.estimate_trace(D, **{name: value})  # D probes are exact: none is drawn
-    for name, value in (("offset", 0.5), ("first", 2.0)):
-        with pytest.raises(TypeError, match=f"^score_matching_loss: {name} must be an int"):
-            score_matching_loss(_model, X, 0.5, noise=X, **{name: value})
-
-
-def test_views_with_the_negative_bit_are_times():
-    """torch cannot make a tensor like such a view, which a conjugate's imaginary part is."""
-    t = torch.complex(torch.zeros(2), torch.tensor([-0.25, -0.5])).conj().imag
-    assert t.is_neg()
-    assert torch.equal(VP().sigma(t), VP().sigma(t.clone()))
-
-
-@pytest.mark.parametrize("index", [1.0, "a", [0], None, torch.tensor(1), torch.tensor([7])])
-def test_rows_are_a_slice_or_numbers_of_rows(index):
-    for matrix in (DPLR(C), DenseOperator(DPLR(C).dense()), ScoreHessian(lambda x: -x, X)):
-        name = type(matrix).__name__
-        with pytest.raises((TypeError, ValueError), match=f"^{name}.rows: index must "):
-            matrix.rows(index)
-    assert DPLR(C).rows(torch.tensor([True, False, True])).shape == (2, D, D)
-
-
-META = torch.zeros(3, 4, device="meta")
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: sampling.ess(META.unsqueeze(-1)), "ess: draws must hold values"),
-        (
-            lambda: linalg.dense_spectrum(torch.zeros(1, 2, 2, device="meta")),
-            "dense_spectrum: matrix must hold values",
-        ),
-        (
-            lambda: diffusion.tweedie_denoise(lambda x, s: None, META, VP(), 0.1),
-            "tweedie_denoise: x must hold values",
-        ),
-        (
-            lambda: linalg.truncated(
-                torch.tensor([[torch.nan]]), torch.ones(1, 2, 1), torch.ones(1, 2)
-            ),
-            "truncated: values must be finite",
-        ),
-        (
-            lambda: nn.MLP((4,), rank=1)(torch.zeros(3, 4), 1e39),
-            "MLP: sigma must be finite in torch.float32",
-        ),
-    ],
-)
-def test_values_that_are_not_there_or_not_held_are_named(call, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        call()
+def test_a_head_takes_true_scores_where_it_is_told_so():
+    want = head(scaled=False)(S1).scaled_score
+    assert torch.equal(head(scaled=False)(TRUE).scaled_score, want)
+    assert torch.equal(head(scaled=False)(SCALED).scaled_score, SCALED.scaled_score)

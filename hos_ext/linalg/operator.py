@@ -11,7 +11,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from ..checks import check, check_shape, check_tensor, rows_at
+from ..checks import check, check_shape, check_tensor, kind_name, rows_at
 from ..scores import DenseScores, MatrixFreeScores, SymmetricOperator, UnscaledScores
 from .dplr import DPLR
 
@@ -186,7 +186,7 @@ def hessian_of(scores: object) -> SymmetricOperator | None:
         >>> hessian_of(UnscaledScores(torch.zeros(1, 2), torch.tensor([[-1.0, -2.0]]))).diagonal()
         tensor([[-1., -2.]])
     """
-    raise TypeError(f"hessian_of: scores must hold scores, got {type(scores).__name__}")
+    raise TypeError(f"hessian_of: scores must hold scores, got {kind_name(scores)}")
 
 
 @hessian_of.register(Tensor)

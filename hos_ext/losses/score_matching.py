@@ -486,8 +486,8 @@ def refuse_rounding(
 
 def _check_scores(scores: Scores, points: Tensor, diagonal: bool, with_clean: bool) -> None:
     """What the model returned fits the points, and the precision that variance reduction needs."""
-    where, got = _WHERE, type(scores).__name__
-    check(where, isinstance(scores, Scores), "model must return Scores", got, TypeError)
+    where, good = _WHERE, isinstance(scores, Scores)
+    check(where, good, "model must return Scores", lambda: kind_name(scores), TypeError)
     shape: Shape = tuple(points.shape)
     value: Any
     for name in ("scaled_score", "c", "factor"):

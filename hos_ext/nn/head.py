@@ -26,13 +26,14 @@ from ..checks import (
     check_samples,
     check_shape,
     device_of,
+    kind_name,
     path_of,
     positive,
     said_by,
 )
 from ..conditions import check_conditions
 from ..ops._operator import functorch_active
-from ..scores import ScoreModel, Scores
+from ..scores import ScoreModel, Scores, UnscaledScores
 from .base import Network
 from .mlp import MLP
 from .unet import UNet
@@ -199,12 +200,14 @@ class SecondOrderHead(nn.Module):
             scaled_score = self.score_model(x, sigma, **conditions)
             if isinstance(scaled_score, Scores):
                 scaled_score = scaled_score.scaled_score
+            elif not self.scaled and isinstance(scaled_score, UnscaledScores):
+                scaled_score = positive(where, "sigma", sigma, x) * scaled_score.score
             elif not self.scaled and isinstance(scaled_score, Tensor):
                 scaled_score = positive(where, "sigma", sigma, x) * scaled_score
         check_like(where, "score from score_model", scaled_score, x)
         scores = self.head(x, sigma, scaled_score, **known)
         if not isinstance(scores, Scores):
-            raise TypeError(f"{where}: head must return Scores, got {type(scores).__name__}")
+            raise TypeError(f"{where}: head must return Scores, got {kind_name(scores)}")
         return Scores(scaled_score, scores.c, scores.factor, scores.sign)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check, check_like, check_tensor, kind_name, one_of, positive, said_by
 from ..linalg.dplr import DPLR, check_whole
 from ..linalg.jacobian import ScoreHessian
+from ..scores import AnyScores, score_of
 from .path import Path, v_path
 from .posterior import posterior_mean
 
@@ -46,17 +47,19 @@ def score_from_eps(eps: Tensor, sigma: float | Tensor) -> Tensor:
     return -eps / positive("score_from_eps", "sigma", sigma, eps)
 
 
-def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
+def eps_from_score(score: AnyScores, sigma: float | Tensor) -> Tensor:
     """E[z | x] = -sigma s1, the noise prediction (any alpha).
 
     Args:
-        score: s1. Shape (B, *dims). float32 or float64. Units 1/data.
+        score: s1, or a container that holds it, as `posterior_mean` takes it. Shape (B, *dims).
+            float32 or float64. Units 1/data.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
 
     Returns:
         Shape (B, *dims). No units.
 
     Raises:
+        TypeError: score is no Tensor and holds no s1.
         ValueError: shapes, dtypes or devices disagree, or sigma is not positive.
 
     Example:
@@ -65,8 +68,9 @@ def eps_from_score(score: Tensor, sigma: float | Tensor) -> Tensor:
         >>> eps_from_score(torch.tensor([[-0.5, 1.0]]), sigma=2.0)
         tensor([[ 1., -2.]])
     """
-    check_tensor("eps_from_score", "score", score)
-    return -score * positive("eps_from_score", "sigma", sigma, score)
+    s1 = score_of(score)
+    check_tensor("eps_from_score", "score", s1)
+    return -s1 * positive("eps_from_score", "sigma", sigma, s1)
 
 
 def score_from_x0(
@@ -102,7 +106,7 @@ def score_from_x0(
 
 
 def x0_from_score(
-    x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+    x: Tensor, score: AnyScores, sigma: float | Tensor, alpha: float | Tensor = 1.0
 ) -> Tensor:
     """E[x0 | x] = (x + sigma^2 s1) / alpha: `posterior_mean` under its name in diffusion.
 
@@ -152,12 +156,15 @@ def score_from_v(x: Tensor, v: Tensor, sigma: float | Tensor, alpha: float | Ten
     return _v_path(where, sigma, alpha, x).score(x, v)
 
 
-def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor) -> Tensor:
+def v_from_score(
+    x: Tensor, score: AnyScores, sigma: float | Tensor, alpha: float | Tensor
+) -> Tensor:
     """E[v | x] = -(sigma / alpha) (x + (alpha^2 + sigma^2) s1), v as in `score_from_v`.
 
     Args:
         x: the noisy sample. Shape (B, *dims). float32 or float64. Units of the data.
-        score: s1 at x. Shape, dtype and device of x. Units 1/data.
+        score: s1 at x, or a container that holds it, as `posterior_mean` takes it. Shape, dtype
+            and device of x. Units 1/data.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
 
@@ -173,9 +180,9 @@ def v_from_score(x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float |
         >>> v_from_score(torch.tensor([[2.0]]), torch.tensor([[-1.5]]), sigma=1.0, alpha=1.0)
         tensor([[1.]])
     """
-    where = "v_from_score"
-    check_like(where, "score", score, x)
-    return _v_path(where, sigma, alpha, x).velocity(x, score)
+    where, s1 = "v_from_score", score_of(score)
+    check_like(where, "score", s1, x)
+    return _v_path(where, sigma, alpha, x).velocity(x, s1)
 
 
 def hessian_from_jacobian(

@@ -38,7 +38,7 @@ from ..checks import (
 )
 from ..linalg.dplr import DPLR, check_whole
 from ..records import RowRecord, sizes
-from ..scores import Scores, tweedie_mean
+from ..scores import AnyScores, Scores, score_of, tweedie_mean
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,7 +229,8 @@ def posterior(
         A `Posterior`.
 
     Raises:
-        TypeError: scores is not a `Scores`.
+        TypeError: scores is not a `Scores`. `UnscaledScores` become one by `.scaled(sigma)`, in
+            which 1 + sigma^2 diag is summed and small variances lose digits.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
 
     References:
@@ -310,13 +311,14 @@ def covariance_from_kappa(kappa: DPLR, sigma: Tensor, alpha: Tensor) -> DPLR:
 
 
 def posterior_mean(
-    x: Tensor, score: Tensor, sigma: float | Tensor, alpha: float | Tensor = 1.0
+    x: Tensor, score: AnyScores, sigma: float | Tensor, alpha: float | Tensor = 1.0
 ) -> Tensor:
     """E[x0 | x] = (x + sigma^2 s1) / alpha.
 
     Args:
         x: the noisy sample. Shape (B, *dims). float32 or float64.
-        score: s1 at x, same shape, dtype and device. Units 1/data.
+        score: s1 at x, same shape, dtype and device, or `UnscaledScores` or another container that
+            holds it. Units 1/data.
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
 
@@ -324,6 +326,7 @@ def posterior_mean(
         Shape (B, *dims). Units of the data.
 
     Raises:
+        TypeError: score is no Tensor and holds no s1. `Scores` hold sigma s1: `.unscaled(sigma)`.
         ValueError: shapes, dtypes or devices disagree; sigma or alpha is not positive.
 
     References:
@@ -335,10 +338,10 @@ def posterior_mean(
         >>> posterior_mean(torch.tensor([[2.0]]), torch.tensor([[-0.25]]), sigma=2.0)
         tensor([[1.]])
     """
-    where = "posterior_mean"
-    check_like(where, "score", score, x)
+    where, s1 = "posterior_mean", score_of(score)
+    check_like(where, "score", s1, x)
     s = positive(where, "sigma", sigma, x)
-    return tweedie_mean(x, score, s, positive(where, "alpha", alpha, x))
+    return tweedie_mean(x, s1, s, positive(where, "alpha", alpha, x))
 
 
 def posterior_covariance(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import check_like
 from ..linalg.dplr import DPLR
 from ..linalg.jacobian import ScoreHessian
+from ..scores import AnyScores, score_of
 from .conversions import affine, check_matrix
 from .path import path_at
 
@@ -71,7 +72,7 @@ def score_from_velocity(
 
 def velocity_from_score(
     x: Tensor,
-    score: Tensor,
+    score: AnyScores,
     sigma: float | Tensor,
     alpha: float | Tensor | None = None,
     *,
@@ -85,7 +86,8 @@ def velocity_from_score(
 
     Args:
         x: the noisy sample alpha x0 + sigma z. Shape (B, *dims). float32 or float64. Data units.
-        score: s1 at x. Shape, dtype and device of x. Units 1/data.
+        score: s1 at x, or a container that holds it, as `posterior_mean` takes it. Shape, dtype
+            and device of x. Units 1/data.
         sigma: noise standard deviation, >= 0. float or (B,). Data units.
         alpha: signal scale, > 0. None, and no slopes: rectified flow.
         alpha_slope, sigma_slope: as `score_from_velocity`.
@@ -102,10 +104,10 @@ def velocity_from_score(
         >>> velocity_from_score(torch.tensor([[2.0]]), torch.tensor([[-5.0]]), sigma=0.5)
         tensor([[1.]])
     """
-    where = "velocity_from_score"
-    check_like(where, "score", score, x)
+    where, s1 = "velocity_from_score", score_of(score)
+    check_like(where, "score", s1, x)
     path = path_at(where, x, sigma, alpha, alpha_slope, sigma_slope, signal=_NO_SIGNAL)
-    return path.velocity(x, score)
+    return path.velocity(x, s1)
 
 
 def x0_from_velocity(

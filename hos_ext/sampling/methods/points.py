@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ...checks import show
+from ...checks import kind_name, show
 from ...linalg.operator import hessian_of
 from ...scores import (
     AnyScores,
@@ -78,7 +78,7 @@ def refuse_kind(scores: object, x: Tensor, accepts: tuple[type, ...], method: st
         check_like_x("score", scores, x)
     kinds = " or ".join(_SIGNATURES[kind] for kind in accepts if kind in _SIGNATURES)
     raise TypeError(
-        f"sample: score_fn must return {kinds} for method {method!r}, got {type(scores).__name__}"
+        f"sample: score_fn must return {kinds} for method {method!r}, got {kind_name(scores)}"
     )
 
 
@@ -137,7 +137,7 @@ def _check_operator(hessian: SymmetricOperator, x: Tensor) -> None:
 def check_like_x(name: str, value: object, x: Tensor) -> None:
     """A score or diagonal of the shape, dtype and device of x."""
     if not isinstance(value, Tensor):
-        _refuse(name, "be a tensor", type(value).__name__, TypeError)
+        _refuse(name, "be a tensor", kind_name(value), TypeError)
     if value.shape != x.shape:
         _refuse(name, f"have shape {tuple(x.shape)} like x", tuple(value.shape))
     _check_kind(name, value, x)
