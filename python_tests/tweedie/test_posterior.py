@@ -414,7 +414,8 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X, SCORES.unscaled(1.0), 1.0),
             TypeError,
-            "posterior: scores must be a Scores, got UnscaledScores (.score is s1, and .scaled(sigma) makes Scores)",
+            "posterior: scores must be a Scores, got UnscaledScores (.score is s1, and "
+            ".scaled(sigma) makes Scores)",
         ),
         (
             lambda: posterior([1.0], SCORES, 1.0),
