@@ -404,6 +404,7 @@ def test_a_posterior_of_rank_zero_is_a_torch_distribution_too() -> None:
 # ------------------------------------------------------------------------------------- errors
 
 X, FACTOR, INTS = torch.ones(2, 3), torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.int64)
+WAY_OUT = ".score is s1, and .scaled(sigma) makes Scores"
 SCORES = Scores(X, X, FACTOR)
 FIT = posterior(X, SCORES, 1.0)
 
@@ -414,8 +415,7 @@ FIT = posterior(X, SCORES, 1.0)
         (
             lambda: posterior(X, SCORES.unscaled(1.0), 1.0),
             TypeError,
-            "posterior: scores must be a Scores, got UnscaledScores (.score is s1, and "
-            ".scaled(sigma) makes Scores)",
+            f"posterior: scores must be a Scores, got UnscaledScores ({WAY_OUT})",
         ),
         (
             lambda: posterior([1.0], SCORES, 1.0),
