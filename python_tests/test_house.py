@@ -109,6 +109,7 @@ HEAVY = (
     "diffusers",
     "h5py",
     "hos_ext.app",
+    "huggingface_hub",
     "matplotlib",
     "PIL",
     "rich",

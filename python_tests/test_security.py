@@ -22,6 +22,7 @@ import hos_ext
 from hos_ext import storage
 from hos_ext.app import data
 from hos_ext.app.options.reading import read_config
+from hos_ext.nn import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "security.md"
@@ -273,22 +274,42 @@ def test_yaml_of_aliases(tmp_path):
 @says("The package opens no connection itself: it imports no module of sockets, HTTP or URLs.")
 def test_no_connections():
     out = {"socket", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "ssl"}
-    assert not imported() & (out | {"huggingface_hub", "webbrowser", "smtplib"})
+    assert not imported() & (out | {"webbrowser", "smtplib"})
     assert not calls("hub.load")
     assert not calls("load_state_dict_from_url")
 
 
 @says(
-    "Only a data set named `hf:`, by `datasets`, and a table whose pictures are addresses, by"
+    "Of data, only a set named `hf:`, by `datasets`, and a table whose pictures are addresses, by"
     " `fsspec`, reach out."
 )
 def test_only_hf_reaches_out():
     asked = {path.name for path, node in nodes(ast.Constant) if node.value == "datasets"}
-    assert asked <= {"hf.py", "tables.py", "parquet.py", "folder.py"}
+    assert asked <= {"checks.py", "hf.py", "own.py", "tables.py", "parquet.py", "folder.py"}
     named = [p.name for p, node in nodes(ast.Attribute) if node.attr == "load_dataset"]
     assert sorted(named) == ["hf.py", "tables.py"]
     opened = {path.name for path, node in nodes(ast.Constant) if node.value == "fsspec"}
-    assert opened == {"images.py"}
+    assert opened == {"checks.py", "images.py"}  # the first says which extra brings it
+
+
+@says(
+    "A model named `user/name`, where no such folder is here, is read from the Hugging Face hub,"
+    " and of it safetensors and JSON alone."
+)
+def test_models_of_the_hub():
+    """`python_tests/nn/test_hub.py` looks at the requests."""
+    named = {path.name for path, node in nodes(ast.Constant) if node.value == "huggingface_hub"}
+    assert named == {"checks.py", "hub.py", "push.py"}
+    assert [path.name for path, _ in calls("snapshot_download")] == ["hub.py"]
+    assert hub._FETCHED == ("*.json", "*.safetensors")
+
+
+@says("Nothing is written to the hub but by `push_to_hub` and `hos-ext push`.")
+def test_what_writes_to_the_hub():
+    assert {path.name for path, _ in calls("push_to_hub")} == {"hub.py", "push.py"}
+    assert not calls("upload_folder")
+    assert not calls("upload_file")
+    assert not calls("create_commit")
 
 
 @says("A pipeline of diffusers is read from its folder alone, with `local_files_only=True`.")

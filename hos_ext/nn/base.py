@@ -31,6 +31,7 @@ from ..checks import (
 )
 from ..ops._operator import functorch_active, is_plain
 from ..scores import Scores
+from .hub import Download, OnHub, local_folder
 from .weights import HOLD, WEIGHTS, arguments_of, check_folder, read_weights, write_weights
 
 _Network = TypeVar("_Network", bound="Network")
@@ -54,7 +55,7 @@ class NoiseLevel(NamedTuple):
     k: Tensor
 
 
-class Network(nn.Module):
+class Network(OnHub, nn.Module):
     """A network with the three heads of `Scores`. The subclass brings the body.
 
     A subclass names itself in `class_name`, calls `__init__`, sets `_shape` (of one sample as its
@@ -253,16 +254,28 @@ class Network(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[_Network], folder: Path | str, *, device: torch.device | str = "cpu"
+        cls: type[_Network],
+        folder: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
     ) -> _Network:
-        """Reads what `save_pretrained` wrote. The model is in eval mode.
+        """Reads what `save_pretrained` or `push_to_hub` wrote. The model is in eval mode.
+
+        Args:
+            folder, device, revision, token, cache_dir, local_files_only: as in `load_model`.
 
         Raises:
             ValueError: the folder holds a model of another class, or what `load_model` refuses.
+            RuntimeError: what `load_model` raises.
         """
         name = cls.class_name
         where = f"{name}.from_pretrained"
-        folder, device = path_of(where, "folder", folder), device_of(where, "device", device)
+        device = device_of(where, "device", device)
+        folder = local_folder(where, folder, Download(revision, token, cache_dir, local_files_only))
         with said_by(where, "load_model"):
             config, state = read_weights(folder)
         got, rule = config["_class_name"], f"folder must hold {name}"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import device_of, path_of, said_by
+from ..checks import device_of, said_by
 from .head import SecondOrderHead
+from .hub import Download, local_folder
 from .mlp import MLP
 from .unet import UNet
 from .weights import CLASSES, read_weights
@@ -58,31 +59,46 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
 
 
 def load_model(
-    folder: Path | str, *, device: torch.device | str = "cpu"
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads what `save_model` wrote.
+    """Reads what `save_model` or `push_to_hub` wrote.
 
     The config in the metadata of model.safetensors counts. Without metadata config.json counts. If
     both are there and disagree, there is a warning. A killed `save_model` is no reason to warn:
     then config.json is the older file, and the model's arguments in both agree.
 
     Args:
-        folder: with model.safetensors and config.json.
+        folder: with model.safetensors and config.json. Or user/name or user/name@revision of the
+            Hugging Face hub, where no such folder is here: its safetensors and JSON are downloaded
+            once and kept in its cache, which serves without a network too. Needs the extra `hub`.
         device: for the weights.
+        revision: of a model of the hub: branch, tag or commit. None is main.
+        token: of a private model; None is that of `hf auth login` or HF_TOKEN.
+        cache_dir: where the hub's files are kept; None is its own cache.
+        local_files_only: nothing is downloaded.
 
     Returns:
         The model, in eval mode and in the dtype it was saved in, and its config, extra included.
 
     Raises:
         ValueError: the folder holds no such model: a file is missing, truncated or foreign, or the
-            weights are not those of the model; pickle files are not read. Names the file.
-        RuntimeError: safetensors is missing, or diffusers for a `UNet`.
+            weights are not those of the model; pickle files are not read. Names the file. The hub
+            has no such model or revision.
+        RuntimeError: safetensors is missing, or diffusers for a `UNet`, or huggingface_hub; the hub
+            does not answer.
 
     Example:
         See `save_model`.
     """
-    folder = path_of("load_model", "folder", folder)
     device = device_of("load_model", "device", device)
+    download = Download(revision, token, cache_dir, local_files_only)
+    folder = local_folder("load_model", folder, download)
     config, state = read_weights(folder)
     model = _CLASSES[config["_class_name"]]
     return model.from_weights(folder, config, state, device=device), config

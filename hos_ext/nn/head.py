@@ -35,6 +35,7 @@ from ..conditions import check_conditions
 from ..ops._operator import functorch_active
 from ..scores import ScoreModel, Scores, UnscaledScores
 from .base import Network
+from .hub import Download, OnHub, local_folder
 from .mlp import MLP
 from .unet import UNet
 from .watch import ScoreWatch
@@ -87,7 +88,7 @@ def register_score_reader(kind: str, reader: str) -> None:
     _READERS[kind] = reader
 
 
-class SecondOrderHead(nn.Module):
+class SecondOrderHead(OnHub, nn.Module):
     """`model(x, sigma) -> Scores`: the score of a model that stays as it is, c and factor learned.
 
     `score_matching_loss` trains it: its second-order term moves the head, its first-order term is a
@@ -261,21 +262,28 @@ class SecondOrderHead(nn.Module):
         *,
         score_model: ScoreModel | None = None,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
     ) -> SecondOrderHead:
-        """Reads what `save_pretrained` wrote. The model is in eval mode.
+        """Reads what `save_pretrained` or `push_to_hub` wrote. The model is in eval mode.
 
         Args:
-            folder: as given to `save_pretrained`.
+            folder: as given to `save_pretrained`, or user/name of the hub, as in `load_model`.
             score_model: the first-order model that the head was trained with, if it was not saved.
             device: for the head, and for a first-order model that was saved.
+            revision, token, cache_dir, local_files_only: as in `load_model`.
 
         Raises:
             ValueError: the folder holds no such model or another first-order model than the head
                 was trained with, or score_model is missing or given where the folder has one.
-            RuntimeError: safetensors or diffusers is missing.
+            RuntimeError: safetensors, diffusers or huggingface_hub is missing; the hub does not
+                answer.
         """
         where = "SecondOrderHead.from_pretrained"
-        folder, device = path_of(where, "folder", folder), device_of(where, "device", device)
+        device = device_of(where, "device", device)
+        folder = local_folder(where, folder, Download(revision, token, cache_dir, local_files_only))
         if score_model is not None:
             check_callable(where, "score_model", score_model)
         with said_by(where, "load_model"):

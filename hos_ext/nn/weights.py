@@ -20,7 +20,7 @@ from ..storage import write_whole
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLASSES = ("MLP", "UNet", "SecondOrderHead")
 HOLD = "load_model: folder must hold"
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def check_folder(fine: bool, what: str, got: object) -> None:
@@ -59,7 +59,7 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
     safetensors = require("load_model", "safetensors")
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        pickles = sorted(p.name for p in Path(folder).glob("*") if p.suffix in _PICKLES)
+        pickles = sorted(p.name for p in Path(folder).glob("*") if p.suffix in PICKLES)
         rule = f"{WEIGHTS} (a pickle can run code and is not read)"
         check_folder(not pickles, rule, f"{folder} with {'' if not pickles else pickles[0]}")
         check_folder(False, WEIGHTS, f"{folder} without it")

@@ -108,7 +108,7 @@ def test_every_option_of_a_run_can_be_typed_and_is_explained(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "resume", "denoise", "chains", "evaluate", "info", "demo"]
+    "command", ["train", "resume", "denoise", "chains", "evaluate", "info", "push", "demo"]
 )
 def test_every_help_has_an_example(capsys, command):
     assert cli.run([command, "--help"]) == 0

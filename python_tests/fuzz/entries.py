@@ -58,6 +58,7 @@ OPERATORS: dict[str, Any] = {"__add__": _sum, "__matmul__": _product}
 
 STEP = "called by the driver, which has checked, at each step of a chain"
 CHECKED = "its docstring asks for arguments that have been checked"
+HUB = "writes to the hub; python_tests/nn/test_hub.py has a server for it"
 TRUSTED = {
     "ops.Operator": "made by the authors of operators, out of functions",
     "ops.Argument": "made by the authors of operators",
@@ -86,6 +87,9 @@ TRUSTED = {
     "nn.MLP.from_weights": "called by load_model with what it has read and checked",
     "nn.UNet.from_weights": "called by load_model with what it has read and checked",
     "nn.ModelScore.output": CHECKED,
+    "nn.MLP.push_to_hub": HUB,
+    "nn.UNet.push_to_hub": HUB,
+    "nn.SecondOrderHead.push_to_hub": HUB,
     "nn.SecondOrderHead.from_weights": "called by load_model with what it has read and checked",
     "integrations.DiffusersScore.save_pretrained": "writes a folder as diffusers does",
     "integrations.from_diffusers": "reads a folder that diffusers wrote",
@@ -755,8 +759,11 @@ ALWAYS = {
     **{f"diffusion.{n}": {"n_steps"} for n in SOLVERS},
 }
 ALWAYS |= {f"tweedie.{n}": {"alpha", "alpha_slope", "sigma_slope"} for n in VELOCITY}
+NETS = ("MLP", "UNet", "SecondOrderHead")
 EXCLUDES = {"noise": ("seed", "offset", "first"), "times": ("n_steps",)}
 LEFT_OUT = {
+    "nn.load_model": {"revision"},  # it is for models of the hub
+    **{f"nn.{name}.from_pretrained": {"revision"} for name in NETS},
     "nn.MLP.forward": {"scaled_score"},
     "nn.UNet.forward": {"scaled_score"},
     "losses.ScoreMatchingLoss": {"schedule", "alpha"},

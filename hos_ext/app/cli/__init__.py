@@ -1,4 +1,4 @@
-"""The command `hos-ext`: train, resume, denoise, chains, evaluate, info and demo.
+"""The command `hos-ext`: train, resume, denoise, chains, evaluate, info, push and demo.
 
 A command checks its arguments, calls `runs`, `results`, `evaluation` or `demo`, and writes files
 whole; it replaces what is there only with --force. An error is one line; `errors` has the exit
@@ -19,7 +19,7 @@ from ...checks import require
 from .errors import CODES, explain
 
 # In the order of --help. Each names a file of this folder, and the function in it.
-COMMANDS = ("train", "resume", "denoise", "chains", "evaluate", "info", "demo")
+COMMANDS = ("train", "resume", "denoise", "chains", "evaluate", "info", "push", "demo")
 
 _HELP = f"""Train second-order score models, denoise with uncertainty, sample.
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 NOISE = "Noise"  # a panel of --help
 
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, or the model folder of a run.")
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run folder, the model folder of a run, or user/name of the hub."
+    ),
 ]
 Sigma = Annotated[
     float | None,
@@ -100,6 +103,14 @@ def noise_level(
     rule = f"{name} must be in the range trained, {unit * low:g} to {unit * high:g}"
     check(command, low <= level <= high, rule, f"{unit * level:g}")
     return level
+
+
+def default_levels(facts: Mapping[str, Any]) -> list[float]:
+    """Three noise levels between the ends of the range trained."""
+    low, high = facts["options"]["sigma"]
+    wanted = [float(f"{low * (high / low) ** t:.3g}") for t in (0.25, 0.5, 0.75)]
+    wanted = [min(max(level, low), high) for level in wanted]  # rounding may leave them
+    return [noise_level("evaluate", facts, level) for level in dict.fromkeys(wanted)]
 
 
 def check_available(command: str, option: str, count: int, available: int) -> None:

@@ -21,6 +21,7 @@ from .common import (
     Seed,
     TestData,
     console,
+    default_levels,
     noise_level,
     place_of,
 )
@@ -113,17 +114,12 @@ def _say_plan(place: Path, levels: list[float], count: int, as_json: bool) -> No
 
 def _levels(facts: Mapping[str, Any], typed: str | None) -> list[float]:
     """The noise levels typed, or three between the ends of the range trained."""
-    low, high = facts["options"]["sigma"]
     if typed is None:
-        wanted = [float(f"{low * (high / low) ** t:.3g}") for t in (0.25, 0.5, 0.75)]
-        wanted = [min(max(level, low), high) for level in wanted]  # rounding may leave them
-    else:
-        try:
-            wanted = [float(word) for word in typed.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"evaluate: --sigma must be numbers with commas, got {typed}"
-            ) from None
+        return default_levels(facts)
+    try:
+        wanted = [float(word) for word in typed.split(",")]
+    except ValueError:
+        raise ValueError(f"evaluate: --sigma must be numbers with commas, got {typed}") from None
     return [noise_level("evaluate", facts, level) for level in dict.fromkeys(wanted)]
 
 

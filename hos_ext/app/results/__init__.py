@@ -4,6 +4,7 @@ Samples are in data units inside; what other programs read and write (images, `r
 units. A command builds all of its files in memory, then writes each whole.
 """
 
+from .card import card_sections, without_paths
 from .chains import Dynamics, chains_files, drawn, methods, ranks, run_chains_over_ranks
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
@@ -18,6 +19,7 @@ __all__ = [
     "Dynamics",
     "Noisy",
     "Samples",
+    "card_sections",
     "chains_files",
     "denoise_files",
     "denoised",
@@ -35,5 +37,6 @@ __all__ = [
     "sizes_fit",
     "tiff",
     "to_data_units",
+    "without_paths",
     "write",
 ]
