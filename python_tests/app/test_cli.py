@@ -344,7 +344,7 @@ def test_vectors_are_trained_denoised_and_evaluated(tmp_path, capsys):
         (
             "a.npy",
             np.zeros((2, 3, 3)),
-            "must hold pictures (1, height, width), got shape (2, 3, 3)",
+            "must hold pictures (1, height, width), got shape (1, 2, 3, 3)",
         ),
         ("a.npy", np.zeros((8, 8), np.int64), "must hold uint8 or floating values, got int64"),
         ("a.npy", np.full((8, 8), np.nan), "must hold finite values, got nan to nan"),

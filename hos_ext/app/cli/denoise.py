@@ -126,7 +126,11 @@ def denoise(
     with checking():
         model, facts = runs.load_run(folder, device=device)
         scaling = runs.scaling_of(facts)
-        level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scaling.scale)
+        own = raw_sigma is not None and scaling.by_column
+        rule = "--raw-sigma must be left out for columns of different scales (--sigma)"
+        check("denoise", not own, rule, raw_sigma)
+        scale = 1.0 if isinstance(scaling.scale, tuple) else scaling.scale
+        level = noise_level("denoise", facts, sigma, raw_sigma=raw_sigma, scale=scale)
         if files:
             known = sigma is not None or raw_sigma is not None
             check("denoise", known, "--sigma or --raw-sigma must be given for files", "none")
@@ -220,7 +224,8 @@ def _read(
     options |= {"pictures": pictures}
     convolves = facts["options"].get("model") in ("unet", "unet-small") and len(shape) == 3
     if not convolves or results.sizes_fit(files, shape, pictures):
-        return results.read_files(files, shape, scaling, **options)
+        columns = facts["data"].get("columns", ())
+        return results.read_files(files, shape, scaling, columns=columns, **options)
     found = results.read_pictures(files, shape[0], scaling, **options)
     if facts["options"].get("crop") is None:
         warnings.warn(

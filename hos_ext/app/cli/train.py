@@ -122,6 +122,18 @@ def say_finished(folder: Path) -> None:
     console().print(f"{folder} is finished: {steps} steps. Nothing to do.")
 
 
+def _scales(known: Mapping[str, Any]) -> str:
+    """How floating data come to data units, in words."""
+    scaling = known["scaling"]
+    if scaling["levels"]:
+        return f"\n{scaling['levels']} levels, brought to [-1, 1]"
+    if isinstance(scaling["mean"], list):
+        each = zip(known["columns"], scaling["mean"], scaling["std"], strict=True)
+        listed = ", ".join(f"{name} {mean:g} +- {std:g}" for name, mean, std in each)
+        return f"\nstandardised by mean and standard deviation of each column: {listed}"
+    return f"\nstandardised by mean {scaling['mean']:g}, standard deviation {scaling['std']:g}"
+
+
 def work(job: runs.Run, *, dry_run: bool = False) -> None:
     """Trains what `runs.prepare` has checked, and says what goes in and what came out."""
     terminal, known = console(), job.facts["data"]
@@ -129,8 +141,8 @@ def work(job: runs.Run, *, dry_run: bool = False) -> None:
         terminal.print(
             f"{known['spec']}: {known['n_train'] or 'a stream of'} samples of shape "
             f"{tuple(known['shape'])} to train on, {known['n_validation']} to tune on, "
-            f"{known['n_test']} to report on\n{job.options['model']}, rank {job.options['rank']}, "
-            f"{job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
+            f"{known['n_test']} to report on{_scales(known)}\n{job.options['model']}, rank "
+            f"{job.options['rank']}, {job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
         )
     if dry_run:
         return _say_plan(job)

@@ -3,18 +3,18 @@
 A source is one function from a `Request` to `Rows`, registered once:
 
     def files(request: Request) -> list[Path]:
-        return files_of(request, (".csv",))
+        return files_of(request, (".txt",))
 
-    @register_source("csv", "PATH", files=files)
-    def open_csv(request: Request) -> Rows:
+    @register_source("text", "PATH", files=files)
+    def open_text(request: Request) -> Rows:
         path = files(request)[0]
         try:
-            array = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
+            array = np.loadtxt(path, dtype=np.float32, ndmin=2)
         except ValueError as error:
             raise refusal(request.spec, "hold numbers", error) from None
         return array_rows(request, array, lambda i: f"row {i} of {path}")
 
-From then on `open_source("csv:a.csv")` and `hos-ext train --data csv:a.csv` know it. A package
+From then on `open_source("text:a.txt")` and `hos-ext train --data text:a.txt` know it. A package
 that is installed makes its sources known to the command line by an entry point of the group
 "hos_ext.sources", whose name is the word and whose value is the module that registers it.
 """

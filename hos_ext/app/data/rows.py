@@ -82,6 +82,7 @@ class Rows(NamedTuple):
             pictures at random places. None where they are those of `read`.
         whole: floating values that are whole numbers of another kind, such as int64.
         classes: of the rows, where they were asked for.
+        columns: names of the entries of a row of a table; each is standardised by itself.
     """
 
     spec: str
@@ -94,6 +95,7 @@ class Rows(NamedTuple):
     visit: Callable[[Tensor, Key], Tensor] | None = None
     whole: bool = False
     classes: Classes | None = None
+    columns: tuple[str, ...] = ()
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """The rows of these numbers, a few at a time."""

@@ -8,7 +8,7 @@ would be zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ class Scaling(NamedTuple):
     """From raw values to data units and back. Plain numbers: exact in JSON.
 
     Whole levels 0 ... levels - 1: x = 2 (raw + u) / levels - 1, u uniform on [0, 1). Other data
-    (levels 0): x = (raw - mean) / std.
+    (levels 0): x = (raw - mean) / std. Of a table mean and std are tuples, a number for each
+    column.
 
     Example:
         >>> import torch
@@ -41,18 +42,23 @@ class Scaling(NamedTuple):
     """
 
     levels: int = 0
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float | tuple[float, ...]:
         """Raw units in one data unit: multiplies a std, its square a covariance."""
         return self.levels / 2 if self.levels else self.std
 
     @property
-    def shift(self) -> float:
+    def shift(self) -> float | tuple[float, ...]:
         """E[raw | x] = scale x + shift; for whole levels the mean 1/2 of u is taken off."""
         return (self.levels - 1) / 2 if self.levels else self.mean
+
+    @property
+    def by_column(self) -> bool:
+        """Whether each column of a table has a scale of its own."""
+        return isinstance(self.scale, tuple)
 
     def forward(self, raw: Tensor, *, seed: int, offset: int = 0, first: int = 0) -> Tensor:
         """Raw values in data units.
@@ -76,7 +82,8 @@ class Scaling(NamedTuple):
             return dequantise(
                 raw.float(), seed=seed, offset=offset, first=first, levels=self.levels
             )
-        return ((raw.double() - self.mean) / self.std).float()
+        wide = raw.double()
+        return ((wide - _like(self.mean, wide)) / _like(self.std, wide)).float()
 
     def inverse(self, x: Tensor) -> Tensor:
         """Raw values of x: the nearest whole level, in the dtype of x, or std x + mean in float64.
@@ -90,15 +97,17 @@ class Scaling(NamedTuple):
 
     def raw_mean(self, mean: Tensor) -> Tensor:
         """E[raw] of a mean in data units, scale mean + shift. Shape of mean, float64."""
-        return mean.double() * self.scale + self.shift
+        wide = mean.double()
+        return wide * _like(self.scale, wide) + _like(self.shift, wide)
 
     def raw_std(self, std: Tensor) -> Tensor:
         """A standard deviation, or a difference, in raw units. Shape of std, float64."""
-        return std.double() * self.scale
+        wide = std.double()
+        return wide * _like(self.scale, wide)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """For a checkpoint: `Scaling.from_dict(json.loads(json.dumps(s.as_dict()))) == s`."""
-        return dict(self._asdict())
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in self._asdict().items()}
 
     @classmethod
     def from_dict(cls, content: Any) -> Scaling:
@@ -110,16 +119,26 @@ class Scaling(NamedTuple):
         fields = isinstance(content, dict) and set(content) == set(cls._fields)
         values: list[Any] = [content[n] if fields else None for n in cls._fields]
         levels, mean, std = values
+        fits = type(levels) is int and levels >= 0 and type(mean) is type(std) is list
+        means, stds = (mean, std) if fits else ([mean], [std])
         fits = (
             type(levels) is int
-            and all(type(number) in (int, float) for number in (mean, std))
+            and all(type(number) in (int, float) for number in (*means, *stds))
             and levels >= 0
-            and math.isfinite(mean)
-            and 0 < std < math.inf
+            and len(means) == len(stds) > 0
+            and all(map(math.isfinite, means))
+            and all(0 < each < math.inf for each in stds)
         )
         rule = "content must hold levels, mean and std > 0"
         check("Scaling.from_dict", fits, rule, repr(content))
+        if type(mean) is list:
+            return cls(levels, tuple(map(float, means)), tuple(map(float, stds)))
         return cls(levels, float(mean), float(std))
+
+
+def _like(numbers: float | tuple[float, ...], wide: Tensor) -> float | Tensor:
+    """One number, or one for each entry of the last axis."""
+    return wide.new_tensor(numbers) if isinstance(numbers, tuple) else numbers
 
 
 def dequantise(
@@ -182,7 +201,11 @@ def standardise(spec: str, chunks: Iterable[Tensor]) -> Scaling:
 
 
 def chosen_scaling(
-    spec: str, levels: int, chunks: Iterable[Tensor], wanted: Scaling | str | None
+    spec: str,
+    levels: int,
+    chunks: Iterable[Tensor],
+    wanted: Scaling | str | None,
+    columns: Sequence[str] = (),
 ) -> Scaling:
     """The scaling of data: as given, of whole levels, standardised, or none.
 
@@ -191,6 +214,7 @@ def chosen_scaling(
         levels: of whole levels, 0 for floating data.
         chunks: rows that are standardised by.
         wanted: a scaling, "standardise", or None for floating data as they are.
+        columns: of a table, each of which is standardised by itself.
     """
     if isinstance(wanted, Scaling):
         rule = f"scaling must have {levels} levels as {spec}"
@@ -198,7 +222,15 @@ def chosen_scaling(
         return wanted
     if levels or wanted is None:
         return Scaling(levels=levels)
-    return standardise(spec, chunks)
+    if not columns:
+        return standardise(spec, chunks)
+    kept = list(chunks)
+    each = [
+        standardise(f"{spec}, column {name!r},", (chunk[:, k] for chunk in kept))
+        for k, name in enumerate(columns)
+    ]
+    means, stds = (tuple(float(getattr(one, part)) for one in each) for part in ("mean", "std"))
+    return Scaling(mean=means, std=stds)
 
 
 def root_mean_square(scaling: Scaling, chunks: Iterable[Tensor]) -> float:

@@ -34,6 +34,7 @@ class Source(NamedTuple):
         truth: the density (float64 parameters) that `density:` was drawn from, else None.
         reader: what `batch` calls.
         labels: of its rows, where they were asked for.
+        columns: names of the entries of a sample, of a table.
     """
 
     spec: str
@@ -46,6 +47,7 @@ class Source(NamedTuple):
     truth: Any
     reader: Callable[[int, int, int, int, int], tuple[Tensor, Tensor]]
     labels: Labels | None = None
+    columns: tuple[str, ...] = ()
 
     def batch(
         self, step: int, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None
@@ -132,7 +134,7 @@ def source_of_rows(
     some = train[: statistics_rows(rows.shape)]
     wanted = wanted if rows.truth is None else None
     chunks = rows.chunks(train if rows.resident else some)
-    scaling = chosen_scaling(spec, rows.levels, chunks, wanted)
+    scaling = chosen_scaling(spec, rows.levels, chunks, wanted, rows.columns)
     if rows.whole:
         warn_whole(spec, rows.read(some[:256]))
     return Source(
@@ -146,6 +148,7 @@ def source_of_rows(
         truth=rows.truth,
         reader=read,
         labels=_labels_of(rows, own, parts),
+        columns=rows.columns,
     )
 
 
@@ -169,6 +172,8 @@ def _own_test(rows: Rows, own: Rows, seed: int, test: int | None) -> Tensor:
     same = (own.shape, own.levels) == (rows.shape, rows.levels)
     rule = f"test_spec must hold samples {rows.shape} of {rows.levels} levels like {rows.spec}"
     check("open_source", same, rule, f"{own.shape} of {own.levels} levels")
+    rule = f"test_spec must have the columns {', '.join(rows.columns)} like {rows.spec}"
+    check("open_source", own.columns == rows.columns, rule, ", ".join(own.columns))
     rule = f"test must be at most the {own.size} rows of {own.spec}"
     check("open_source", (test or 0) <= own.size, rule, test)
     return torch.arange(own.size) if test is None else random_order(own.size, seed)[:test]

@@ -51,6 +51,21 @@ def choose_column(spec: str, features: dict[str, Any], column: str | None) -> tu
     return column, column in images
 
 
+def plain_table(request: Request, features: dict[str, Any]) -> bool:
+    """Whether several columns make a sample: they are asked for, or there are no others.
+
+    Args:
+        request: what was asked for.
+        features: the columns as `datasets` describes them.
+    """
+    if request.columns or request.column is not None:
+        return bool(request.columns)
+    there = {name: each for name, each in features.items() if name != request.label}
+    whole = any(_is_image(each) or _number_type(each) for each in there.values())
+    dtypes = [str(each.get("dtype")) for each in there.values() if isinstance(each, dict)]
+    return not whole and any(each.startswith(("int", "uint", "float")) for each in dtypes)
+
+
 def table_rows(
     request: Request,
     pieces: list[Any],
@@ -118,6 +133,7 @@ def stream_table(request: Request, target: str, **options: Any) -> Examples:
         options |= {"streaming": True, "cache_dir": cache}
         dataset = load_data_set(spec, datasets.load_dataset, target, **options)
     features = dataset.features.to_dict() if dataset.features else {}
+    check_set(spec, not request.columns, "be no stream for --columns", "streaming")
     column, image = choose_column(spec, features, request.column)
     label = request.label
     names = None if label is None else _class_names(request, features)

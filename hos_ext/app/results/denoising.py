@@ -16,8 +16,8 @@ _COMPONENTS = 4
 
 _REPORT = """# Denoised samples
 
-Noise level: sigma {sigma:g} in data units, {raw_sigma:g} in raw units.
-One data unit is {scale:g} raw units. The covariance of the model was multiplied by
+Noise level: sigma {sigma:g} in data units, {raw_sigma} in raw units.
+One data unit is {scale} raw units. The covariance of the model was multiplied by
 {recalibration:.3f}, its recalibration on validation rows.
 
 ![noisy, denoised, standard deviation, principal components](denoise.png)
@@ -74,7 +74,7 @@ def denoised(
     Raises:
         RuntimeError: matplotlib or pillow is missing.
     """
-    found, scale = result.posterior, scaling.scale
+    found, scale = result.posterior, torch.tensor(scaling.scale, dtype=torch.float64)
     values, vectors = found.principal_components(min(_COMPONENTS, found.mean[0].numel()))
     arrays = {
         "sigma": torch.tensor(result.sigma),
@@ -83,11 +83,12 @@ def denoised(
         "std": found.std,
         "eigenvalues": values,
         "eigenvectors": vectors,
-        "raw_sigma": torch.tensor(result.sigma * scale, dtype=torch.float64),
+        "raw_sigma": result.sigma * scale,
         "raw_mean": scaling.raw_mean(found.mean),
         "raw_std": scaling.raw_std(found.std),
-        "raw_eigenvalues": values.double() * scale**2,
     }
+    if not scaling.by_column:  # else raw units differ from entry to entry
+        arrays["raw_eigenvalues"] = values.cpu().double() * scale**2
     if result.x0 is not None:
         arrays["clean"] = result.x0
     pictures: dict[str, bytes] = {}
@@ -95,8 +96,8 @@ def denoised(
         pictures = png_files(names, list(found.mean), list(found.std), scaling, stretch=stretch)
     report = _REPORT.format(
         sigma=result.sigma,
-        raw_sigma=result.sigma * scale,
-        scale=scale,
+        raw_sigma=_plain(result.sigma * scale),
+        scale=_plain(scale),
         recalibration=recalibration,
         components=values.shape[1],
         table="\n".join(_table(result, names, values)),
@@ -117,6 +118,11 @@ def denoised(
         files |= _tiff("denoise-std.tiff", spread, spread)
         files |= _tiff("denoise-components.tiff", steps, steps.abs().amax())
     return files | pictures
+
+
+def _plain(values: Tensor) -> str:
+    """A number, or one for each column of a table."""
+    return ", ".join(f"{value:g}" for value in values.flatten().tolist())
 
 
 def _tiff(name: str, values: Tensor, spread: Tensor) -> dict[str, bytes]:

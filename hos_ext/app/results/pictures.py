@@ -135,8 +135,8 @@ def denoised_pictures(
     ]
     report = _REPORT.format(
         sigma=found[0].sigma,
-        raw_sigma=found[0].sigma * scaling.scale,
-        scale=scaling.scale,
+        raw_sigma=float(found[0].sigma * torch.tensor(scaling.scale)),
+        scale=float(torch.tensor(scaling.scale)),
         recalibration=recalibration,
         tile=f"{tile[0]}x{tile[1]}",
         table="\n".join(table),

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check
+from ...checks import check, said_by
 from .. import data
 from ..data import arrays, images
-from ..data.rows import channels_last
+from ..data.columns import CSV_ENDINGS, chosen_columns, read_csv, table_array
+from ..data.rows import Request, channels_last
 from ..data.unfit import Unfit
 from .units import to_data_units
 
@@ -42,6 +43,7 @@ def read_files(
     std: float = 1.0,
     units: str = "auto",
     pictures: data.Pictures | None = None,
+    columns: Sequence[str] = (),
 ) -> Samples:
     """Images and arrays, noisy, as samples in data units.
 
@@ -51,6 +53,7 @@ def read_files(
         shape: dims of one sample. (1, height, width) and (height, width) are taken for each other.
         scaling, sigma, std, units: as in `to_data_units`, which says how units are judged.
         pictures: what is converted in images.
+        columns: of the table that the model was trained on, for .csv files.
 
     Raises:
         ValueError: a file is missing or damaged, or holds another shape or kind, or values that are
@@ -60,7 +63,7 @@ def read_files(
     options = {"sigma": sigma, "std": std, "units": units}
     pieces, names = [], []
     for path in files:
-        rows = _as_rows(path, _pages(path, pictures), shape)
+        rows = _as_rows(path, _pages(path, pictures, columns), shape)
         pieces.append(_in_data_units(path, rows, scaling, **options))
         names += [path.name if len(rows) == 1 else f"{path.name}[{i}]" for i in range(len(rows))]
     return Samples(torch.cat(pieces), names)
@@ -117,11 +120,19 @@ def _in_data_units(
     return torch.from_numpy(x).float()
 
 
-def _pages(path: Path, pictures: data.Pictures | None) -> np.ndarray | list[np.ndarray]:
+def _pages(
+    path: Path, pictures: data.Pictures | None, columns: Sequence[str] = ()
+) -> np.ndarray | list[np.ndarray]:
     """All that a file holds, by the readers of the data sources: an array, or pages (C, H, W)."""
     check("denoise", path.is_file(), "file must exist", path)
-    known = ", ".join((*images.ENDINGS, *arrays.ENDINGS))
+    known = ", ".join((*images.ENDINGS, *arrays.ENDINGS, *(CSV_ENDINGS if columns else ())))
     ending = path.suffix.lower()
+    if columns and ending in CSV_ENDINGS:
+        with said_by("denoise", "open_source"):
+            table = read_csv(str(path), path)
+            request = Request(str(path), "", columns=tuple(columns))
+            names = chosen_columns(request, table.schema, str(path))
+            return table_array(str(path), table, names, lambda i: f"row {i}")
     fits = ending in (*images.ENDINGS, *arrays.ENDINGS)
     try:
         if ending in images.ENDINGS:

@@ -77,8 +77,11 @@ def to_data_units(
     elif units == "data":
         check("denoise", not whole, "--units data must come with floating values", path)
         return wide
-    x: np.ndarray = (wide - scaling.shift) / scaling.scale
-    if units == "auto" and not whole:
+    x: np.ndarray = (wide - np.asarray(scaling.shift)) / np.asarray(scaling.scale)
+    if units == "auto" and scaling.by_column:
+        # Judged as data units are: raw ones differ from column to column.
+        _judge(path, x, x, data.Scaling(), sigma, std)
+    elif units == "auto" and not whole:
         _judge(path, wide, x, scaling, sigma, std)
     return x
 
@@ -89,15 +92,13 @@ def _judge(
     """Refuses floating values that other units fit as well as raw ones, or better."""
     got = f"floating values {raw.min():g} to {raw.max():g}"
     other, way = "units of their own", "--units raw or data says which they are"
-    rule = (
-        f"{path} must hold raw units, mean {scaling.mean:g} and standard deviation {scaling.std:g} "
-    )
+    rule = f"{path} must hold raw units, mean {scaling.mean} and standard deviation {scaling.std} "
     if scaling.levels:
         other = "[0, 1] or [-1, 1]"
         way = "--units raw, unit, signed or data says which they are"
         rule = f"{path} must hold raw units, 0 to {scaling.levels - 1} "
     rule += "before noise was added"
-    noise, spread = sigma * scaling.scale, float(raw.std())
+    noise, spread = float(sigma * np.asarray(scaling.scale)), float(raw.std())
     reach = 1 + max(6 * sigma, 3 * noise if noise <= 1 else 0)
     near = np.mean(np.abs(raw) <= reach) >= 0.99
     fits = scaling.levels < 16 or not near

@@ -42,9 +42,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 def describe(source: data.Source) -> dict[str, Any]:
     """What is kept of the data: shape, scaling, sigma_data and the number of rows of each part."""
     train = source.parts.train
-    # Only where there are some: run.json of data without labels is what it was.
+    # Only where there are some: run.json of data without labels or columns is what it was.
     classes = {} if source.labels is None else {"classes": list(source.labels.names)}
-    return {
+    columns = {"columns": list(source.columns)} if source.columns else {}
+    return columns | {
         "spec": source.spec,
         "shape": list(source.shape),
         "scaling": source.scaling.as_dict(),
@@ -101,6 +102,8 @@ def alike(old: Any, new: Any) -> bool:
     """Equal, but for the rounding of statistics: that depends on the number of threads."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() == new.keys() and all(alike(old[key], new[key]) for key in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(alike, old, new))
     if isinstance(old, float) and isinstance(new, float):
         return math.isclose(old, new, rel_tol=1e-6)
     return bool(old == new)

@@ -8,6 +8,7 @@ from . import hf as hf  # isort: skip
 from . import parquet as parquet  # isort: skip
 from . import folder as folder  # isort: skip
 from . import npy as npy  # isort: skip
+from . import csv as csv  # isort: skip
 from . import density as density  # isort: skip
 
-__all__ = ["density", "digits", "folder", "hf", "npy", "parquet"]
+__all__ = ["csv", "density", "digits", "folder", "hf", "npy", "parquet"]
