@@ -205,9 +205,11 @@ def test_train_says_what_it_read_before_it_starts(tmp_path, capsys):
     arguments = ["train", "--data", f"npy:{tmp_path / 'x.npy'}", "--out", str(run), *SMALL]
     assert cli.run(arguments) == 0
     parameters = runs.read_run(run)["parameters"]
+    scaling = runs.scaling_of(runs.read_run(run))
     assert capsys.readouterr().out.startswith(
         f"npy:{tmp_path / 'x.npy'}: 54 samples of shape (2, 5) to train on, 3 to tune on, 3 to "
-        f"report on\nmlp, rank 2, {parameters:,} parameters; 5 steps; to {run}\n"
+        f"report on\nstandardised by mean {scaling.mean:g}, standard deviation {scaling.std:g}\n"
+        f"mlp, rank 2, {parameters:,} parameters; 5 steps; to {run}\n"
     )
 
 

@@ -96,10 +96,10 @@ def test_a_scaling_of_columns_goes_through_json() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a,b\n1,2\n3,\n", {}, "in every row of column 'b' (--columns leaves it out), got nan in row 1 of"),
+        ("a,b\n1,2\n3,\n", {}, "of column 'b' (--columns leaves it out), got nan in row 1 of"),
         ("a,b\n1,2\n3,inf\n", {}, "of column 'b' (--columns leaves it out), got inf in row 1 of"),
-        ("a,b\n1,2\n3,x\n", {}, "column 'b' (--columns NAME,NAME,... chooses others), got string in"),
-        ("a,b\n1,true\n3,false\n", {}, "column 'b' (--columns NAME,NAME,... chooses others), got bool"),
+        ("a,b\n1,2\n3,x\n", {}, "'b' (--columns NAME,NAME,... chooses others), got string"),
+        ("a,b\n1,true\n3,false\n", {}, "'b' (--columns NAME,NAME,... chooses others), got bool"),
         ("a,b\n1,2\n", {"columns": "a,c"}, "have the columns 'a', 'c', got ['a', 'b'] in"),
         ("a,a\n1,2\n", {}, "have columns of different names, got ['a'] in"),
         ("1,2\n3,4\n", {}, "have a line of names first, got numbers in the first line of"),

@@ -141,8 +141,9 @@ def work(job: runs.Run, *, dry_run: bool = False) -> None:
         terminal.print(
             f"{known['spec']}: {known['n_train'] or 'a stream of'} samples of shape "
             f"{tuple(known['shape'])} to train on, {known['n_validation']} to tune on, "
-            f"{known['n_test']} to report on{_scales(known)}\n{job.options['model']}, rank "
-            f"{job.options['rank']}, {job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
+            f"{known['n_test']} to report on{_scales(known)}\n"
+            f"{job.options['model']}, rank {job.options['rank']}, "
+            f"{job.facts['parameters']:,} parameters; {job.options['steps']} steps; to {job.out}"
         )
     if dry_run:
         return _say_plan(job)

@@ -92,7 +92,8 @@ def _judge(
     """Refuses floating values that other units fit as well as raw ones, or better."""
     got = f"floating values {raw.min():g} to {raw.max():g}"
     other, way = "units of their own", "--units raw or data says which they are"
-    rule = f"{path} must hold raw units, mean {scaling.mean} and standard deviation {scaling.std} "
+    mean, deviation = (float(np.mean(each)) for each in (scaling.mean, scaling.std))
+    rule = f"{path} must hold raw units, mean {mean:g} and standard deviation {deviation:g} "
     if scaling.levels:
         other = "[0, 1] or [-1, 1]"
         way = "--units raw, unit, signed or data says which they are"
