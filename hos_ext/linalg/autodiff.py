@@ -59,7 +59,7 @@ class Jacobian:
         self.x = x.detach().contiguous()  # jvp refuses expanded memory
         self.chunk_size = chunk_size
         self.forward_mode = True
-        with torch.no_grad(), _differentiable():
+        with torch.no_grad(), differentiable():
             self.score = score_fn(self.x)
         check_tensor("ScoreHessian", "score_fn(x)", self.score, like=x, shape=tuple(x.shape))
 
@@ -67,7 +67,7 @@ class Jacobian:
         """J v for v (B, D, k)."""
         if self.forward_mode:
             return self._map(lambda t: jvp(self.score_fn, (self.x,), (t,))[1], v)
-        with torch.no_grad(), _differentiable():
+        with torch.no_grad(), differentiable():
             # u -> J^T u is linear, so that its own transpose is J.
             pull = vjp(self.score_fn, self.x)[1]
             push = vjp(lambda u: pull(u)[0], torch.zeros_like(self.x))[1]
@@ -75,7 +75,7 @@ class Jacobian:
 
     def transposed(self, v: Tensor) -> Tensor:
         """J^T v for v (B, D, k)."""
-        with torch.no_grad(), _differentiable():
+        with torch.no_grad(), differentiable():
             pull = vjp(self.score_fn, self.x)[1]
         return self._map(lambda t: pull(t)[0], v)
 
@@ -85,7 +85,7 @@ class Jacobian:
         if v.numel() == 0:
             return torch.zeros_like(v)
         points = v.movedim(-1, 0).reshape(-1, *self.x.shape)
-        with _differentiable():
+        with differentiable():
             if self.chunk_size == 1 or len(points) == 1:
                 out = torch.stack([product(t) for t in points])
             else:
@@ -153,7 +153,7 @@ class Jacobian:
         """J v (B, D) for v (B, D, 1) and the score, by jvp or else, from now on, by double vjp."""
         points = v.reshape(self.x.shape)
         try:
-            with torch.no_grad(), _differentiable():
+            with torch.no_grad(), differentiable():
                 both = jvp(self.score_fn, (self.x,), (points,))
             return both[1].flatten(1), both[0]
         except RuntimeError as refusal:  # NotImplementedError is one
@@ -190,7 +190,7 @@ class _DenseGroupNorm(TorchFunctionMode):
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     """Keeps a network to what torch can differentiate forward: not so fused attention."""
     with sdpa_kernel(SDPBackend.MATH), _DenseGroupNorm():
         yield

@@ -1,14 +1,17 @@
 """Is the covariance right, and what is it good for."""
 
 from .calibration import CalibrationReport, calibration, calibration_report, recalibration_factor
+from .decoding import DecodedPosterior, decode_posterior
 from .from_score import posterior_from_score, posterior_from_velocity
 from .outliers import auroc, outlier_score
 
 __all__ = [
     "CalibrationReport",
+    "DecodedPosterior",
     "auroc",
     "calibration",
     "calibration_report",
+    "decode_posterior",
     "outlier_score",
     "posterior_from_score",
     "posterior_from_velocity",

@@ -24,7 +24,17 @@ import torch
 from typing_extensions import Unpack
 
 import hos_ext
-from hos_ext import densities, diffusion, integrations, linalg, losses, nn, sampling, schedules
+from hos_ext import (
+    densities,
+    diffusion,
+    integrations,
+    linalg,
+    losses,
+    nn,
+    sampling,
+    schedules,
+    uncertainty,
+)
 from hos_ext.records import Record
 from hos_ext.scores import Scores, UnscaledScores
 from hos_ext.tweedie import Posterior
@@ -447,6 +457,9 @@ MAKERS: dict[str, Make] = LEVELS | {
     "max_iterations": lambda w: w.rng.choice([None, 50]),
     "remainder": lambda w: w.rng.choice(["isotropic", "diagonal"]),
     "n_probes": lambda w: 4,
+    "n_pairs": lambda w: 2,
+    "n_draws": lambda w: 3,
+    "decoder": lambda w: lambda z: 2 * z,
     "floor": lambda w: 0.05,
     "operator": lambda w: w.rng.choice([w.hessian(), w.dplr(), linalg.DenseOperator(w.dense())]),
     "values": lambda w: torch.tensor([[3.0, 2.0]], dtype=w.dtype).expand(B, 2).contiguous(),
@@ -583,6 +596,9 @@ SELF: dict[str, Make] = {
     "Scores": World.scores,
     "UnscaledScores": World.unscaled,
     "Posterior": World.posterior,
+    "DecodedPosterior": lambda w: uncertainty.DecodedPosterior(
+        w.batch(), w.batch().abs(), w.batch().abs(), w.batch()
+    ),
     "DPLR": World.dplr,
     "BatchRows": lambda w: linalg.BatchRows(w.hessian(), torch.tensor([0, 1, 2])),
     "DenseOperator": lambda w: linalg.DenseOperator(w.dense()),
@@ -741,6 +757,10 @@ SPECIAL: dict[str, dict[str, Make]] = {
     },
     "linalg.ScoreHessian.scale": {"a": lambda w: 2.0},
     "linalg.ScoreHessian.low_rank": {"self": World.covariance},
+    "uncertainty.decode_posterior": {
+        "method": lambda w: w.rng.choice(["linear", "samples"]),
+        "chunk_size": lambda w: 2,
+    },
     "uncertainty.posterior_from_score": SCALARS,
     "uncertainty.posterior_from_velocity": {
         "schedule": lambda w: schedules.Rectified(),
