@@ -124,3 +124,15 @@ def test_likelihood_by_the_learned_trace_is_that_of_the_exact_one(tmp_path):
     learned, exact = (numbers(printed, f"  {name}")[0] for name in ("learned", "exact, D products"))
     assert learned == pytest.approx(exact, rel=1e-2)  # exact scores: the same trace
     assert out.stat().st_size > 10_000
+
+
+def test_a_flow_model_has_the_covariance_of_its_posterior(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("flow_model.py", "--quick", "--out", str(out))
+    for t in ("0.2", "0.4", "0.6", "0.8"):
+        _, head, jacobian = numbers(printed, f"t {t}")
+        assert max(head, jacobian) < 0.9  # after 300 training steps; 0.1 after 2500
+    _, second, without = numbers(printed, "  8 steps")
+    assert second < without / 2
+    assert out.stat().st_size > 10_000

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check, check_count, check_int, check_number, check_samples, one_of, said_by
+from ..checks import (
+    check,
+    check_count,
+    check_int,
+    check_number,
+    check_samples,
+    is_number,
+    kind_name,
+    one_of,
+    said_by,
+)
 from ..conditions import Conditions, check_conditions, condition_rows
 from ..random import STREAM_PRIOR
 from ..sampling.methods import Method, StepOptions, make_step
@@ -368,7 +378,8 @@ def tweedie_denoise(
     check_schedule(where, schedule)
     level = t if isinstance(t, Tensor) else torch.tensor(0.0, dtype=torch.float64)
     if not isinstance(t, Tensor):
-        level = level + check_number(where, "t", t, positive=False)
+        check(where, is_number(t), "t must be a float or a Tensor", kind_name(t), TypeError)
+        level = level + t
     fits = level.shape in ((), x.shape[:1])
     check(where, fits, f"t must be a float or have shape ({len(x)},)", tuple(level.shape))
     sigma = schedule.sigma(level).to(x).expand(len(x))

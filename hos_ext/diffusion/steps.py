@@ -159,6 +159,8 @@ def _clean_sample(run: Run, x: Tensor, t: float, covariance_form: str) -> tuple[
         mean = (x + sigma * run.scores(x, t, "scaled_score").scaled_score) / alpha
         return mean, DPLR(torch.zeros_like(x).flatten(1))
     scores = run.scores(x, t, "scaled_score", "c", "factor")
+    rule = "model must give c (one of first order takes covariance_form='none')"
+    check(run.where, scores.c is not None, rule, None, TypeError)
     found = posterior(x, scores, sigma, alpha)
     mean, covariance = found.mean, found.covariance
     variance = covariance.diagonal()

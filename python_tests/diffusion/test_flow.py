@@ -21,7 +21,7 @@ from hos_ext.diffusion import (
     second_order_reverse,
     tweedie_denoise,
 )
-from hos_ext.schedules import EDM, Schedule
+from hos_ext.schedules import EDM, Interpolant, Schedule
 from hos_ext.tweedie import score_from_velocity
 from hos_ext.uncertainty import posterior_from_velocity
 
@@ -190,6 +190,24 @@ def test_ends_of_a_flow_are_reached_in_float32():
         AlongSchedule(None, FLOW)
     with pytest.raises(ValueError, match=r"^AlongSchedule: what model returns must have shape"):
         AlongSchedule(lambda x, sigma: x[:1], FLOW)(torch.ones(2, 3), 0.5)
+
+
+def test_a_first_order_model_is_told_what_it_lacks():
+    model, x = AlongSchedule(lambda x, sigma: -x, FLOW), torch.ones(2, 3)
+    with pytest.raises(TypeError) as caught:
+        second_order_reverse(model, x, FLOW, n_steps=2)
+    assert str(caught.value) == (
+        "second_order_reverse: model must give c (one of first order takes "
+        "covariance_form='none'), got None"
+    )
+    assert second_order_reverse(model, x, FLOW, n_steps=2, covariance_form="none").isfinite().all()
+
+
+def test_times_of_a_path_may_be_negative():
+    path = Interpolant(torch.ones_like, lambda t: (t + 1) ** 2, t_min=-0.5, t_max=1.0)
+    x = MIXTURE.noisy(0.49, 1.0).sample(3, seed=0)
+    found = tweedie_denoise(AlongSchedule(plain(MIXTURE), path), x, path, -0.3)
+    check_posteriors(found, MIXTURE, x, path, torch.full((3,), -0.3, dtype=F64))
 
 
 def test_conditions_reach_the_model():
