@@ -53,7 +53,7 @@ def prepare(
     check("demo", free, "--out must hold no report (--force replaces it)", out)
     small = QUICK | {"steps": min(steps, QUICK["steps"])} if quick else {}
     given = {"data": "digits", "seed": seed, "steps": steps, "tracker": "none"}
-    given |= {"device": device} | small
+    given = {**given, "device": device, **small}
     return runs.prepare(given, out / "run", force=force)
 
 

@@ -204,7 +204,7 @@ def _pushed(where: str, write: Callable[[Path], None], card: str) -> Any:
     """An object of huggingface_hub's mixin that saves by `write` and has this card."""
     hub = require(where, "huggingface_hub")
 
-    class Pushed(hub.ModelHubMixin, library_name="hos_ext"):  # type: ignore[misc, name-defined]
+    class Pushed(hub.ModelHubMixin, library_name="hos_ext"):  # type: ignore[call-arg, misc, name-defined]
         def __init__(self) -> None:
             pass
 

@@ -1,7 +1,7 @@
 """`hos-ext resume`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def resume(
         )
         if runs.finished(folder) and not more:
             return say_finished(folder)
-        changed = {"steps": steps} if more else {}
+        changed: dict[str, Any] = {"steps": steps} if more else {}
         changed |= {} if device is None else {"device": device}
         job = runs.prepare(options | changed, folder, resume=True, make=not dry_run)
     work(job, dry_run=dry_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -78,5 +79,5 @@ def kept_bytes(model: nn.Module, source: Source, options: TrainingOptions, rows:
     return sum(kept.values())
 
 
-def _bytes(values: list[Tensor]) -> int:
+def _bytes(values: Iterable[Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in values)
