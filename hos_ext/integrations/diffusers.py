@@ -1,13 +1,15 @@
-"""Pretrained networks of diffusers as scores, from their folders and back."""
+"""Pretrained networks of diffusers as scores: from pipelines, folders or the hub, and back."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +17,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import WIDE, check, check_tensor, one_of, positive, require, said_by
-from ..schedules import from_alphas_cumprod
+from ..checks import WIDE, check, check_kind, device_of, dtype_of, path_of, require, said_by
+from ..nn.model_check import check_model, warn_of
+from ..nn.model_score import Call, ModelScore
+from ..schedules import DiscreteVP
 from ..storage import write_folder
+from .schedulers import plan_of
 
-_PREDICTIONS = ("epsilon", "sample", "v_prediction")
-# Entries of a diffusers config that ask for more than a sample and a time.
-_CONDITIONS = ("class_embed_type", "num_class_embeds", "cross_attention_dim", "encoder_hid_dim")
+# The classes of diffusers whose call is known: they take the timesteps of their scheduler, or t.
+_TIMESTEPS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "UNet3DConditionModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "SD3Transformer2DModel",
+)
+_UNIT_TIMES = (
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "ChromaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+)
+_PARTS = ("unet", "transformer")  # of a pipeline: its network
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = ["*.json", *(f"{part}/*" for part in (*_PARTS, "scheduler")), "*.safetensors"]
+_NOT_FILES = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.bf16.*", "*.non_ema*"]
 
 
-class DiffusersScore(nn.Module):
+class DiffusersScore(ModelScore):
     """The scaled score sigma * s1 of a diffusers network, in variance-exploding coordinates.
 
+    A `ModelScore` whose schedule, prediction and times are those of a scheduler.
+
     Args:
-        unet: `unet(x_t, t).sample` for x_t (B, C, ...) and times (B,), which are not whole numbers:
-            a `UNet2DModel` with positional embeddings, or any module with this call. float32 or
-            float64. With 2 C channels out (a learned variance) the first C count. Not conditional.
-        scheduler: that it was trained with: `alphas_cumprod`, and `config.prediction_type`
-            "epsilon", "sample" or "v_prediction". Only these two are used.
+        net: a network of diffusers: `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel`,
+            `PixArtTransformer2DModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel` and their
+            kin; or any module that is called as `net(x_t, t)` with the timesteps of the scheduler,
+            which are not whole numbers. float32 or float64. Its conditions, such as class_labels or
+            encoder_hidden_states, are given by name at the call: `score(x, sigma, class_labels=y)`.
+        scheduler: that it was trained with. With a table: `alphas_cumprod`, and
+            `config.prediction_type` "epsilon", "sample" or "v_prediction". Of flow matching:
+            `FlowMatchEulerDiscreteScheduler`. Of EDM: `EDMEulerScheduler` and its kin. It is only
+            read.
+        call: how a network of another class is called: `call(net, x_t, time, **model_kwargs)`,
+            time being the timestep of the scheduler.
+        check: as of `ModelScore`.
 
     Attributes:
+        net: the network.
+        scheduler: the scheduler.
         sigma_range: least and greatest sigma that the scheduler has. Units of the data, which for
-            diffusers' images is [-1, 1].
+            diffusers' images is [-1, 1], and for latents those that the network sees (scaled).
 
     Raises:
-        TypeError, ValueError: unet or scheduler is of another kind.
+        TypeError, ValueError: net or scheduler is of another kind.
 
     References:
-        Ho et al. 2020, arXiv:2006.11239 (epsilon); Salimans and Ho 2022, arXiv:2202.00512 (v).
+        Ho et al. 2020, arXiv:2006.11239 (epsilon); Salimans and Ho 2022, arXiv:2202.00512 (v);
+        Esser et al. 2024, arXiv:2403.03206 (flow); Karras et al. 2022, arXiv:2206.00364 (EDM).
 
     Example:
         >>> import torch
@@ -55,183 +89,219 @@ class DiffusersScore(nn.Module):
         torch.Size([2, 1, 4, 4])
     """
 
-    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
-        super().__init__()
-        where = "DiffusersScore"
-        got = type(unet).__name__
-        check(where, isinstance(unet, nn.Module), "unet must be a module", got, TypeError)
-        table: Any = getattr(scheduler, "alphas_cumprod", None)
-        got = type(scheduler).__name__
-        check(where, table is not None, "scheduler must have alphas_cumprod", got)
-        many = getattr(table, "ndim", 0) == 1 and len(table) > 0
-        rule = "scheduler.alphas_cumprod must have shape (N,)"
-        check(where, many, rule, type(table).__name__)
-        kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-        self.prediction = one_of(where, "scheduler.config.prediction_type", kind, _PREDICTIONS)
-        config: Any = getattr(unet, "config", None)
-        config = config if isinstance(config, Mapping) else {}
-        for name in _CONDITIONS:
-            value = config.get(name)
-            check(where, value is None, "unet must be unconditional", f"{name} = {value!r}")
-        embedding = config.get("time_embedding_type", "positional")
-        rule = (
-            "unet must have time_embedding_type 'positional', which takes times between the whole "
-            "numbers"
+    def __init__(
+        self,
+        net: nn.Module,
+        scheduler: Any,
+        *,
+        call: Call | None = None,
+        check: Tensor | tuple[int, ...] | None = None,
+    ) -> None:
+        where = type(self).__name__
+        check_kind(where, "net", net, nn.Module)
+        plan = plan_of(where, scheduler)
+        time = _check_network(where, net, plan.prediction, call is not None)
+        super().__init__(
+            net,
+            plan.schedule,
+            plan.prediction,
+            time=time,
+            call=call,
+            num_timesteps=plan.num_timesteps if time == "timestep" else None,
+            sigma_data=plan.sigma_data,
         )
-        check(where, embedding == "positional", rule, f"{embedding!r}")
-        for dtype in {p.dtype for p in unet.parameters()}:
-            check(where, dtype in WIDE, "unet must be float32 or float64", dtype)
-        # No signal, hence no score, at the last time; Euler's scheduler puts 2^-24 there.
-        if table[-1] == 0 or (len(table) > 1 and table[-1] == 2**-24 > table[-2]):
-            table = table[:-1]
-        self.unet, self.scheduler = unet, scheduler
-        with said_by(where, "from_alphas_cumprod", alphas_cumprod="scheduler.alphas_cumprod"):
-            self.schedule = from_alphas_cumprod(table)
-        ends = (self.schedule.t_min, self.schedule.t_max)
-        low, high = (self.schedule.sigma(t) / self.schedule.alpha(t) for t in ends)
-        self.sigma_range = (low, high)
-
-    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """sigma * s1 at x = x0 + sigma z.
-
-        Args:
-            x: noisy samples. Shape (B, C, ...), float32 or float64. Data units.
-            sigma: noise standard deviation within `sigma_range`. Float or shape (B,). Data units.
-
-        Returns:
-            As x. No units.
-
-        Raises:
-            ValueError: x or sigma does not fit, or the network returns another shape.
-            TypeError: the network does not return an object with a Tensor `sample`.
-        """
-        where = "DiffusersScore"
-        check_tensor(where, "x", x)
-        check(where, x.dim() > 1, "x must have shape (B, C, ...)", tuple(x.shape))
-        level = positive(where, "sigma", sigma, x)
-        # On the CPU: the bisection for t is hundreds of tiny operations.
-        ratio = level.flatten().cpu()
-        # Not new_tensor: torch cannot make one like a view with its negative bit set.
-        low, high = torch.tensor(self.sigma_range, dtype=ratio.dtype)
-        bad = (ratio < low) | (ratio > high)
-        if bool(bad.any()):
-            rule = f"sigma must be in [{low:g}, {high:g}], the noise levels of the scheduler"
-            raise ValueError(f"{where}: {rule}, got {ratio[bad][0]:g}")
-        t = self.schedule.t_of_ratio(ratio).to(x.device).expand(len(x))
-        alpha = (1 + level.square()).rsqrt()
-        x_t = alpha * x
-        dtype = next((p.dtype for p in self.unet.parameters()), x.dtype)
-        output = getattr(self.unet(x_t.to(dtype), t), "sample", None)
-        if not isinstance(output, Tensor):
-            rule = "unet must return an object with a Tensor 'sample'"
-            raise TypeError(f"{where}: {rule}, got {type(output).__name__}")
-        if output.shape[1] == 2 * x.shape[1]:
-            output = output[:, : x.shape[1]]
-        rule, got = f"unet must return shape {tuple(x.shape)}", tuple(output.shape)
-        check(where, output.shape == x.shape, rule, got)
-        output = output.to(x.dtype)
-        # With alpha^2 + (alpha sigma)^2 = 1, z = (x - x0) / sigma = alpha sigma x_t + alpha v.
-        if self.prediction == "epsilon":
-            return -output
-        if self.prediction == "sample":
-            return (output - x) / level
-        return -alpha * (level * x_t + output)
+        self.reading = replace(self.reading, sign=plan.sign)
+        self.scheduler, self.plan = scheduler, plan
+        if check is not None:
+            with said_by(where, "check_model", data="check"):
+                warn_of(where, check_model(self, check))
 
     def fingerprint(self) -> dict[str, str] | None:
         """What identifies the score: its dtype, and a hash of all that it depends on.
 
         Network, weights, noise levels and the kind of prediction are hashed. None where diffusers
-        cannot write the network or the scheduler.
+        cannot write the network or the scheduler, or where `call` says how it is called.
         """
-        if not all(hasattr(part, "save_pretrained") for part in (self.unet, self.scheduler)):
+        net: Any = self.net
+        if self.call is not None:
+            return None
+        if not all(hasattr(part, "save_pretrained") for part in (net, self.scheduler)):
             return None
         # What has its default is left out: later versions of diffusers have more of it.
-        known = inspect.signature(type(self.unet)).parameters
-        unet: Any = self.unet
+        known = inspect.signature(type(net)).parameters
         config = {
             k: v
-            for k, v in unet.config.items()
+            for k, v in net.config.items()
             if not k.startswith("_")
             and not (k in known and _as_list(known[k].default) == _as_list(v))
         }
-        mark = hashlib.sha256(json.dumps([self.prediction, config], sort_keys=True).encode())
-        tensors = self.unet.state_dict() | {"alphas_cumprod": self.schedule.alphas_cumprod}
+        told: list[Any] = [self.plan.kind, config]
+        tensors = net.state_dict()
+        if isinstance(self.schedule, DiscreteVP):
+            tensors = tensors | {"alphas_cumprod": self.schedule.alphas_cumprod}
+        else:
+            told.append([repr(self.schedule), self.plan.num_timesteps, self.plan.sigma_data])
+        mark = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for name, value in sorted(tensors.items()):
             mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             mark.update(value.detach().cpu().contiguous().numpy().tobytes())
-        dtype = next(self.unet.parameters()).dtype
+        dtype = next(net.parameters()).dtype
         return {"dtype": str(dtype).removeprefix("torch."), "sha256": mark.hexdigest()}
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes the sub-folders unet and scheduler, each whole, where they are not there yet.
+        """Writes the sub-folders of the network (unet or transformer) and of the scheduler.
 
-        They are in the format of diffusers, with a manifest each.
+        Each whole, where it is not there yet, in the format of diffusers and with a manifest.
         """
-        for name in ("unet", "scheduler"):
+        unet = "UNet" in type(self.net).__name__
+        for name, part in (("unet" if unet else "transformer", self.net), ("scheduler", None)):
+            saved: Any = self.scheduler if part is None else part
             if (Path(folder) / name).exists():
                 continue
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as work:
-                getattr(self, name).save_pretrained(work)
+                saved.save_pretrained(work)
                 files = sorted(Path(work).iterdir())
                 copies = {f.name: partial(shutil.copyfile, f) for f in files}
                 write_folder(Path(folder) / name, copies)
 
 
+def _check_network(where: str, net: Any, prediction: str, called: bool) -> Any:
+    """The unit of time of a network whose call is known."""
+    name = type(net).__name__
+    config: Any = getattr(net, "config", None)
+    config = config if isinstance(config, Mapping) else {}
+    embedding = config.get("time_embedding_type", "positional")
+    rule = "net must have time_embedding_type 'positional', which takes times between the whole "
+    check(where, embedding == "positional", f"{rule}numbers", f"{embedding!r}")
+    if called:
+        unit = False
+    else:
+        known = (*_TIMESTEPS, *_UNIT_TIMES)
+        foreign = type(net).__module__.startswith("diffusers.") and name not in known
+        rule = f"net must be of a class whose call is known ({', '.join(known)}), or call be given"
+        check(where, not foreign, rule, name)
+        unit = name in _UNIT_TIMES
+        rule = "scheduler must be of flow matching for a network that takes t in [0, 1]"
+        check(where, not unit or prediction == "flow", rule, name)
+    if prediction == "edm":
+        return "c_noise"
+    return "t" if unit else "timestep"
+
+
 def from_diffusers(
-    folder: Path | str,
+    pipeline: Any,
     *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    call: Call | None = None,
+    revision: str | None = None,
 ) -> DiffusersScore:
-    """The score of an unconditional diffusers pipeline on the disk; nothing is downloaded.
+    """The score of a diffusers pipeline: of its network and its scheduler alone.
+
+    Conditions are those of the network, not of the pipeline: a text-to-image network takes
+    embeddings (`encoder_hidden_states`), not texts, and a latent one sees scaled latents.
 
     Args:
-        folder: with the sub-folders unet and scheduler, or with the files of both in itself, as
-            the oldest DDPM pipelines have them. Weights as safetensors: pickles are not read.
-        device: for the weights.
-        dtype: of the weights, float32 or float64, whatever they are stored in.
+        pipeline: a pipeline in memory; a folder with the sub-folders unet or transformer, and
+            scheduler, or with the files of both in itself, as the oldest DDPM pipelines have them;
+            or the name of a model on the hub, "user/name", which huggingface_hub keeps in its
+            cache. Weights as safetensors: pickles are not read.
+        device: for the weights; None is the CPU. A pipeline in memory stays where it is: None.
+        dtype: of the weights, float32 or float64, whatever they are stored in; None is float32.
+            A pipeline in memory stays as it is: None.
+        call: as of `DiffusersScore`, for classes whose call is not known.
+        revision: of a model on the hub: a branch, tag or commit.
 
     Returns:
         `DiffusersScore`, in eval mode.
 
     Raises:
-        ValueError: the folder holds no such pipeline. Names what is missing.
-        RuntimeError: diffusers is missing.
+        ValueError: there is no such pipeline. Names what is missing.
+        TypeError: pipeline is none.
+        RuntimeError: diffusers or huggingface_hub is missing.
 
     Example:
         >>> from hos_ext.integrations import from_diffusers
         >>> score = from_diffusers("downloads/ddpm-cat-256")  # doctest: +SKIP
+        >>> score = from_diffusers("google/ddpm-cat-256")  # doctest: +SKIP
     """
     where = "from_diffusers"
-    diffusers = require(where, "diffusers")
-    unet = _part(folder, "unet", "config.json")
-    name = _class_name(unet / "config.json")
-    rule = "folder must hold a UNet2DModel"
-    check(where, name == "UNet2DModel", rule, f"{name!r} in {unet}")
-    scheduler = _part(folder, "scheduler", "scheduler_config.json")
-    name = _class_name(scheduler / "scheduler_config.json")
-    kind: Any = getattr(diffusers, str(name), None)
-    fine = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-    check(where, fine, "folder must hold a scheduler", f"{name!r} in {scheduler}")
-    try:
-        network = diffusers.UNet2DModel.from_pretrained(
-            unet, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        plan = kind.from_pretrained(scheduler, local_files_only=True)
-    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and others
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{where}: folder must hold a whole pipeline, got {folder}: {reason}"
-        ) from None
-    return DiffusersScore(network, plan).to(device).eval()
+    if not isinstance(pipeline, (str, Path)):
+        for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
+            rule = f"{name} must be None for a pipeline in memory"
+            check(where, value is None, rule, lambda value=value: repr(value))
+        net = next((n for p in _PARTS if (n := getattr(pipeline, p, None)) is not None), None)
+        scheduler, got = getattr(pipeline, "scheduler", None), type(pipeline).__name__
+        rule = "pipeline must have a unet or transformer and a scheduler, or be a folder or a name"
+        check(where, net is not None and scheduler is not None, rule, got, TypeError)
+        with said_by(where, "DiffusersScore"):
+            return DiffusersScore(net, scheduler, call=call).eval()  # type: ignore[arg-type]
+    place = path_of(where, "pipeline", pipeline)
+    device = device_of(where, "device", "cpu" if device is None else device)
+    dtype = dtype_of(where, "dtype", torch.float32 if dtype is None else dtype, WIDE)
+    local = place.exists() or isinstance(pipeline, Path) or not _ON_HUB.fullmatch(pipeline)
+    rule = "revision must be None for a folder"
+    check(where, revision is None or not local, rule, revision)
+    folder = place if local else _from_hub(str(pipeline), revision)
+    network, scheduler = _read(folder, dtype)
+    with said_by(where, "DiffusersScore"):
+        return DiffusersScore(network, scheduler, call=call).to(device).eval()
 
 
 def read_saved(
     folder: Path | str, fingerprint: Mapping[str, str], *, device: torch.device | str = "cpu"
 ) -> DiffusersScore:
     """The score that `DiffusersScore.save_pretrained` wrote, in the dtype that it had."""
-    return from_diffusers(folder, device=device, dtype=getattr(torch, fingerprint["dtype"]))
+    dtype = getattr(torch, fingerprint["dtype"])
+    return from_diffusers(Path(folder), device=device, dtype=dtype)
+
+
+def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Network and scheduler from a folder."""
+    where = "from_diffusers"
+    diffusers = require(where, "diffusers", "images")
+    part = next((p for p in _PARTS if (folder / p / "config.json").is_file()), _PARTS[0])
+    place = _part(folder, part, "config.json")
+    plan = _part(folder, "scheduler", "scheduler_config.json")
+    kinds = []
+    for path, base, what in (
+        (place / "config.json", diffusers.ModelMixin, "a network of diffusers"),
+        (plan / "scheduler_config.json", diffusers.SchedulerMixin, "a scheduler"),
+    ):
+        name = _class_name(path)
+        kind: Any = getattr(diffusers, str(name), None)
+        fine = isinstance(kind, type) and issubclass(kind, base)
+        check(where, fine, f"folder must hold {what}", f"{name!r} in {path.parent}")
+        kinds.append(kind)
+    try:
+        network = kinds[0].from_pretrained(
+            place, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        return network, kinds[1].from_pretrained(plan, local_files_only=True)
+    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and others
+        raise ValueError(
+            f"{where}: folder must hold a whole pipeline, got {folder}: {_line(error)}"
+        ) from None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The folder of a model of the hub, in the cache of huggingface_hub."""
+    where = "from_diffusers"
+    hub = require(where, "huggingface_hub", "hub")
+    try:
+        return Path(
+            hub.snapshot_download(
+                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT_FILES
+            )
+        )
+    except Exception as error:  # of the network, of the hub, of the disk
+        rule = "pipeline must be a folder, or a model of the hub that is in the cache or in reach"
+        raise ValueError(f"{where}: {rule}, got {name!r}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _part(folder: Path | str, name: str, config: str) -> Path:

@@ -174,7 +174,7 @@ class ModelScore(nn.Module):
             if _fits(net, *args, **by_name, **model_kwargs):
                 raise
             names = "".join(f", {name}" for name in model_kwargs)
-            rule = f"net must take (x, time{names}), or call must say how it is called"
+            rule = f"net must take (x, time{names}): more goes by name, or call tells how"
             raise TypeError(f"{where}: {rule}, got: {error}") from error
 
     def _place(self, level: Tensor) -> Place:

@@ -573,7 +573,6 @@ MAKERS: dict[str, Make] = LEVELS | {
     "whole": World.hessian,
     "step": lambda w: w.rng.choice([None, 3]),
     "shift": lambda w: 0.5,
-    "unet": lambda w: _Network(),
     "scheduler": _scheduler,
     "net": lambda w: _Network(),
     "call": lambda w: None,
@@ -726,6 +725,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
         "sigma_data": lambda w: None,
         "check": lambda w: None,
     },
+    "integrations.DiffusersScore": {"check": lambda w: None},
     "nn.check_model": {
         "data": World.batch,
         "schedule": lambda w: None,

@@ -340,7 +340,9 @@ def test_a_signature_of_its_own_asks_for_call_and_its_own_errors_pass():
         raise TypeError("of its own")
 
     x = torch.randn(4, 3)
-    message = "ModelScore: net must take (x, time, text), or call must say how it is called, got: "
+    message = (
+        "ModelScore: net must take (x, time, text): more goes by name, or call tells how, got: "
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         ModelScore(net, VP(), "eps")(x, 0.5, text=torch.zeros(4))
     with pytest.raises(TypeError, match=exactly("of its own")):
