@@ -265,7 +265,7 @@ def test_a_first_order_model_stays_and_its_head_is_trained(tmp_path):
     runs.fit(job)
     model, _ = runs.load_run(tmp_path / "run")
     before = unet.state_dict()
-    for name, value in model.score_model.unet.state_dict().items():
+    for name, value in model.score_model.net.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     with pytest.raises(ValueError, match="first_order must be diffusers:FOLDER, got azula:x"):
         runs.prepare(given | {"first_order": "azula:x"}, tmp_path / "other")
