@@ -6,10 +6,12 @@ numbers. So each purpose has a stream of its own, and `STREAMS` lists them with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check, check_kind
 
 _CPU, _SEEDS = torch.device("cpu"), 2**63 - 1
 
@@ -82,6 +84,35 @@ STREAM_LABEL = _stream(22, "app", "which labels are dropped in training")
 STREAM_ORDER = _stream(32, "app", "the order of samples in an epoch")
 STREAM_SIGMA = _stream(33, "schedules", "noise levels of training samples")
 STREAM_EVALUATION = _stream(34, "app", "the noise on held-out samples")
+
+
+def seed_from(where: str, seed: Any, generator: torch.Generator | None, unset: Any = None) -> Any:
+    """The seed that was given, or one drawn from a generator, which moves on by that.
+
+    Args:
+        where: the function named in errors.
+        seed: as it came.
+        generator: in place of a seed.
+        unset: the seed of a call that gives none.
+
+    Raises:
+        TypeError: generator is no `torch.Generator`.
+        ValueError: both are given.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext.random import seed_from
+        >>> one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+        >>> seed_from("f", None, one) == seed_from("f", None, other), seed_from("f", 7, None)
+        (True, 7)
+    """
+    if generator is None:
+        return seed
+    check_kind(where, "generator", generator, torch.Generator)
+    fine = seed is unset or (type(seed) is int and seed == unset)
+    check(where, fine, "seed must be left out where generator is given", seed)
+    device = generator.device
+    return int(torch.randint(_SEEDS, (), device=device, generator=generator).item())
 
 
 def fresh_seed() -> int:

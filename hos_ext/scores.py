@@ -210,7 +210,7 @@ AnyScores: TypeAlias = Tensor | UnscaledScores | DenseScores | MatrixFreeScores
 """s1 alone, or with the Hessian in one of the three forms that samplers know."""
 
 
-def score_of(score: AnyScores) -> Any:
+def score_of(score: AnyScores) -> Tensor:
     """s1 itself, of what holds it. Anything else as it is, for the check that follows: `Scores`
     hold sigma s1, and are refused there.
 
@@ -221,8 +221,9 @@ def score_of(score: AnyScores) -> Any:
         >>> score_of(UnscaledScores(torch.tensor([[2.0]]), torch.tensor([[-1.0]])))
         tensor([[2.]])
     """
-    holds = isinstance(score, (UnscaledScores, DenseScores, MatrixFreeScores))
-    return score.score if holds else score
+    if isinstance(score, (UnscaledScores, DenseScores, MatrixFreeScores)):
+        return score.score
+    return score
 
 
 Level: TypeAlias = float | Tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import WIDE, check, check_number, device_of, dtype_of, is_int, kind_name, show
+from ..random import seed_from
 from ..scores import tweedie_covariance, tweedie_mean
 
 Law = TypeVar("Law", bound="Density")
@@ -46,8 +47,11 @@ class Density(ABC):
         check(where, device.type != "meta", "device must hold values", "'meta'")
         return self._like(*(p.to(device=device, dtype=dtype) for p in self._tensors()))
 
-    def sample(self, n: int, *, seed: int) -> Tensor:
-        """n independent draws; the same seed gives the same draws on one device.
+    def sample(
+        self, n: int, *, seed: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """n independent draws; the same seed gives the same draws on one device. `generator` is a
+        `torch.Generator` in place of seed, which is drawn from it.
 
         Returns:
             Shape (n, D). Units of the data.
@@ -57,6 +61,7 @@ class Density(ABC):
             ValueError: n < 0.
         """
         where = f"{type(self).__name__}.sample"
+        seed = seed_from(where, seed, generator)
         for name, value in (("n", n), ("seed", seed)):
             check(where, is_int(value), f"{name} must be an int", show(value), TypeError)
         n, seed = int(n), int(seed)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..checks import check, check_callable, check_int, check_number, check_samples, said_by
 from ..conditions import Conditions, check_conditions
+from ..random import seed_from
 from ..sampling.chains import Chains, sample
 from ..sampling.methods import Method, StepOptions, make_step
 from ..scores import Model, UnscaledScores, model_scores
@@ -32,6 +34,7 @@ def annealed_langevin(
     first_chain: int = 0,
     chunk_size: int | None = None,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
     **options: Unpack[StepOptions],
 ) -> Chains:
     """Markov chains at falling noise levels, each level started where the last one ended.
@@ -44,8 +47,8 @@ def annealed_langevin(
         method: a method of `sample`.
         step_size: h of `sample` in units of sigma^2, > 0.
         n_steps: steps at each level.
-        thin, seed, first_chain, chunk_size: as `sample`. The number of the step goes on from level
-            to level: no noise is used twice.
+        thin, seed, generator, first_chain, chunk_size: as `sample`. The number of the step goes on
+            from level to level: no noise is used twice.
         model_kwargs: conditions, such as class labels: `model(x, sigma, **model_kwargs)`, with one
             row for each chain in each tensor.
         options: further arguments of `sample`, see `StepOptions`.
@@ -86,6 +89,7 @@ def annealed_langevin(
     n_steps = check_int(where, "n_steps", n_steps, 2**31)
     first_chain = check_int(where, "first_chain", first_chain, 2**63)
     conditions = check_conditions(where, model_kwargs, len(init), "init")
+    seed = seed_from(where, seed, generator)
     state = chain_state(init, noise_key(where, init.shape, seed, first=first_chain), step=0)
     sums: dict[str, Any] = {"seconds": 0.0, "n_score_evaluations": 0, "divergences": 0}
     for sigma in levels:

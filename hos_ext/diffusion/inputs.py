@@ -44,11 +44,13 @@ class ReverseOptions(GridOptions, total=False):
     Attributes:
         n_steps, times, first, chunk_size, model_kwargs: see `GridOptions`.
         seed: key of the noise. None, the default, draws one from torch's default generator.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
         offset: number of the first step. A run over times[:k + 1] and one over times[k:] with
             offset k more are one run. Default 0.
     """
 
     seed: int | None
+    generator: torch.Generator | None
     offset: int
 
 
@@ -56,7 +58,8 @@ class CorrectorOptions(ReverseOptions, StepOptions, total=False):
     """What `predictor_corrector` takes besides: both for the run and for the corrector.
 
     Attributes:
-        n_steps, times, first, chunk_size, model_kwargs, seed, offset: see `ReverseOptions`.
+        n_steps, times, first, chunk_size, model_kwargs: see `GridOptions`.
+        seed, generator, offset: see `ReverseOptions`.
         curvature, tolerance, max_iterations: see `StepOptions`.
     """
 

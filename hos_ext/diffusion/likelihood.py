@@ -34,7 +34,7 @@ from ..checks import (
 from ..conditions import Conditions, check_conditions
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_uniform
-from ..random import STREAM_PROBE, Key
+from ..random import STREAM_PROBE, Key, seed_from
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
 from .inputs import noise_key, time_grid
@@ -58,6 +58,7 @@ def log_likelihood(
     seed: int | None = None,
     first: int = 0,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """log p(x) of the noisy density at t_min, by the probability-flow ODE from x up to t_max.
 
@@ -88,6 +89,7 @@ def log_likelihood(
         log_prior: log p_T itself instead: (B, *dims) -> (B,).
         n_probes: for "hutchinson", >= 1.
         seed: key of the probes; None draws one from torch's default generator.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
         first: global index of row 0: the probes of a row are the same in any batch.
         model_kwargs: conditions of the model, as `GridOptions` has them: the result is then
             log p(x | conditions).
@@ -123,7 +125,7 @@ def log_likelihood(
     std = check_number(where, "data_std", data_std, positive=False)
     n_probes = check_count(where, "n_probes", n_probes)
     first = check_first(where, first, x.shape)
-    seed = check_seed(where, seed)[0]
+    seed = check_seed(where, seed_from(where, seed, generator))[0]
     if log_prior is not None:
         check_callable(where, "log_prior", log_prior)
     grid = time_grid(where, schedule, n_steps, times)[::-1]

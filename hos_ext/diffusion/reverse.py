@@ -31,7 +31,7 @@ from ..checks import (
     said_by,
 )
 from ..conditions import Conditions, check_conditions, condition_rows
-from ..random import STREAM_PRIOR
+from ..random import STREAM_PRIOR, seed_from
 from ..sampling.methods import Method, StepOptions, make_step
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
@@ -73,6 +73,7 @@ def prior(
     first: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Where the samplers start: N(0, (alpha^2 data_std^2 + sigma^2) I) at t_max.
 
@@ -87,6 +88,7 @@ def prior(
         first: global index of row 0.
         dtype: float32 or float64; torch's default.
         device: torch's default.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         Tensor of `shape`.
@@ -103,7 +105,7 @@ def prior(
     check_schedule("prior", schedule)
     data_std = check_number("prior", "data_std", data_std, positive=False)
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
-    key = noise_key("prior", (), seed)
+    key = noise_key("prior", (), seed_from("prior", seed, generator))
     place: dict[str, Any] = {"dtype": dtype, "device": device}
     with said_by("prior", "normal"):
         noise = ops.normal(shape, seed=key.seed, first=first, stream=STREAM_PRIOR, **place)
@@ -400,6 +402,7 @@ def _descend(
     n_steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
     seed: int | None = None,
+    generator: torch.Generator | None = None,
     offset: int = 0,
     first: int = 0,
     chunk_size: int | None = None,
@@ -411,12 +414,13 @@ def _descend(
         where: the public function, for messages.
         step: from one time of the grid to the next.
         model, init, schedule: as `reverse_sde`.
-        n_steps, times, seed, offset, first, chunk_size, model_kwargs: see `ReverseOptions`.
+        n_steps, times, seed, generator, offset, first, chunk_size, model_kwargs: see
+            `ReverseOptions`.
     """
     check_samples(where, "init", init)
     check_schedule(where, schedule)
     grid = time_grid(where, schedule, n_steps, times)
-    key = noise_key(where, init.shape, seed, offset, first)
+    key = noise_key(where, init.shape, seed_from(where, seed, generator), offset, first)
     conditions = check_conditions(where, model_kwargs, len(init), "init")
     chunk = max(len(init), 1)
     if chunk_size is not None:

@@ -30,7 +30,7 @@ from ..checks import (
     said_by,
 )
 from ..ops.noise import draw_normal
-from ..random import STREAM_POSTERIOR, Key, fresh_seed
+from ..random import STREAM_POSTERIOR, Key, fresh_seed, seed_from
 from ..records import register_tree
 from . import woodbury
 from .derivatives import attach, change_of_product, derivative_wanted, low_rank_change
@@ -272,7 +272,15 @@ class DPLR:
         """Whether every eigenvalue is > 0, by counting (no eigenvalue is computed). Shape (B,)."""
         return woodbury.is_positive_definite(self.parts)
 
-    def sample(self, n: int, *, seed: int | None = None, offset: int = 0, first: int = 0) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        offset: int = 0,
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """n draws of N(0, M) for each sample of the batch.
 
         With all signs +1 a draw is sqrt(d) z1 + U z2 (d >= 0). With a -1 among them it is
@@ -284,6 +292,7 @@ class DPLR:
             offset: number of the first draw: draw j uses the noise of offset + j.
             first: global index of batch row 0. Draw j of row b has the same noise however draws
                 and rows are split among calls.
+            generator: a `torch.Generator` in place of seed, which is drawn from it.
 
         Returns:
             Shape (n, B, D). Pathwise differentiable in d and U, in reverse and in forward mode,
@@ -298,6 +307,7 @@ class DPLR:
         """
         where = "DPLR.sample"
         n = check_int(where, "n", n, 2**31)
+        seed = seed_from(where, seed, generator)
         seed, offset, first = check_seed(where, seed, offset=offset, first=first)
         signed = self.sign is not None and bool((self.sign < 0).any())
         bad = ~(self.diag > 0) if signed else self.diag < 0

@@ -28,7 +28,7 @@ from ..checks import (
     per_sample,
     said_by,
 )
-from ..random import Key, fresh_seed
+from ..random import Key, fresh_seed, seed_from
 from ..scores import FirstOrderScore
 from . import hutchinson
 from .autodiff import CHUNK, Jacobian
@@ -175,7 +175,14 @@ class ScoreHessian:
             out = self._affine(self._jacobian.transposed(columns), columns)
         return out.squeeze(-1) if v.dim() == 2 else out
 
-    def asymmetry(self, n_probes: int = 16, *, seed: int | None = None, first: int = 0) -> Tensor:
+    def asymmetry(
+        self,
+        n_probes: int = 16,
+        *,
+        seed: int | None = None,
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """|J - J^T| / |J| in the Frobenius norm, from 0 to 2.
 
         J is that of score_fn, whatever symmetrize, `scale` and `+` did. Norms are estimated by
@@ -185,13 +192,15 @@ class ScoreHessian:
             n_probes: >= 1.
             seed: key of the probes; None draws one from torch's default generator.
             first: global index of batch row 0: a row's probes do not depend on its batch.
+            generator: a `torch.Generator` in place of seed, which is drawn from it.
 
         Returns:
             Shape (B,). About half of it is the relative error that symmetrizing removes, if the
             symmetric part is right.
         """
         n_probes = check_count("ScoreHessian.asymmetry", "n_probes", n_probes)
-        seed, _, first = check_seed("ScoreHessian.asymmetry", seed, first=first)
+        where = "ScoreHessian.asymmetry"
+        seed, _, first = check_seed(where, seed_from(where, seed, generator), first=first)
         apart = whole = self.x.new_zeros(self.x.shape[0])
         for z in self._probes(n_probes, seed, first):
             forward = self._jacobian.forward(z)
@@ -221,7 +230,12 @@ class ScoreHessian:
         return self.diagonal().sum(-1)
 
     def estimate_diagonal(
-        self, n_probes: int, *, seed: int | None = None, first: int = 0
+        self,
+        n_probes: int,
+        *,
+        seed: int | None = None,
+        first: int = 0,
+        generator: torch.Generator | None = None,
     ) -> Estimate:
         """The diagonal by Hutchinson's estimator: the mean of z * (A z) with random signs z.
 
@@ -231,6 +245,7 @@ class ScoreHessian:
             n_probes: products to spend, >= 2; from D on the result is exact, by D products.
             seed: key of the probes; None draws one from torch's default generator.
             first: global index of batch row 0: a row's probes do not depend on its batch.
+            generator: a `torch.Generator` in place of seed, which is drawn from it.
 
         Returns:
             Estimate, both of shape (B, D).
@@ -239,18 +254,26 @@ class ScoreHessian:
             Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix.
         """
         n_probes = check_count("ScoreHessian.estimate_diagonal", "n_probes", n_probes, least=2)
-        seed, _, first = check_seed("ScoreHessian.estimate_diagonal", seed, first=first)
+        where = "ScoreHessian.estimate_diagonal"
+        seed, _, first = check_seed(where, seed_from(where, seed, generator), first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.diagonal())
         return hutchinson.mean(z * self._forward(z) for z in self._probes(n_probes, seed, first))
 
-    def estimate_trace(self, n_probes: int, *, seed: int | None = None, first: int = 0) -> Estimate:
+    def estimate_trace(
+        self,
+        n_probes: int,
+        *,
+        seed: int | None = None,
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Estimate:
         """The trace by Hutchinson's estimator: the mean of z^T A z with random signs z.
 
         The variance is 2 sum_{i != j} A_ij^2 / n_probes (A symmetric).
 
         Args:
-            n_probes, seed, first: as `estimate_diagonal`.
+            n_probes, seed, first, generator: as `estimate_diagonal`.
 
         Returns:
             Estimate, both of shape (B,).
@@ -259,7 +282,8 @@ class ScoreHessian:
             Hutchinson 1989, A stochastic estimator of the trace of the influence matrix.
         """
         n_probes = check_count("ScoreHessian.estimate_trace", "n_probes", n_probes, least=2)
-        seed, _, first = check_seed("ScoreHessian.estimate_trace", seed, first=first)
+        where = "ScoreHessian.estimate_trace"
+        seed, _, first = check_seed(where, seed_from(where, seed, generator), first=first)
         if n_probes >= self.shape[1]:
             return hutchinson.exact(self.trace())
         return hutchinson.mean(
@@ -325,6 +349,7 @@ class ScoreHessian:
         floor: float = 1e-2,
         tolerance: float = 1e-3,
         max_products: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> DPLR:
         """A positive definite DPLR of rank k in place of a covariance that is this matrix.
 
@@ -344,7 +369,7 @@ class ScoreHessian:
             k: 0 <= k <= D.
             remainder: "isotropic" or "diagonal".
             n_probes: products for the remainder, >= 2.
-            seed, first: of the probes, as `estimate_diagonal`.
+            seed, first, generator: of the probes, as `estimate_diagonal`.
             floor: of the remainder, over the mean variance tr A / D. In [0, 1); 0 may give a
                 singular matrix.
             tolerance, max_products: as `eigenpairs`. Pairs that have not converged are used as they
@@ -364,6 +389,7 @@ class ScoreHessian:
         n_probes = check_count(where, "n_probes", n_probes, least=2)
         tolerance = check_number(where, "tolerance", tolerance)
         check_truncation(where, remainder, floor)
+        seed = seed_from(where, seed, generator)
         seed, _, first = check_seed(where, seed, first=first)
         batch, size, _ = self.shape
         values, vectors = self.x.new_empty((batch, 0)), self.x.new_empty((batch, size, 0))

@@ -34,7 +34,7 @@ from ..checks import (
 )
 from ..ops._checks import check_key
 from ..ops.noise import draw_normal
-from ..random import STREAM_DIRECTION, STREAM_TRAINING, Key
+from ..random import STREAM_DIRECTION, STREAM_TRAINING, Key, seed_from
 from ..tweedie.moments import bell, is_dense
 from .reduction import Reduction, check_reduction, summed
 
@@ -233,6 +233,7 @@ def order_k_matching_loss(
     offset: Tensor | int = 0,
     first: int = 0,
     reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Train a model of the order-k score by `order_k_vr_loss` (or `order_k_loss`).
 
@@ -265,6 +266,7 @@ def order_k_matching_loss(
         offset: second key, such as the step number; likewise.
         first: global index of row 0: ranks and micro-batches then draw what one batch would.
         reduction: "mean" or "sum" over the batch, or "none".
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         The loss: a scalar, or (B,) with reduction="none", summed over entries (or directions),
@@ -301,6 +303,7 @@ def order_k_matching_loss(
     check(where, (lower is None) == (k == 1), f"lower must {rule}", lambda: repr(lower))
     if lower is not None:
         check_callable(where, "lower", lower)
+    seed = seed_from(where, seed, generator)
     seed, offset, first = check_key(where, seed, offset, first, x0)
     if noise is not None:
         rule = "seed must be None where nothing is drawn"

@@ -19,7 +19,7 @@ from ..checks import (
 from ..conditions import Conditions
 from ..ops._checks import check_counter
 from ..ops.noise import uniform
-from ..random import STREAM_TIME, Key
+from ..random import STREAM_TIME, Key, seed_from
 from ..schedules import Schedule, check_schedule
 from ..scores import Model
 from .score_matching import (
@@ -49,6 +49,7 @@ class ScoreMatchingLoss(nn.Module):
         schedule: a `Schedule`; times are drawn by its `sample_t`.
         alpha: signal scale, with a fixed sigma.
         seed: key of all draws.
+        generator: a `torch.Generator` in place of seed, which is drawn from it here, once.
         options: what is fitted, as `score_matching_loss` describes it: gamma, variance_reduction,
             first_order, diagonal, scale_free, detach_score, centred, reduction.
 
@@ -73,6 +74,7 @@ class ScoreMatchingLoss(nn.Module):
         schedule: Schedule | None = None,
         alpha: float = 1.0,
         seed: int = 0,
+        generator: torch.Generator | None = None,
         **options: Unpack[Objective],
     ) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class ScoreMatchingLoss(nn.Module):
             check(where, rising, "sigma must be a float or (low, high)", sigma)
         elif sigma is not None:
             sigma = check_number(where, "sigma", sigma)
-        seed = check_int(where, "seed", seed, 2**63)
+        seed = check_int(where, "seed", seed_from(where, seed, generator, 0), 2**63)
         self.sigma, self.schedule, self.seed, self.options = sigma, schedule, seed, options
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 

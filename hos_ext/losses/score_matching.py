@@ -35,7 +35,7 @@ from ..conditions import Conditions, check_conditions, repeat_conditions
 from ..ops._checks import check_key
 from ..ops._operator import functorch_active, is_plain
 from ..ops.noise import draw_normal
-from ..random import STREAM_TRAINING, Key
+from ..random import STREAM_TRAINING, Key, seed_from
 from ..scores import Model, Scores
 from .reduction import Reduction, check_reduction, reduced
 
@@ -81,6 +81,7 @@ class _Options(Objective, total=False):
     seed: Tensor | int | None
     offset: Tensor | int
     first: int
+    generator: torch.Generator | None
 
 
 @overload
@@ -125,6 +126,7 @@ def score_matching_loss(
     model_kwargs: Conditions | None = None,
     reduction: Reduction = "mean",
     return_terms: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Joint first- and second-order denoising score matching: second + gamma * first.
 
@@ -170,6 +172,7 @@ def score_matching_loss(
         reduction: "mean" or "sum" over the batch, or "none".
         return_terms: also return {"first": ..., "second": ...}: the terms without gamma, reduced
             alike, detached.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         The loss: a scalar, or (B,) with reduction="none", summed over entries; or (loss, terms).
@@ -212,6 +215,7 @@ def score_matching_loss(
         reduction=reduction,
     )
     check_flag(where, return_terms=return_terms)
+    seed = seed_from(where, seed, generator)
     sigma, alpha = _check_batch(x0, sigma, alpha, noise, seed)
     conditions = check_conditions(where, model_kwargs, x0.shape[0], "x0")
     seed, offset, first = check_key(where, seed, offset, first, x0)

@@ -198,7 +198,7 @@ class SecondOrderHead(OnHub, nn.Module):
                 torch.is_grad_enabled() and (x.requires_grad or functorch_active())
             ),
         ):
-            scaled_score = self.score_model(x, sigma, **conditions)
+            scaled_score: Any = self.score_model(x, sigma, **conditions)
             if isinstance(scaled_score, Scores):
                 scaled_score = scaled_score.scaled_score
             elif not self.scaled and isinstance(scaled_score, UnscaledScores):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checks import check, check_callable, check_like, check_samples, positive, show
 from ..conditions import Conditions, check_conditions, condition_rows, repeat_conditions
 from ..ops.noise import draw_normal
-from ..random import STREAM_CHECK, Key
+from ..random import STREAM_CHECK, Key, seed_from
 from ..schedules import EDM, DiscreteVP, Schedule, check_schedule
 from ..scores import Scores
 from .head import SecondOrderHead
@@ -81,6 +81,7 @@ def check_model(
     schedule: Schedule | None = None,
     model_kwargs: Conditions | None = None,
     seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> ModelCheck:
     """Whether a network denoises, from one step at two noise levels, and else what is wrong.
 
@@ -99,6 +100,7 @@ def check_model(
         schedule: of a function that may be a network given by mistake: that of its training.
         model_kwargs: conditions of the model, each tensor with a row for each sample.
         seed: of the noise.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         `ModelCheck`, whose remark is None where nothing looks wrong.
@@ -118,6 +120,7 @@ def check_model(
         is this prediction='eps'?
     """
     check_callable(_WHERE, "model", model)
+    seed = seed_from(_WHERE, seed, generator, 0)
     x0 = _samples(model, data)
     conditions = check_conditions(_WHERE, model_kwargs, len(x0), "data")
     if isinstance(data, Tensor):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check, check_first, check_int, device_of, dtype_of
-from ..random import Key, fresh_seed
+from ..random import Key, fresh_seed, seed_from
 from . import _native, reference
 from ._checks import check_counter
 from ._operator import LIBRARY, functorch_active, needs_library, outside_transforms, vmap_active
@@ -25,12 +25,13 @@ _MOST = 2**48  # bytes that a process can address
 def normal(
     shape: Sequence[int],
     *,
-    seed: Tensor | int,
+    seed: Tensor | int | None = None,
     offset: Tensor | int = 0,
     first: int = 0,
     stream: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Standard normals that depend on (seed, offset, stream, element) alone.
 
@@ -47,6 +48,7 @@ def normal(
             (`hos_ext.random.STREAMS` lists them), those from 64 to 255 to you.
         dtype: float32, float64, float16 or bfloat16; torch's default if None.
         device: torch's default if None.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         A tensor of `shape`, without units.
@@ -65,23 +67,25 @@ def normal(
         True
     """
     dtype, device = _kind("normal", dtype, device)
+    seed = seed_from("normal", seed, generator)
     return _draw("normal", False, shape, seed, offset, first, stream, dtype, device)
 
 
 def uniform(
     shape: Sequence[int],
     *,
-    seed: Tensor | int,
+    seed: Tensor | int | None = None,
     offset: Tensor | int = 0,
     first: int = 0,
     stream: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Uniforms (k + 1/2) / 2^32, k a 32-bit word, that depend on their counter alone.
 
     Args:
-        shape, seed, offset, first, dtype, device: as for `normal`.
+        shape, seed, offset, first, dtype, device, generator: as for `normal`.
         stream: as for `normal`: 0 to 63 belong to this package, 64 to 255 to you. On one stream
             normals and uniforms come from the same words, so they are not independent.
 
@@ -101,6 +105,7 @@ def uniform(
         True
     """
     dtype, device = _kind("uniform", dtype, device)
+    seed = seed_from("uniform", seed, generator)
     return _draw("uniform", True, shape, seed, offset, first, stream, dtype, device)
 
 

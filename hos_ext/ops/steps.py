@@ -18,7 +18,7 @@ from ..checks import (
     refuse_row,
     show,
 )
-from ..random import STREAM_STEP, Key
+from ..random import STREAM_STEP, Key, seed_from
 from . import _native, reference
 from ._checks import check_counter, check_out
 from ._operator import Argument, Named, Operator, native_may_judge
@@ -35,6 +35,7 @@ def langevin_step(
     offset: Tensor | int = 0,
     first: int = 0,
     out: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """One Langevin step x + h s + sqrt(2 h) z.
 
@@ -51,6 +52,7 @@ def langevin_step(
             on the device a captured CUDA graph draws fresh noise at each replay.
         first: global index of row 0.
         out: where to write, as x, and maybe x itself. No gradient then.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         The new state, as x. It is differentiable in x, score and noise. NaN and inf pass through.
@@ -70,6 +72,8 @@ def langevin_step(
         >>> x.shape
         torch.Size([3, 2])
     """
+    if generator is not None:
+        seed = _seed_of("langevin_step", noise, seed, generator)
     return _take_step(
         "langevin_step", x, score, None, step_size, noise, seed, offset, first, "raw", out
     )
@@ -87,6 +91,7 @@ def ozaki_step(
     first: int = 0,
     curvature: str = "clamp",
     out: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """One diagonal Ozaki step x + h phi1(h d) s + sqrt(2 h phi1(2 h d)) z, phi1(y) = (e^y - 1) / y.
 
@@ -94,7 +99,7 @@ def ozaki_step(
     Hessian.
 
     Args:
-        x, score, step_size, noise, seed, offset, first, out: as for `langevin_step`.
+        x, score, step_size, noise, seed, offset, first, out, generator: as `langevin_step`.
         diag: the diagonal d of the Hessian of log p at x, as x. Units 1/data^2.
         curvature: what becomes of d. "clamp" is min(d, 0), a Langevin step where d > 0; "abs" is
             -|d|; "raw" is d as it is, which may overflow to inf.
@@ -122,6 +127,8 @@ def ozaki_step(
     """
     if diag is None:
         raise TypeError("ozaki_step: diag must be a Tensor, got NoneType")
+    if generator is not None:
+        seed = _seed_of("ozaki_step", noise, seed, generator)
     return _take_step(
         "ozaki_step", x, score, diag, step_size, noise, seed, offset, first, curvature, out
     )
@@ -190,6 +197,14 @@ def _check_step_tensors(
             check_tensor(
                 where, name, value, like=x, shape=shape, dtypes=FLOATING, because=" like x"
             )
+
+
+def _seed_of(
+    where: str, noise: Tensor | None, seed: Tensor | int | None, generator: torch.Generator
+) -> Any:
+    """The seed that a generator gives."""
+    check(where, noise is None, "generator must be None where noise is given", lambda: show(noise))
+    return seed_from(where, seed, generator)
 
 
 def _step_seed(

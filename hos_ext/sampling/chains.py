@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import check, check_callable, check_flag, check_kind, require, row_index, rows_at
 from ..conditions import Conditions, check_conditions, condition_rows
-from ..random import Key
+from ..random import Key, seed_from
 from ..records import RowRecord, unusual
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
@@ -143,6 +143,7 @@ def sample(
     state: ChainState | None = None,
     progress: bool = False,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> Chains:
     """Run Markov chains from `init`, all chains side by side.
 
@@ -214,6 +215,7 @@ def sample(
         state: `state` of earlier Chains: goes on from there, with its seed and its first_chain.
             60 steps and 40 more are 100 steps, the places of the draws included. The method and the
             step size may change; give the same ones to continue exactly.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
         progress: shows a progress bar; needs rich, which `pip install hos_ext[cli]` brings.
         model_kwargs: conditions of the density, such as class labels: both functions are called as
             `score_fn(x, **model_kwargs)`. Each tensor has one row for each chain, and chunks get
@@ -264,6 +266,7 @@ def sample(
     most = 2**31  # a longer run is continued from its state
     n_steps, burn_in = whole("n_steps", n_steps, 0, most), whole("burn_in", burn_in, 0, most)
     thin = whole("thin", thin, 1)
+    seed = seed_from("sample", seed, generator)
     start = begin_chains(init, seed, first_chain, state)
     x, chains, total = start["x"], len(start["x"]), burn_in + n_steps
     check_dtype("sample", step.name, x, step.dtypes)

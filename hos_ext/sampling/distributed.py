@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from ..checks import check, check_count
 from ..conditions import check_conditions, condition_rows
+from ..random import seed_from
 from ..scores import ScoreFn
 from .arguments import ChainState, begin_chains
 from .chains import ChainOptions, Chains, sample
@@ -67,6 +68,7 @@ def sample_sharded(
     state: ChainState | None = None,
     progress: bool = False,
     group: dist.ProcessGroup | None = None,
+    generator: torch.Generator | None = None,
     **options: Unpack[ChainOptions],
 ) -> Chains:
     """`sample` with the chains shared out over the ranks of a process group.
@@ -78,6 +80,7 @@ def sample_sharded(
     Args:
         score_fn, init, step_size, n_steps, first_chain: as in `sample`, for all chains.
         seed: as in `sample`. None: that of rank 0 is used by all.
+        generator: as in `sample`, in the same state on every rank.
         state: as in `sample`. It may come from a run on any number of ranks.
         progress: on rank 0, for its own share.
         group: of ranks that take part; None is all. With NCCL, `torch.cuda.set_device` must have
@@ -101,6 +104,7 @@ def sample_sharded(
         torch.Size([3, 4, 2])
     """
     where = "sample_sharded"
+    seed = seed_from(where, seed, generator)
     if not (dist.is_available() and dist.is_initialized()):
         rule = "group must be None where torch.distributed is not initialised"
         check(where, group is None, rule, lambda: str(group))

@@ -22,7 +22,7 @@ from ..checks import (
     show,
 )
 from ..conditions import Conditions, check_conditions
-from ..random import Key, fresh_seed
+from ..random import Key, fresh_seed, seed_from
 from ..records import Record
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype
@@ -91,6 +91,7 @@ def search_step_size(
     seed: int | None = 0,
     first_chain: int = 0,
     progress: bool = False,
+    generator: torch.Generator | None = None,
     **options: Unpack[ChainOptions],
 ) -> StepSizeSearch:
     """The step size that gives most effective samples a score evaluation (the paper's rule).
@@ -107,6 +108,7 @@ def search_step_size(
         n_steps: steps of each run after its burn-in; at least 4 draws must be kept.
         ess_kind: a kind of `ess`: "cutoff" is the rule used with such figures.
         seed: key of the noise; None draws one, for all candidates, from torch's default generator.
+        generator: a `torch.Generator` in place of seed, which is drawn from it once.
         first_chain, progress: as for `sample`.
         options: further arguments of `sample`, see `ChainOptions`.
 
@@ -141,6 +143,7 @@ def search_step_size(
     check(where, candidates, "step_sizes must hold at least one step size", "none")
     given = dict(options).get("step_size")
     check(where, given is None, "step_size must not be given beside step_sizes", given)
+    seed = seed_from(where, seed, generator, 0)
     if seed is None:
         seed = fresh_seed()
     rates = []
@@ -184,6 +187,7 @@ def adapt_step_size(
     seed: int | None = None,
     first_chain: int = 0,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> StepSizeAdaptation:
     """Warm up adjusted chains and find the step size whose acceptance is `target`.
 
@@ -194,7 +198,8 @@ def adapt_step_size(
     chain whose step size still changes is not p: go on from `state` with the step size fixed.
 
     Args:
-        score_fn, init, log_prob, curvature, seed, first_chain, model_kwargs: as for `sample`.
+        score_fn, init, log_prob, curvature, seed, first_chain, model_kwargs, generator: as for
+            `sample`.
         method: an adjusted method of `sample`: a name of `method_names(adjusted=True)`, or a
             `Metropolis`.
         step_size: h_0 > 0, where to start, in squared units of the data.
@@ -232,6 +237,7 @@ def adapt_step_size(
     if log_prob is not None:
         check_callable(where, "log_prob", log_prob)
     with said_by(where, "sample"):
+        seed = seed_from(where, seed, generator)
         state = begin_chains(init, seed, first_chain, None)
     check(where, len(state["x"]), "init must hold at least one chain", "none")
     check_dtype(where, step.name, state["x"], step.dtypes)

@@ -133,11 +133,12 @@ class Schedule(ABC):
         self,
         n: int,
         *,
-        seed: int | Tensor,
+        seed: int | Tensor | None = None,
         offset: int | Tensor = 0,
         first: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """n random times for training, a function of (seed, offset, first + row) alone.
 
@@ -152,6 +153,7 @@ class Schedule(ABC):
             first: global index of row 0: ranks and micro-batches draw what one batch would.
             dtype: float32 or float64; torch's default.
             device: torch's default.
+            generator: a `torch.Generator` in place of seed, which is drawn from it.
 
         Returns:
             Shape (n,).
@@ -171,6 +173,7 @@ class Schedule(ABC):
                 stream=STREAM_TIME,
                 dtype=torch.float64,  # 2^-32 steps: float32 would round some to 0 and 1
                 device=device,
+                generator=generator,
             )
         return self._quantile(u).to(dtype)
 

@@ -120,10 +120,20 @@ class Posterior(RowRecord):
         own = std.flatten(1)[:, flat].reshape(-1, *[1] * (std.dim() - 1))
         return covariance / (std * own)
 
-    def sample(self, n: int, *, seed: int | None = None, offset: int = 0, first: int = 0) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        offset: int = 0,
+        first: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """n draws of N(mean, covariance). Shape (n, B, *dims); arguments as `DPLR.sample`."""
         with said_by(_checked("Posterior.sample", self), "DPLR.sample"):
-            draws = self.covariance.sample(n, seed=seed, offset=offset, first=first)
+            draws = self.covariance.sample(
+                n, seed=seed, offset=offset, first=first, generator=generator
+            )
         return self.mean + draws.reshape(n, *self.mean.shape)
 
     def principal_components(self, k: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check, check_int, check_kind, check_number, check_shape, check_tensor, show
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
-from ..random import STREAM_REPORT, Key
+from ..random import STREAM_REPORT, Key, seed_from
 from ..records import Record
 from ..tweedie.posterior import Posterior, check_posterior
 
@@ -143,6 +143,7 @@ def calibration_report(
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
     tau: float = 0.0,
     seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> CalibrationReport:
     """Figures, variances along directions and coverage of posteriors N(m, C), with error bars.
 
@@ -166,6 +167,7 @@ def calibration_report(
         tau: standard deviation of added noise, in units of the data, >= 0: the predictive check
             of `calibration`. Coverage draws that noise; everything else is its exact mean.
         seed: key of the noise that coverage draws at tau > 0.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
 
     Returns:
         A CalibrationReport; its tensors are on the device of x0. Samples are taken as independent.
@@ -189,7 +191,7 @@ def calibration_report(
     """
     where = "calibration_report"
     residual = _residual(where, x0, posterior, tau)
-    seed = check_int(where, "seed", seed, 2**64)
+    seed = check_int(where, "seed", seed_from(where, seed, generator, 0), 2**64)
     tau = float(tau)
     batch, size = residual.shape
     check(where, batch >= 2, "x0 must have at least 2 samples", batch)

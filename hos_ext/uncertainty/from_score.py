@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..checks import check_callable, check_samples, per_sample, positive, said_by
@@ -41,6 +42,7 @@ def posterior_from_score(
     chunk_size: int | None = CHUNK,
     check: bool = True,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> Posterior:
     """Mean and covariance of the clean sample given the noisy one, from a first-order model.
 
@@ -60,7 +62,7 @@ def posterior_from_score(
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
         rank: eigenpairs, 0 ... D.
-        remainder, n_probes, seed, first, floor: as `ScoreHessian.low_rank`.
+        remainder, n_probes, seed, first, floor, generator: as `ScoreHessian.low_rank`.
         tolerance, max_products: as `ScoreHessian.eigenpairs`.
         symmetrize, chunk_size, check: as `ScoreHessian`.
         model_kwargs: conditions, such as class labels: `score_fn(x, **model_kwargs)`, with one row
@@ -102,6 +104,7 @@ def posterior_from_score(
         remainder=remainder,
         n_probes=n_probes,
         seed=seed,
+        generator=generator,
         first=first,
         floor=floor,
         tolerance=tolerance,
@@ -129,6 +132,7 @@ def posterior_from_velocity(
     chunk_size: int | None = CHUNK,
     check: bool = True,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> Posterior:
     """Mean and covariance of the clean sample given x_t, from the velocity of a flow model.
 
@@ -149,7 +153,8 @@ def posterior_from_velocity(
         schedule: `Rectified()`, or another path.
         t: the time of x, a float or (B,) within [t_min, t_max].
         rank: eigenpairs, 0 ... D.
-        remainder, n_probes, seed, first, floor, tolerance, max_products: as `posterior_from_score`.
+        remainder, n_probes, seed, first, floor, tolerance, max_products, generator: as
+            `posterior_from_score`.
         symmetrize, chunk_size, check: as `ScoreHessian`.
         model_kwargs: conditions: `velocity_fn(x, **model_kwargs)`.
 
@@ -200,6 +205,7 @@ def posterior_from_velocity(
         remainder=remainder,
         n_probes=n_probes,
         seed=seed,
+        generator=generator,
         first=first,
         floor=floor,
         tolerance=tolerance,
