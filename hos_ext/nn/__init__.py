@@ -6,6 +6,7 @@ from .mlp import MLP
 from .model_check import ModelCheck, check_model
 from .model_score import ModelScore
 from .unet import UNet
+from .unet3d import UNet3d
 
 __all__ = [
     "MLP",
@@ -14,6 +15,7 @@ __all__ = [
     "SavableScore",
     "SecondOrderHead",
     "UNet",
+    "UNet3d",
     "check_model",
     "load_model",
     "register_score_reader",

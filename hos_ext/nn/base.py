@@ -69,9 +69,9 @@ class Network(OnHub, nn.Module):
 
     class_name: ClassVar[str]
     config: dict[str, Any]
-    score: nn.Linear | nn.Conv2d
-    c: nn.Linear | nn.Conv2d
-    factor: nn.Linear | nn.Conv2d
+    score: nn.Linear | nn.Conv2d | nn.Conv3d
+    c: nn.Linear | nn.Conv2d | nn.Conv3d
+    factor: nn.Linear | nn.Conv2d | nn.Conv3d
 
     def __init__(
         self,
@@ -171,9 +171,9 @@ class Network(OnHub, nn.Module):
 
     def _set_heads(
         self,
-        score: nn.Linear | nn.Conv2d | None,
-        c: nn.Linear | nn.Conv2d,
-        factor: nn.Linear | nn.Conv2d | None,
+        score: nn.Linear | nn.Conv2d | nn.Conv3d | None,
+        c: nn.Linear | nn.Conv2d | nn.Conv3d,
+        factor: nn.Linear | nn.Conv2d | nn.Conv3d | None,
     ) -> None:
         """Takes the last layers. Score and c start at zero, the factor with small columns."""
         if score is not None:

@@ -13,11 +13,13 @@ from .head import SecondOrderHead
 from .hub import Download, local_folder
 from .mlp import MLP
 from .unet import UNet
+from .unet3d import UNet3d
 from .weights import CLASSES, read_weights
 
-_CLASSES: dict[str, type[MLP | UNet | SecondOrderHead]] = {
+_CLASSES: dict[str, type[MLP | UNet | UNet3d | SecondOrderHead]] = {
     "MLP": MLP,
     "UNet": UNet,
+    "UNet3d": UNet3d,
     "SecondOrderHead": SecondOrderHead,
 }
 
@@ -28,7 +30,7 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
     Each file is written whole or not at all, model.safetensors first.
 
     Args:
-        model: an `MLP`, `UNet` or `SecondOrderHead`, on any device.
+        model: an `MLP`, `UNet`, `UNet3d` or `SecondOrderHead`, on any device.
         folder: made if need be; what it holds under these names is replaced.
         extra: facts to keep in the config beside the model's arguments. Plain JSON: what it does
             not know (tuples) comes back as JSON has it (lists).
@@ -51,7 +53,7 @@ def save_model(model: nn.Module, folder: Path | str, **extra: Any) -> str:
         >>> model.rank, config["step"]
         (1, 7)
     """
-    if not isinstance(model, (MLP, UNet, SecondOrderHead)):
+    if not isinstance(model, (MLP, UNet, UNet3d, SecondOrderHead)):
         rule = f"model must be one of {', '.join(CLASSES)} (unwrapped)"
         raise TypeError(f"save_model: {rule}, got {type(model).__name__}")
     with said_by("save_model", f"{type(model).__name__}.save_pretrained"):

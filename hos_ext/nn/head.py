@@ -38,10 +38,11 @@ from .base import Network
 from .hub import Download, OnHub, local_folder
 from .mlp import MLP
 from .unet import UNet
+from .unet3d import UNet3d
 from .watch import ScoreWatch
 from .weights import WEIGHTS, check_folder, read_weights, write_weights
 
-_HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet}
+_HEADS: dict[str, type[Network]] = {"MLP": MLP, "UNet": UNet, "UNet3d": UNet3d}
 _SCORE_FOLDER = "first_order"  # of the first-order model, in the folder of a saved head
 
 # Who reads the first-order model of a saved head: by its kind, "module:function". The module is
@@ -221,7 +222,7 @@ class SecondOrderHead(OnHub, nn.Module):
         """
         if not isinstance(self.head, Network):
             got = type(self.head).__name__
-            raise TypeError(f"save_model: model must be MLP or UNet (unwrapped), got {got}")
+            raise TypeError(f"save_model: model must be MLP, UNet or UNet3d (unwrapped), got {got}")
         model = self.first_order
         fingerprint = model.fingerprint() if isinstance(model, SavableScore) else None
         return {

@@ -18,7 +18,7 @@ from ..checks import check, require
 from ..storage import write_whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-CLASSES = ("MLP", "UNet", "SecondOrderHead")
+CLASSES = ("MLP", "UNet", "UNet3d", "SecondOrderHead")
 HOLD = "load_model: folder must hold"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 

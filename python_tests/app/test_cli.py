@@ -375,6 +375,28 @@ def test_files_that_cannot_be_denoised_are_named(images, tmp_path, capsys, name,
     assert not (tmp_path / "out").exists()
 
 
+def test_volumes_are_seen_by_a_3d_network_and_by_an_mlp_where_that_is_said(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.normal(size=(12, 1, 4, 4, 4)).astype(np.float32))
+    np.save(tmp_path / "y.npy", rng.normal(size=(12, 1, 1, 2, 2, 2)))
+    common = ["--steps=1", "--batch-size=4", "--tracker=none", "--rank=1", "--device=cpu"]
+    train = ["train", "--data", f"npy:{tmp_path / 'x.npy'}", *common]
+    run = tmp_path / "run"
+    assert cli.run([*train, "--channels", "8,8", "--out", str(run)]) == 0
+    model, _ = runs.load_run(run)
+    assert type(model).__name__ == "UNet3d"
+    np.save(tmp_path / "noisy.npy", rng.normal(size=(2, 1, 4, 4, 4)))
+    assert cli.run(["denoise", str(run), str(tmp_path / "noisy.npy"), "--sigma", "0.5"]) == 0
+    assert np.load(run / "denoise.npz")["mean"].shape == (2, 1, 4, 4, 4)
+    flat = ["--model", "mlp", "--width", "8", "--head-width", "8"]
+    assert cli.run([*train, *flat, "--out", str(tmp_path / "flat")]) == 0
+    capsys.readouterr()
+    train[2] = f"npy:{tmp_path / 'y.npy'}"
+    assert cli.run([*train, "--out", str(tmp_path / "no")]) == 2
+    message = "train: model must be said for samples (1, 1, 2, 2, 2) (mlp takes them for vectors)"
+    assert message in _one_line(capsys)
+
+
 @pytest.mark.parametrize("shape", [(1, 5), (1, 5, 4), (2, 5)])
 def test_an_axis_of_one_channel_may_be_left_out(tmp_path, shape):
     values = np.random.default_rng(0).normal(size=(3, *shape))

@@ -96,6 +96,8 @@ TRUSTED = {
     "sampling.unregister_step": "takes a class that was registered",
     "nn.MLP.from_weights": "called by load_model with what it has read and checked",
     "nn.UNet.from_weights": "called by load_model with what it has read and checked",
+    "nn.UNet3d.from_weights": "called by load_model with what it has read and checked",
+    "nn.UNet3d.push_to_hub": HUB,
     "nn.ModelScore.output": CHECKED,
     "nn.MLP.push_to_hub": HUB,
     "nn.UNet.push_to_hub": HUB,
@@ -356,6 +358,12 @@ def _saved_unet(w: World) -> Path:
     return folder
 
 
+def _saved_unet3d(w: World) -> Path:
+    folder = w.folder()
+    nn.save_model(_unet3d(w), folder)
+    return folder
+
+
 def _saved_head(w: World) -> Path:
     folder = w.folder()
     nn.save_model(_head(w), folder)
@@ -381,6 +389,11 @@ def _scheduler(w: World) -> Any:
 def _mlp(w: World) -> nn.MLP:
     torch.manual_seed(0)
     return nn.MLP(w.dims, 1, width=8, head_width=8, depth=1, head_depth=1)
+
+
+def _unet3d(w: World) -> Any:
+    torch.manual_seed(0)
+    return nn.UNet3d((1, 2, 4, 4), 1, channels=(8, 8), norm_num_groups=4)
 
 
 def _unet(w: World) -> Any:
@@ -623,6 +636,7 @@ SELF: dict[str, Make] = {
     "ScoreMatchingLoss": lambda w: losses.ScoreMatchingLoss(0.5),
     "MLP": _mlp,
     "UNet": _unet,
+    "UNet3d": _unet3d,
     "SecondOrderHead": _head,
     "Chains": _chains,
     "Estimate": lambda w: linalg.Estimate(w.diag(), w.diag().abs()),
@@ -698,6 +712,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
     },
     "nn.SecondOrderHead.from_pretrained": {"folder": _saved_head},
     "nn.UNet.from_pretrained": {"folder": _saved_unet},
+    "nn.UNet3d.from_pretrained": {"folder": _saved_unet3d},
     "sampling.make_step": {
         "method": lambda w: w.rng.choice(["ozaki", "langevin"]),
         "adjusted": lambda w: w.rng.choice([None, False]),
@@ -717,6 +732,8 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "losses.order_k_matching_loss": {"model": lambda w: matrices},
     "losses.ScoreMatchingLoss": SCALARS | {"seed": lambda w: 3, "sigma": lambda w: 0.5},
     "nn.UNet": UNET,
+    "nn.UNet3d": {"dims": lambda w: (1, 2, 4, 4)},
+    "nn.UNet3d.forward": {"x": lambda w: w.randn(B, 1, 2, 4, 4)},
     "nn.UNet.forward": {"x": lambda w: w.randn(B, 1, 4, 4)},
     "nn.load_model": {"folder": _saved},
     "nn.MLP.from_pretrained": {"folder": _saved},
@@ -779,13 +796,14 @@ ALWAYS = {
     **{f"diffusion.{n}": {"n_steps"} for n in SOLVERS},
 }
 ALWAYS |= {f"tweedie.{n}": {"alpha", "alpha_slope", "sigma_slope"} for n in VELOCITY}
-NETS = ("MLP", "UNet", "SecondOrderHead")
+NETS = ("MLP", "UNet", "UNet3d", "SecondOrderHead")
 EXCLUDES = {"noise": ("seed", "offset", "first"), "times": ("n_steps",)}
 LEFT_OUT = {
     "nn.load_model": {"revision"},  # it is for models of the hub
     **{f"nn.{name}.from_pretrained": {"revision"} for name in NETS},
     "nn.MLP.forward": {"scaled_score"},
     "nn.UNet.forward": {"scaled_score"},
+    "nn.UNet3d.forward": {"scaled_score"},
     "losses.ScoreMatchingLoss": {"schedule", "alpha"},
     "losses.order_k_vr_loss": {"derivative"},
     "sampling.search_step_size": {"thin"},  # 4 draws must be kept

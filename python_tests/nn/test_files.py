@@ -149,7 +149,7 @@ def test_loaded_weights_do_not_lie_in_the_file(tmp_path):
 
 
 def test_models_of_other_kinds_are_not_saved(tmp_path):
-    rule = "save_model: model must be one of MLP, UNet, SecondOrderHead (unwrapped), got"
+    rule = "save_model: model must be one of MLP, UNet, UNet3d, SecondOrderHead (unwrapped), got"
     with pytest.raises(TypeError, match=exactly(f"{rule} Linear")):
         save_model(torch.nn.Linear(2, 2), tmp_path)
     with pytest.raises(TypeError, match=exactly(f"{rule} AveragedModel")):
@@ -269,7 +269,7 @@ def test_configs_of_other_models_are_refused(tmp_path):
     save_model(mlp(), tmp_path)
     edited(tmp_path, _class_name="UNet2DModel")
     message = (
-        "load_model: folder must hold a model of class MLP, UNet, SecondOrderHead, got "
+        "load_model: folder must hold a model of class MLP, UNet, UNet3d, SecondOrderHead, got "
         f"'UNet2DModel' in {path}"
     )
     with pytest.raises(ValueError, match=exactly(message)):

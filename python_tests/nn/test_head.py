@@ -721,7 +721,7 @@ def test_loading_refuses_a_second_score_and_other_classes(diffusers, tmp_path):
     message = f"{rule} folder must hold SecondOrderHead, got MLP in {tmp_path}/mlp"
     with pytest.raises(ValueError, match=exactly(message)):
         SecondOrderHead.from_pretrained(tmp_path / "mlp")
-    message = "save_model: model must be MLP or UNet (unwrapped), got Third"
+    message = "save_model: model must be MLP, UNet or UNet3d (unwrapped), got Third"
     with pytest.raises(TypeError, match=exactly(message)):
         SecondOrderHead(rows_of_score, Third()).save_pretrained(tmp_path / "third")
 

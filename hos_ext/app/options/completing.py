@@ -77,7 +77,10 @@ def _reconcile(options: dict[str, Any]) -> None:
 
 def _fill_in(options: dict[str, Any], source: data.Source) -> None:
     """Gives the options that depend on data or model their values."""
-    kind = "images" if len(source.shape) == 3 else "vectors"
+    kind = {3: "images", 4: "volumes"}.get(len(source.shape), "vectors")
+    fits = len(source.shape) <= 4 or options["model"] is not None
+    rule = f"model must be said for samples {source.shape} (mlp takes them for vectors)"
+    check("train", fits, rule, "none")
     if source.spec == "digits":
         kind = "digits"
     model = options["model"] = options["model"] or OPTIONS["model"].default_for(kind)

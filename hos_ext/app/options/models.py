@@ -13,6 +13,7 @@ from ...integrations.diffusers import DiffusersScore, from_diffusers
 from ...nn.head import SecondOrderHead
 from ...nn.mlp import MLP
 from ...nn.unet import UNet
+from ...nn.unet3d import UNet3d
 from .table import OPTIONS
 
 
@@ -49,6 +50,8 @@ def build_model(
         torch.manual_seed(options["seed"])
         if options["model"] == "mlp":
             model = MLP(shape, options["rank"], activation="silu", **common)
+        elif len(shape) == 4:
+            model = UNet3d(shape, options["rank"], **common)
         else:
             model = UNet(shape, options["rank"], **common)
     if options["first_order"] is not None:

@@ -25,7 +25,8 @@ class Option(NamedTuple):
             or is not used.
         panel: its group in `--help`.
         help: what it is, in a line.
-        by: its default by kind of data ("digits", "images" or "vectors"), by model, or "else".
+        by: its default by kind of data ("digits", "images", "volumes" or "vectors"), by model, or
+            "else".
         measured: how it is found where `by` says nothing.
         models: those that take it; empty for all.
     """
@@ -145,8 +146,8 @@ OPTIONS: dict[str, Option] = {
         str,
         None,
         MODEL,
-        "mlp, unet-small (fits a CPU) or unet.",
-        {"images": "unet-small", "else": "mlp"},
+        "mlp, unet-small (fits a CPU) or unet; these see images, and volumes (C, D, H, W) in 3-d.",
+        {"images": "unet-small", "volumes": "unet-small", "else": "mlp"},
     ),
     "rank": Option(
         int,
@@ -240,10 +241,10 @@ OPTIONS: dict[str, Option] = {
         "condition_dropout", panel=OBJECTIVE, default=None, measured="0.1 with --condition"
     ),
     "steps": _of_training("steps", default=4000),
-    "batch_size": _of_training("batch_size", by={"images": 32, "else": 128}),
+    "batch_size": _of_training("batch_size", by={"images": 32, "volumes": 8, "else": 128}),
     "accumulate": _of_training("accumulate"),
     "learning_rate": _of_training(
-        "learning_rate", by={"images": 2e-3, "digits": 4e-3, "else": 1e-3}
+        "learning_rate", by={"images": 2e-3, "volumes": 2e-3, "digits": 4e-3, "else": 1e-3}
     ),
     "decay": _of_training("decay"),
     "warm_up": _of_training("warm_up"),
