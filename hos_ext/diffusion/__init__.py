@@ -2,6 +2,7 @@
 
 from .along import AlongSchedule
 from .annealed import annealed_langevin
+from .generate import GENERATE_METHODS, generate
 from .guidance import condition, condition_mean, guided
 from .inputs import GridOptions, ReverseOptions
 from .likelihood import log_likelihood
@@ -15,12 +16,14 @@ from .reverse import (
 )
 
 __all__ = [
+    "GENERATE_METHODS",
     "AlongSchedule",
     "GridOptions",
     "ReverseOptions",
     "annealed_langevin",
     "condition",
     "condition_mean",
+    "generate",
     "guided",
     "log_likelihood",
     "predictor_corrector",

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def split_r_hat(values: Tensor) -> float:
     return float(((half - 1) / half + between / within).sqrt())
 
 
-def alarm(stats: Mapping[str, Any]) -> str:
+def findings(stats: Mapping[str, Any]) -> list[str]:
     """What is wrong with chains of these statistics, with the numbers; empty if nothing is."""
     diverged = stats["diverged"]
     kept, away = ~diverged, stats["ran_away"] & ~diverged
@@ -192,12 +192,17 @@ def alarm(stats: Mapping[str, Any]) -> str:
             f"chain), R-hat of |x| {r_hat:.3g}"
         )
         said += [numbers] if said else []
+    return said
+
+
+def alarm(said: Sequence[str]) -> str:
+    """The findings as one text, with the known causes; empty if there are none."""
     return f"{'; '.join(said)}. {CAUSES}" if said else ""
 
 
 def warn(where: str, stats: Mapping[str, Any], stacklevel: int) -> None:
     """One warning where chains are beyond the bounds."""
-    message = alarm(stats)
+    message = alarm(findings(stats))
     if message:
         warnings.warn(f"{where}: {message}", RunawayWarning, stacklevel=stacklevel + 1)
 

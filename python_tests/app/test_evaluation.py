@@ -12,6 +12,7 @@ from hos_ext import MLP, ops
 from hos_ext.app import data, evaluation
 from hos_ext.app.evaluation import Denoised, denoise, denoise_held_out, evaluate, recalibrate
 from hos_ext.densities import Gaussian
+from hos_ext.sampling import RunawayWarning
 from hos_ext.schedules import draw_sigma
 from hos_ext.scores import Scores
 from hos_ext.tweedie.posterior import posterior
@@ -452,13 +453,9 @@ def test_run_chains_thins_and_has_no_ess_of_too_few_draws():
     assert math.isnan(row["min_ess"])
 
 
-def test_run_chains_says_when_chains_diverge():
-    with pytest.raises(
-        RuntimeError,
-        match=r"^run_chains: step_size must keep the chains finite, got "
-        r"50 with which 4 of 4 langevin chains diverged$",
-    ):
-        evaluation.run_chains(
+def test_run_chains_warns_of_chains_that_diverge_and_has_no_figures_of_them():
+    with pytest.warns(RunawayWarning, match=r"^sample: 4 of 4 chains hold NaN or infinities"):
+        draws, row = evaluation.run_chains(
             _gaussian,
             torch.ones(4, 8, 8),
             0.5,
@@ -467,7 +464,21 @@ def test_run_chains_says_when_chains_diverge():
             n_steps=40,
             burn_in=0,
             seed=0,
+            reference=torch.eye(64).reshape(64, 8, 8),
         )
+    assert not draws.isfinite().all()
+    assert all(math.isnan(row[name]) for name in ("min_ess", "spread", "energy_distance"))
+
+
+def test_run_chains_compares_with_draws_of_the_density():
+    init = 0.55**0.5 * torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    options = {"method": "ozaki", "step_size": 0.1, "n_steps": 60, "burn_in": 20, "seed": 0}
+    _, row = evaluation.run_chains(_gaussian, init, 0.5, reference=init, **options)
+    assert row["spread"] == pytest.approx(1, abs=0.06)
+    assert abs(row["energy_distance"]) < 0.01
+    _, row = evaluation.run_chains(_gaussian, init, 0.5, reference=3 * init, **options)
+    assert row["spread"] == pytest.approx(1 / 3, abs=0.03)
+    assert row["energy_distance"] > 0.05
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -76,6 +76,13 @@ def _texts(figure):
     ]
 
 
+def _trace(dims):
+    sizes = torch.rand(5, 32, dtype=torch.float64)
+    sizes[2, 20:] = 1e9
+    sizes[3, 30:] = torch.inf
+    return plots.Trace(sizes, 1000, _result(dims).x)
+
+
 FIGURES = {
     "denoise grey": lambda: plots.denoising_figure(_result(GREY)),
     "denoise one channel": lambda: plots.denoising_figure(_result((1, 7, 7)), rows=2),
@@ -93,6 +100,10 @@ FIGURES = {
     ),
     "chains": lambda: plots.chains_figure([("starts", _result(GREY).x)] * 3),
     "chains signal": lambda: plots.chains_figure([("ends", _result(SIGNAL).x)], columns=4),
+    "chains trace": lambda: plots.chains_figure([("ends", _result(GREY).x)] * 2, _trace(GREY)),
+    "chains trace signal": lambda: plots.chains_figure(
+        [("ends", _result(SIGNAL).x)] * 3, _trace(SIGNAL)
+    ),
     "training": lambda: plots.training_figure([_History(s) for s in range(1, 9)], size=64),
     "training gradient": lambda: plots.training_figure(
         [_History(s, 3.0 / s, 2.0) for s in range(1, 9)]
@@ -101,6 +112,21 @@ FIGURES = {
         [("ozaki", 0.1, torch.rand(3, 4)), ("langevin", 0.1, torch.rand(3, 4))], torch.rand(3, 4)
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FIGURES if name.startswith(("chains", "spread"))]
+)
+def test_figures_of_chains_name_their_axes_and_units(name):
+    figure = FIGURES[name]()
+    labels = {ax.get_xlabel() for ax in figure.axes} | {ax.get_ylabel() for ax in figure.axes}
+    assert any("(data units)" in label.replace("\n", " ") for label in labels)
+    if "signal" in name:
+        assert {"entry", "value (data units)"} <= labels
+    if "trace" in name:
+        assert {"step after the burn-in", "rms |x| (data units)"} <= labels
+    if name == "spread":
+        assert {"std of an entry, exact\n(data units)", "of the chains (data units)"} <= labels
 
 
 @pytest.mark.parametrize("name", FIGURES)

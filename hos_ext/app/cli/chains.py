@@ -1,5 +1,6 @@
 """`hos-ext chains`."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from ...checks import check, check_number, one_of, require
 from .. import evaluation, results, runs, training
 from ..options import FOLDER
 from .common import (
+    AllowDivergence,
     Data,
     Device,
     DryRun,
@@ -24,9 +26,10 @@ from .common import (
     place_of,
 )
 from .conditions import Condition, chosen_class, of_class
-from .errors import checking
+from .errors import checking, judge
 
 CHAINS = "Chains"  # a panel of --help
+REFERENCE = 2000  # held-out samples that chains are compared with, at most
 
 
 def chains(
@@ -57,6 +60,7 @@ def chains(
         bool, typer.Option("--netcdf", help="Also ArviZ data, .nc.", rich_help_panel=FOLDER)
     ] = False,
     condition: Condition = None,
+    allow_divergence: AllowDivergence = False,
     seed: Seed = 0,
     device: Device = "auto",
     data: Data = None,
@@ -75,6 +79,9 @@ def chains(
 
     Writes chains-METHOD.npz (starts, draws, the last draws denoised), .png and .nc. The noise
     of a chain does not depend on the number of processes.
+
+    Chains start in the law that they should keep. Chains that leave it write nothing, and the
+    exit code is 5. For new samples from noise, see hos-ext generate.
     """
     main = training.is_main()
     with checking():
@@ -110,13 +117,28 @@ def chains(
         )
     if not main:
         return
-    made = results.drawn(model, found, starts, dynamics, scaling=source.scaling, netcdf=netcdf)
+    reference = evaluation.noisy_held_out(source, level, count=REFERENCE, seed=seed)
+    alarm = evaluation.chains_alarm(found, starts, reference)
+    judge("chains", alarm, allowed=allow_divergence)
+    made = results.drawn(
+        model,
+        found,
+        starts,
+        dynamics,
+        reference,
+        n_steps=steps,
+        scaling=source.scaling,
+        netcdf=netcdf,
+    )
     results.write(place, made)
+    law = evaluation.law_of(found.draws, reference)
     each = 1e6 * found.stats["seconds"] / (burn_in + steps)
     console().print(
         f"{method}, step size {size:g}: smallest effective sample size {ess:.1f} of "
-        f"{found.draws.shape[0]} x {found.draws.shape[1]} draws, {each:.0f} us a step; "
-        f"wrote {', '.join(made)} to {place}"
+        f"{found.draws.shape[0]} x {found.draws.shape[1]} draws, {each:.0f} us a step. "
+        f"Against {len(reference)} noisy held-out samples: spread {law['spread']:.3g}, energy "
+        f"distance {law['energy_distance']:.2g} (1 and 0 are right); R-hat of |x| "
+        f"{found.stats.get('r_hat', math.nan):.3g}; wrote {', '.join(made)} to {place}"
     )
 
 

@@ -55,6 +55,14 @@ Out = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=FOLDER)
 ]
+AllowDivergence = Annotated[
+    bool,
+    typer.Option(
+        "--allow-divergence",
+        help="Write the files of chains or samples that ran away too, with a warning.",
+        rich_help_panel=FOLDER,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON document on stdout and nothing else, for programs.")
 ]

@@ -7,7 +7,7 @@ sees the same.
 
 from .accuracy import accuracy
 from .calibration import calibration_figures, recalibrate
-from .chains import run_chains
+from .chains import chains_alarm, law_of, noisy_held_out, run_chains
 from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
 from .figures import evaluate
 from .plain import plain_json
@@ -18,11 +18,14 @@ __all__ = [
     "Picture",
     "accuracy",
     "calibration_figures",
+    "chains_alarm",
     "denoise",
     "denoise_held_out",
     "denoise_tiled",
     "denoising_errors",
     "evaluate",
+    "law_of",
+    "noisy_held_out",
     "plain_json",
     "recalibrate",
     "run_chains",

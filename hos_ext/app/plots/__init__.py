@@ -8,7 +8,7 @@ dims, are signals, shown as lines of their entries in order.
 """
 
 from .calibration import BAND, calibration_figure
-from .chains import chains_figure, spread_figure
+from .chains import Trace, chains_figure, spread_figure
 from .denoising import denoising_figure, uncertainty_grid
 from .pictures import pictures_figure
 from .style import png
@@ -17,6 +17,7 @@ from .uncertainty import uncertainty_figure
 
 __all__ = [
     "BAND",
+    "Trace",
     "calibration_figure",
     "chains_figure",
     "denoising_figure",

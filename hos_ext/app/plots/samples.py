@@ -60,23 +60,24 @@ def cell_height(dims: Sequence[int], columns: int) -> float:
     return width * min(max(dims[-2] / dims[-1], 0.4), 1.6)
 
 
-def show(ax: Axes, sample: Tensor, scale: Scale) -> None:
-    """One sample in data units, without axes."""
+def show(ax: Axes, sample: Tensor, scale: Scale) -> Any:
+    """One sample in data units, without ticks; returns the image where it is one."""
     _bare(ax)
     if scale.kind == "lines":
-        ax.plot(array(sample.flatten()), color=BLUE, lw=0.8)
+        entries = sample.numel()
+        ax.plot(array(sample.flatten()), color=BLUE, lw=0.8, marker=point_mark(entries), ms=1.5)
         ax.set_ylim(scale.low, scale.high)
-    elif scale.kind == "colour":
+        return None
+    if scale.kind == "colour":
         unit = ((sample - scale.low) / (scale.high - scale.low)).clamp(0, 1)
-        ax.imshow(array(unit.permute(1, 2, 0)), interpolation="nearest")
-    else:
-        ax.imshow(
-            _plane(sample),
-            interpolation="nearest",
-            cmap=scale.cmap,
-            vmin=scale.low,
-            vmax=scale.high,
-        )
+        return ax.imshow(array(unit.permute(1, 2, 0)), interpolation="nearest")
+    return ax.imshow(
+        _plane(sample),
+        interpolation="nearest",
+        cmap=scale.cmap,
+        vmin=scale.low,
+        vmax=scale.high,
+    )
 
 
 def show_std(ax: Axes, std: Tensor, top: float, mean: Tensor, scale: Scale) -> Any:
@@ -133,6 +134,24 @@ def std_bar(figure: Figure, image: Any, height: float, scale: Scale) -> None:
     )
     bar.set_label(label, fontsize=7, labelpad=1)
     bar.ax.tick_params(labelsize=7)
+
+
+def value_bar(figure: Figure, image: Any, foot: float, height: float, scale: Scale) -> None:
+    """What the values of images are, in data units; images in colour have no bar, but a line.
+
+    Args:
+        figure: of this height, in inches.
+        image: one of those shown.
+        foot: where the bar lies, a part of the height.
+    """
+    if scale.kind == "colour":
+        text = f"values from {scale.low:.3g} (dark) to {scale.high:.3g} (light), data units"
+        figure.text(0.5, foot, text, fontsize=7, ha="center", va="center")
+        return
+    place = figure.add_axes((0.28, foot, 0.44, 0.06 / height))
+    bar = figure.colorbar(image, cax=place, orientation="horizontal")
+    bar.set_label("value of a pixel (data units)", fontsize=7, labelpad=1)
+    bar.ax.tick_params(labelsize=6.5, pad=1, length=2)
 
 
 # -------------------------------------------------------------------------------------- signals

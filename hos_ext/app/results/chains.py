@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +17,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ...conditions import Conditions
-from ...sampling import diagnostics, distributed
+from ...sampling import RunawayWarning, diagnostics, distributed
 from ...sampling.chains import Chains
 from ...sampling.methods import OzakiIsotropic, make_step, method_names
 from ...scores import Model, UnscaledScores, model_scores
 from ...tweedie.posterior import posterior
 from .. import data, plots, training
-from ..evaluation.chains import refuse_diverged, scores_at
+from ..evaluation.chains import law_of, scores_at
 from .files import npz
 
 # Seconds that a process waits for the slowest, its chains included. One that was killed is noticed
@@ -86,19 +87,19 @@ def run_chains_over_ranks(
     Returns:
         The chains of all ranks, and the smallest effective sample size of any entry.
 
-    Raises:
-        RuntimeError: chains diverged.
+    Whether they ran away is for `evaluation.chains_alarm` to say.
     """
     sigma, method, step_size, conditions = dynamics
-    chains = distributed.sample_sharded(
-        scores_at(model, sigma),
-        init,
-        method=method,
-        step_size=step_size,
-        model_kwargs=conditions,
-        **options,
-    )
-    refuse_diverged("chains", "--step-size", step_size, chains, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunawayWarning)
+        chains = distributed.sample_sharded(
+            scores_at(model, sigma),
+            init,
+            method=method,
+            step_size=step_size,
+            model_kwargs=conditions,
+            **options,
+        )
     return chains, diagnostics.min_ess(chains.draws)
 
 
@@ -114,7 +115,9 @@ def drawn(
     chains: Chains,
     starts: Tensor,
     dynamics: Dynamics,
+    reference: Tensor,
     *,
+    n_steps: int,
     scaling: data.Scaling,
     netcdf: bool,
 ) -> dict[str, bytes]:
@@ -125,6 +128,8 @@ def drawn(
         chains: what `run_chains_over_ranks` returned.
         starts: where they started. Shape (chain, *dims).
         dynamics: what moved them.
+        reference: noisy held-out samples, draws of what the chains should sample.
+        n_steps: of the run, after its burn-in.
         scaling: of the data.
         netcdf: whether ArviZ data are wanted.
 
@@ -145,15 +150,18 @@ def drawn(
         "draws": draws,
         "denoised": ends,
         "raw_denoised": scaling.raw_mean(ends),
+        "sizes": chains.stats.get("sizes", draws.new_empty(len(draws), 0)),
+        **{name: torch.tensor(value) for name, value in law_of(draws, reference).items()},
     }
     rows = [
         ("starts: noisy held-out samples", starts.cpu()),
         (f"{method}, the last draw of each chain", draws[:, -1].cpu()),
         ("the same, denoised", ends.cpu()),
     ]
+    trace = plots.Trace(arrays["sizes"].cpu(), n_steps, reference.cpu())
     files = {
         f"chains-{method}.npz": npz(arrays),
-        f"chains-{method}.png": plots.png(plots.chains_figure(rows)),
+        f"chains-{method}.png": plots.png(plots.chains_figure(rows, trace)),
     }
     if netcdf:
         with tempfile.TemporaryDirectory() as folder:
