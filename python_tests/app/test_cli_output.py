@@ -200,13 +200,13 @@ def test_a_dry_run_of_training_says_what_would_happen_and_writes_nothing(tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert everything(tmp_path) == before
     assert "54 samples of shape (2, 5) to train on" in lines[0]
-    assert lines[1].endswith(f"5 steps; to {out}")
+    assert lines[-3].endswith(f"5 steps; to {out}")
     options_, source = options.complete({"data": f"npy:{tmp_path / 'x.npy'}"} | read(SMALL))
     model = options.build_model(options_, source.shape)
     memory = training.estimate_memory(model, source, options.training_options(options_))
-    assert f"hold about {memory.weights / 2**20:.1f} MiB of weights" in lines[2]
-    assert f"{memory.activations / 2**20:.1f} MiB of activations for 16 samples" in lines[2]
-    assert lines[3] == (
+    assert f"hold about {memory.weights / 2**20:.1f} MiB of weights" in lines[-2]
+    assert f"{memory.activations / 2**20:.1f} MiB of activations for 16 samples" in lines[-2]
+    assert lines[-1] == (
         "would write run.json, checkpoints, logs, model, training.png, metrics.json to "
         f"{out}, a checkpoint every 500 steps (1 in all, the last 3 kept)"
     )
