@@ -1,6 +1,7 @@
 """Networks, and their files."""
 
 from .files import load_model, save_model
+from .guidance import ClassifierFree
 from .head import SavableScore, SecondOrderHead, register_score_reader
 from .mlp import MLP
 from .model_check import ModelCheck, check_model
@@ -10,6 +11,7 @@ from .unet3d import UNet3d
 
 __all__ = [
     "MLP",
+    "ClassifierFree",
     "ModelCheck",
     "ModelScore",
     "SavableScore",
