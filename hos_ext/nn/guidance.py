@@ -75,6 +75,8 @@ class ClassifierFree(nn.Module):
     ) -> None:
         super().__init__()
         check_callable(_WHERE, "model", model)
+        if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.is_meta:
+            scale = scale.item()  # as every number may come
         fine = is_number(scale)
         check(_WHERE, fine, "scale must be a number", type(scale).__name__, TypeError)
         self.scale = as_float(scale)

@@ -638,6 +638,7 @@ SELF: dict[str, Make] = {
     "UNet": _unet,
     "UNet3d": _unet3d,
     "SecondOrderHead": _head,
+    "ClassifierFree": lambda w: nn.ClassifierFree(_mlp(w), 2.0),
     "Chains": _chains,
     "Estimate": lambda w: linalg.Estimate(w.diag(), w.diag().abs()),
     "Eigenpairs": lambda w: linalg.eigenpairs(linalg.DenseOperator(w.dense()), 2),
@@ -737,6 +738,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "nn.UNet.forward": {"x": lambda w: w.randn(B, 1, 4, 4)},
     "nn.load_model": {"folder": _saved},
     "nn.MLP.from_pretrained": {"folder": _saved},
+    "nn.ClassifierFree": {"scale": lambda w: 2.0},
     "nn.ModelScore": {
         "time": lambda w: None,
         "sigma_data": lambda w: None,
