@@ -1,6 +1,7 @@
 """The examples run as they stand, and say what their text promises."""
 
 import io
+import json
 import pathlib
 import re
 import subprocess
@@ -136,3 +137,33 @@ def test_a_flow_model_has_the_covariance_of_its_posterior(tmp_path):
     _, second, without = numbers(printed, "  8 steps")
     assert second < without / 2
     assert out.stat().st_size > 10_000
+
+
+def test_a_head_on_a_pretrained_denoiser_has_no_negative_variance(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("diffusers", reason="UNet needs hos_ext[images]")
+    pytest.importorskip("skimage", reason="photographs need hos_ext[photos]")
+    out, told = tmp_path / "figure.png", tmp_path / "result.json"
+    head = tmp_path / "head"
+    arguments = ("--out", str(out), "--json", str(told), "--save", str(head))
+    printed = run("pretrained_denoiser.py", "--quick", *arguments)
+    found = json.loads(told.read_text())
+    for line in found["table"]:
+        assert 30 < line["head"]["psnr"] < 38  # as published: the weights are in their places
+        assert line["head"]["negative"] == 0
+        assert 0.2 < line["head"]["trace_ratio"] < 5  # hardly trained
+        assert line["autodiff"]["negative_by_probes"] > 0.02
+        assert 0.6 < line["autodiff"]["trace_ratio"] < 2
+    assert found["faster"] > 5
+    assert "times faster than 16 probes" in printed
+    assert out.stat().st_size > 10_000
+    assert (head / "model.safetensors").exists()
+
+
+def test_latents_are_decoded_with_their_error():
+    pytest.importorskip("diffusers")
+    printed = run("latents.py", "--quick")
+    for method in ("linear", "samples"):
+        std, error, ratio, _ = numbers(printed, f"  pixels, {method:8}: std")
+        assert 0 < error < std
+        assert 0.2 < ratio < 5

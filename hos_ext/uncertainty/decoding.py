@@ -288,7 +288,8 @@ def _draws(work: _Work, n: int) -> Iterator[Tensor]:
 
 def _all(work: _Work, latents: Tensor) -> Tensor:
     """Pictures (k, rows, *pixels) of latents (k, rows, *dims)."""
-    return work.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    pictures: Tensor = work.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    return pictures
 
 
 def _halved(error: Tensor, std: Tensor) -> Tensor:

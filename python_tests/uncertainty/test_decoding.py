@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext import DPLR, MLP, Posterior, SecondOrderHead, UNet, posterior, score_matching_loss
+from hos_ext import DPLR, EDM, MLP, Posterior, SecondOrderHead, UNet, posterior, score_matching_loss
 from hos_ext.nn import ModelScore
 from hos_ext.schedules import from_alphas_cumprod
 from hos_ext.uncertainty import decode_posterior
@@ -297,3 +297,21 @@ def test_an_mlp_decoder_of_a_learned_posterior():
     one = decode_posterior(decoder, found, n_probes=None, seed=0)
     two = decode_posterior(decoder, found, method="samples", n_draws=4000, seed=0, chunk_size=500)
     torch.testing.assert_close(one.std, two.std, rtol=0.1, atol=0)
+
+
+def test_latents_of_the_usual_size():
+    torch.manual_seed(0)
+    score = ModelScore(lambda x, sigma: x / (1 + sigma[:, None, None, None] ** 2), EDM(), "x0")
+    network = UNet((4, 64, 64), 2, channels=(16, 16), given_score=True, add_attention=False)
+    model = SecondOrderHead(score, network)
+    z = torch.randn(1, 4, 64, 64)
+    score_matching_loss(model, z, 0.5, centred=True, seed=0).backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    with torch.no_grad():
+        found = posterior(z, model(z, 0.5), 0.5)
+    decoder = nn.Sequential(nn.Conv2d(4, 3, 1), nn.Upsample(scale_factor=2.0))
+    one = decode_posterior(decoder, found, n_probes=400, n_pairs=2, seed=0, chunk_size=100)
+    two = decode_posterior(decoder, found, method="samples", n_draws=400, seed=0, chunk_size=100)
+    assert one.std.shape == (1, 3, 128, 128)
+    assert abs(float((one.std / two.std).mean()) - 1) < 0.01
+    assert one.linear_error.abs().max() < 1e-3
