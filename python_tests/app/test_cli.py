@@ -19,6 +19,7 @@ from hos_ext.app.training import batches
 from hos_ext.sampling import register_step, unregister_step
 from hos_ext.sampling.methods import Langevin
 from hos_ext.schedules import draw_sigma
+from hos_ext.scores import Scores
 
 SMALL = [
     "--steps=5",
@@ -591,6 +592,32 @@ def test_info_says_what_a_run_is(run_folder, capsys):
     assert "  sigma: 0.1, 1.2" in shown
     assert cli.run(["info", str(run_folder / "model"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == runs.info(run_folder / "model")
+
+
+def test_info_checks_whether_the_model_denoises(run_folder, capsys):
+    assert cli.run(["info", str(run_folder), "--check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["check"]
+    assert len(found["sigma"]) == len(found["error"]) == len(found["shrinking"]) == 2
+    assert all(0.1 <= sigma <= 1.2 for sigma in found["sigma"])
+    assert all(0 < error < 1 for error in found["error"])
+    assert cli.run(["info", str(run_folder / "model"), "--check"]) == 0
+    assert f"verdict: {found['verdict']}" in capsys.readouterr().out
+    assert cli.run(["info", str(run_folder), "--data", "digits"]) == 2
+    assert "--data and --test-data must come with --check" in capsys.readouterr().err
+
+
+def test_a_model_whose_sign_is_wrong_gets_a_verdict(run_folder):
+    model, facts = runs.load_run(run_folder)
+    source, levels = runs.open_data(facts), tuple(facts["options"]["sigma"])
+
+    class Turned(torch.nn.Module):
+        def forward(self, x, sigma):
+            scores = model(x, sigma)
+            return Scores(-scores.scaled_score, scores.c)
+
+    found = evaluation.check_one_step(Turned(), source, levels)
+    assert found["verdict"].startswith("predicts worse than zero at sigma")
+    assert found["verdict"].endswith("is this prediction='eps'?")
 
 
 @pytest.mark.parametrize(

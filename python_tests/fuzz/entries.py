@@ -99,6 +99,7 @@ TRUSTED = {
     "nn.UNet3d.from_weights": "called by load_model with what it has read and checked",
     "nn.UNet3d.push_to_hub": HUB,
     "nn.ModelScore.output": CHECKED,
+    "integrations.DiffusersScore.output": CHECKED,
     "nn.MLP.push_to_hub": HUB,
     "nn.UNet.push_to_hub": HUB,
     "nn.SecondOrderHead.push_to_hub": HUB,
@@ -806,7 +807,7 @@ LEFT_OUT = {
     "nn.MLP.forward": {"scaled_score"},
     "nn.UNet.forward": {"scaled_score"},
     "nn.UNet3d.forward": {"scaled_score"},
-    "losses.ScoreMatchingLoss": {"schedule", "alpha"},
+    "losses.ScoreMatchingLoss": {"schedule", "alpha", "detach_score"},
     "losses.order_k_vr_loss": {"derivative"},
     "sampling.search_step_size": {"thin"},  # 4 draws must be kept
 }

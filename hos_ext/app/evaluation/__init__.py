@@ -10,6 +10,7 @@ from .calibration import calibration_figures, recalibrate
 from .chains import chains_alarm, law_of, noisy_held_out, run_chains
 from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
 from .figures import evaluate
+from .one_step import check_one_step
 from .plain import plain_json
 from .tiles import Picture, denoise_tiled
 
@@ -19,6 +20,7 @@ __all__ = [
     "accuracy",
     "calibration_figures",
     "chains_alarm",
+    "check_one_step",
     "denoise",
     "denoise_held_out",
     "denoise_tiled",
