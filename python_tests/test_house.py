@@ -18,7 +18,7 @@ import hos_ext
 
 PACKAGE = Path(hos_ext.__file__).parent
 
-WORDS = {"scores", "random", "records", "checks", "conditions", "storage"}
+WORDS = {"scores", "random", "records", "checks", "conditions", "storage", "progress"}
 BELOW = WORDS | {"ops", "schedules", "linalg", "tweedie"}
 WING = {"losses", "nn", "sampling", "diffusion", "uncertainty", "integrations"}
 LIBRARY = BELOW | WING | {"densities"}

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check, check_callable, check_flag, check_kind, require, row_index, rows_at
 from ..conditions import Conditions, check_conditions, condition_rows
+from ..progress import show_progress
 from ..random import Key, seed_from
 from ..records import RowRecord, unusual
 from ..scores import LogDensity, ScoreFn
@@ -216,7 +216,8 @@ def sample(
             60 steps and 40 more are 100 steps, the places of the draws included. The method and the
             step size may change; give the same ones to continue exactly.
         generator: a `torch.Generator` in place of seed, which is drawn from it.
-        progress: shows a progress bar; needs rich, which `pip install hos_ext[cli]` brings.
+        progress: shows a bar on a terminal, elsewhere a line every few seconds by `logging`, of
+            level INFO; needs rich, which `pip install hos_ext[cli]` brings.
         model_kwargs: conditions of the density, such as class labels: both functions are called as
             `score_fn(x, **model_kwargs)`. Each tensor has one row for each chain, and chunks get
             the rows of their chains. They are not in `state`: give them again to go on.
@@ -279,7 +280,8 @@ def sample(
     tally = _Tally.zeros(step.keeps, chains, x.device)
     watch = Watch(x, step_size, burn_in, n_steps)
     began = time.perf_counter()
-    with torch.no_grad(), _progress_bar(progress, step.name, total * -(-chains // chunk)) as tick:
+    steps = total * -(-chains // chunk)
+    with torch.no_grad(), show_progress("sample", progress, step.name, steps) as show:
         for low in range(0, chains, chunk):
             rows = slice(low, low + chunk)
             h = step_size[rows] if isinstance(step_size, Tensor) and step_size.dim() else step_size
@@ -295,7 +297,7 @@ def sample(
                 draw, rest = divmod(since_draw + k + 1 - burn_in, thin)
                 if k >= burn_in and rest == 0:
                     draws[rows, draw - 1] = walk.x
-                tick()
+                show(low // chunk * total + k + 1)
             counts.diverged.copy_(walk.diverged())
             x[rows] = walk.x
     stats = {
@@ -365,14 +367,3 @@ class _Tally(NamedTuple):
             for name, value in self.values.items()
         }
         return {"divergences": values.pop("divergences"), "diverged": self.diverged, **values}
-
-
-@contextmanager
-def _progress_bar(wanted: bool, description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields the function to call after each step."""
-    if not wanted:
-        yield lambda: None
-        return
-    with require("sample", "rich.progress").Progress() as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import hos_ext
+from hos_ext import progress
 from hos_ext.app import cli, options, runs, training
-from hos_ext.app.training import progress
 
 SMALL = ["--steps=5", "--width=16", "--head-width=8", "--depth=2", "--rank=2", "--batch-size=16"]
 SMALL += ["--tracker=none"]

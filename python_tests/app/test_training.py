@@ -19,12 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hos_ext import MLP, ScoreMatchingLoss, ops, schedules, score_matching_loss
+from hos_ext import MLP, ScoreMatchingLoss, ops, progress, schedules, score_matching_loss
 from hos_ext.app import data, training
-from hos_ext.app.training import TrainingOptions, devices, engine, estimate, precision, progress
+from hos_ext.app.training import TrainingOptions, devices, engine, estimate, precision
 from hos_ext.app.training.batches import draw_batch, gradient_variance, losses
 from hos_ext.app.training.precision import _tf32
-from hos_ext.app.training.progress import show_progress
 from hos_ext.random import STREAM_TIME
 from hos_ext.scores import Scores
 
@@ -351,16 +350,16 @@ def test_train_shows_loss_error_rate_and_time_left_on_a_terminal(source, capsys,
     assert told.out == ""
     shown = plain(told.err)
     assert "3/3" in shown
-    for word in ("loss ", "an entry", "error ", "sigma²", "steps/s", "left"):
+    for word in ("loss ", "an entry", "error ", "sigma^2", "steps/s", "left"):
         assert word in shown
 
 
 def test_no_rate_is_shown_before_a_step_is_made(capsys, terminal):
-    with show_progress(True, 3, 10):
+    with progress.show_progress("train", True, "training", 10, done=3, figures=engine._FIGURES):
         pass
     shown = plain(capsys.readouterr().err)
     assert "3/10" in shown
-    assert "loss nan an entry error nan sigma² 0.0 steps/s" in shown
+    assert "loss nan an entry denoising error nan sigma^2 0.0 steps/s" in shown
 
 
 def test_without_a_terminal_the_log_has_a_line_every_few_seconds(source, capsys, caplog):
@@ -672,8 +671,8 @@ def test_damaged_checkpoints_ahead_and_passed_by_are_not_among_those_kept(
 
 def test_a_signal_at_the_end_of_a_step_waits_for_the_next(source, tmp_path, monkeypatch):
     @contextmanager
-    def bar(*_):
-        yield lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+    def bar(*_, **__):
+        yield lambda step, **_: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
 
     monkeypatch.setattr(engine, "show_progress", bar)
     with pytest.raises(training.Stopped, match=r"after step 7; last checkpoint: .*step-00000007 "):

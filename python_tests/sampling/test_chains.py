@@ -1,5 +1,6 @@
 """Chains: the law each step keeps, the same chains however they are cut, and every error."""
 
+import re
 import sys
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hos_ext import ops
+from hos_ext import ops, progress
 from hos_ext.sampling import Chains, method_names, sample
 from hos_ext.scores import DenseScores, UnscaledScores
 
@@ -663,13 +664,31 @@ def test_the_run_is_timed(init):
 # ---------------------------------------------------------------------------------------- progress
 
 
-def test_progress_shows_the_method_and_all_steps(init, capsys):
+def test_progress_shows_the_method_and_all_steps(init, capsys, monkeypatch):
     pytest.importorskip("rich")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
     shown = run(init, progress=True, chunk_size=3)
     assert torch.equal(shown.draws, run(init).draws)
-    out = capsys.readouterr().out
-    assert "ozaki" in out
-    assert "100%" in out
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "ozaki" in told.err
+    steps = re.findall(r"(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", told.err))
+    assert steps[-1][0] == steps[-1][1] != "0"
+
+
+def test_progress_without_a_terminal_is_a_line_every_few_seconds(init, monkeypatch, caplog):
+    pytest.importorskip("rich")
+    caplog.set_level("INFO", "hos_ext")
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run(init, progress=True, chunk_size=3)
+    lines = [record.getMessage() for record in caplog.records]
+    total = len(lines)
+    assert [line.split(":")[0] for line in lines] == [
+        f"step {i} of {total}" for i in range(1, total + 1)
+    ]
+    assert lines[-1].endswith(" steps/s, 0:00:00 left")
 
 
 def test_progress_without_rich_names_the_extra(init, monkeypatch):

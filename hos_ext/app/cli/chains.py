@@ -27,6 +27,7 @@ from .common import (
 )
 from .conditions import Condition, chosen_class, of_class
 from .errors import checking, judge
+from .output import talks
 
 CHAINS = "Chains"  # a panel of --help
 REFERENCE = 2000  # held-out samples that chains are compared with, at most
@@ -113,7 +114,14 @@ def chains(
     dynamics = results.Dynamics(level, method, size, told)
     with results.ranks():
         found, ess = results.run_chains_over_ranks(
-            model, starts, dynamics, n_steps=steps, burn_in=burn_in, thin=thin, seed=seed
+            model,
+            starts,
+            dynamics,
+            n_steps=steps,
+            burn_in=burn_in,
+            thin=thin,
+            seed=seed,
+            progress=talks(),
         )
     if not main:
         return

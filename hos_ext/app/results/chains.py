@@ -82,7 +82,7 @@ def run_chains_over_ranks(
         model: `model(x, sigma) -> Scores`; its unscaled scores drive the chains.
         init: one start for each chain. Shape (chain, *dims).
         dynamics: what moves them.
-        options: n_steps, burn_in, thin and seed, as in `sampling.sample`.
+        options: n_steps, burn_in, thin, seed and progress, as in `sampling.sample`.
 
     Returns:
         The chains of all ranks, and the smallest effective sample size of any entry.

@@ -2,7 +2,7 @@
 
 `engine` says what a step is, `options` what can be chosen, `batches` what a step draws,
 `checkpoints` how it is kept, `devices` and `launch` on what it runs, `estimate` how much memory it
-takes, `progress` how far it is, `faults` what ends it early.
+takes, `faults` what ends it early.
 """
 
 from .checkpoints import History, list_checkpoints

@@ -9,6 +9,7 @@ trackers), `torch.optim.swa_utils` (EMA), safetensors and rich; extra `app`.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from torch.optim import swa_utils
 
 from ... import storage
 from ...checks import check, check_callable, check_flag, check_kind, refuse_dropout, said_by
+from ...progress import show_progress
 from ..data import Source, as_source
 from .batches import Batch, draw_batch, draw_validation, gradient_variance, losses, validation_loss
 from .checkpoints import (
@@ -37,8 +39,11 @@ from .faults import Stopped, bad_rows, catch_signals, check_finite, name_lost, n
 from .launch import check_starts, check_whole, open_accelerator
 from .options import TrainingOptions
 from .precision import check_precision
-from .progress import log, show_progress
 from .trackers import Reporter, start_tracker, track
+
+_LOG = logging.getLogger("hos_ext.train")
+# What the progress shows of a step.
+_FIGURES = {"loss": "loss {:.4g} an entry", "error": "denoising error {:.3f} sigma^2"}
 
 
 class Trained(NamedTuple):
@@ -153,7 +158,14 @@ def train(
     with (
         name_lost("train", options.timeout, run.place),
         run.on_devices(),
-        show_progress(progress and accelerator.is_main_process, start, steps) as show,
+        show_progress(
+            "train",
+            progress and accelerator.is_main_process,
+            "training",
+            steps,
+            done=start,
+            figures=_FIGURES,
+        ) as show,
         catch_signals(accelerator.num_processes == 1) as received,
         name_memory(run.size, options.batch_size, accelerator.device),
     ):
@@ -164,7 +176,7 @@ def train(
             stop = bool(received)  # once: a signal may come at any line
             if folder is not None and (step % options.save_every == 0 or step == steps or stop):
                 run.save(folder, facts or {})
-            show(step, loss, error)
+            show(step, loss=loss, error=error)
             if stop and step < steps:
                 break
     if options.tracker != "none":
@@ -287,7 +299,7 @@ class _Training:
         judged = {f"the {name} of the curve": value for name, value in row._asdict().items()}
         check_finite(judged, self.step, self.kept)
         self.history.append(row)
-        log.debug(
+        _LOG.debug(
             f"step {row.step}: loss {row.loss_per_entry:.4g} an entry, denoising error "
             f"{row.error:.3f} sigma^2, on validation {row.validation_error:.3f} sigma^2, gradient "
             f"{length:.3g}, learning rate {rate:.3g}"
@@ -316,7 +328,7 @@ class _Training:
                 self.options.keep,
                 self.kept,
             )
-            log.debug(f"wrote {path}")
+            _LOG.debug(f"wrote {path}")
             self.kept = path  # before the wait: it is there, whoever is lost
         self.accelerator.wait_for_everyone()
         self.kept = path
