@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from hos_ext import VE, diffusion
 from hos_ext.app import cli, data, evaluation, options, results, runs, training
 from hos_ext.app.cli.common import noise_level, program
 from hos_ext.app.cli.train import default_out
@@ -109,7 +110,8 @@ def test_every_option_of_a_run_can_be_typed_and_is_explained(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "resume", "denoise", "chains", "evaluate", "info", "push", "demo"]
+    "command",
+    ["train", "resume", "denoise", "chains", "generate", "evaluate", "info", "push", "demo"],
 )
 def test_every_help_has_an_example(capsys, command):
     assert cli.run([command, "--help"]) == 0
@@ -534,6 +536,108 @@ def test_chains_writes_netcdf_for_arviz(run_folder, tmp_path):
     tree.close()
 
 
+GENERATE = ["--count", "9", "--steps", "4", "--settle", "3"]
+
+
+@pytest.mark.parametrize("method", ["heun", "sde", "second-order"])
+def test_generate_writes_samples_in_both_units_and_their_picture(
+    run_folder, tmp_path, capsys, method
+):
+    words = ["generate", str(run_folder), *GENERATE, "--method", method, "--out", str(tmp_path)]
+    assert cli.run(words) == 0
+    assert _files(tmp_path) == ["generate.npz", "generate.png"]
+    arrays = dict(np.load(tmp_path / "generate.npz"))
+    assert arrays["samples"].shape == arrays["raw"].shape == (9, 8, 8)
+    assert arrays["sigmas"][0] == pytest.approx(1.2)
+    assert arrays["sigmas"][-1] == pytest.approx(0.1)
+    assert len(arrays["sigmas"]) == 5
+    np.testing.assert_allclose(arrays["raw_mean"], arrays["samples"] * 8.5 + 8, atol=1e-5)
+    np.testing.assert_array_equal(
+        arrays["raw"], np.clip(np.floor((arrays["samples"] + 1) * 8.5), 0, 16)
+    )
+    shown = capsys.readouterr().out
+    assert f"9 samples by 4 steps of {method} from sigma 1.2 to 0.1; against 360 held-out" in shown
+    assert f"spread {float(arrays['spread']):.3g}, energy distance " in shown
+
+
+def test_generate_draws_what_the_library_draws(run_folder, tmp_path):
+    words = ["generate", str(run_folder), *GENERATE, "--last", "sample", "--seed", "3"]
+    assert cli.run([*words, "--method", "second-order", "--out", str(tmp_path)]) == 0
+    model, facts = runs.load_run(run_folder)
+    expected = diffusion.generate(
+        model,
+        (9, 8, 8),
+        VE(0.1, 1.2),
+        method="second-order",
+        n_steps=4,
+        settle=3,
+        last="sample",
+        data_std=facts["data"]["std"],
+        seed=3,
+        chunk_size=2,
+    )
+    found = np.load(tmp_path / "generate.npz")["samples"]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_generate_says_that_the_data_are_not_at_hand(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((80, 3)))
+    train = ["train", "--data", f"npy:{tmp_path / 'a.npy'}", *SMALL, "--out", str(tmp_path / "run")]
+    assert cli.run(train) == 0
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    capsys.readouterr()
+    words = ["generate", str(tmp_path / "run"), *GENERATE]
+    assert cli.run(words) == 0
+    assert "not known, as the data are not at hand" in capsys.readouterr().out
+    moved = f"npy:{tmp_path / 'b.npy'}"
+    assert cli.run([*words, "--force", "--data", moved]) == 0
+    assert "held-out samples: spread" in capsys.readouterr().out
+    assert cli.run([*words, "--force", "--data", "npy:nowhere.npy"]) == 2
+
+
+def test_generate_needs_a_range_of_levels(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert (
+        cli.run(
+            [
+                "train",
+                "--data",
+                "density:gaussian2d",
+                "--sigma",
+                "0.3",
+                *SMALL[:-2],
+                "--rank=1",
+                "--tracker=none",
+                "--out",
+                run,
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert cli.run(["generate", run]) == 2
+    assert _one_line(capsys) == (
+        "hos-ext: generate: RUN must be trained over a range of noise levels, --sigma LOW,HIGH, "
+        "got one level, 0.3"
+    )
+
+
+def test_generated_samples_that_ran_away_write_nothing(run_folder, tmp_path, monkeypatch, capsys):
+    right = results.generate_over_ranks
+    monkeypatch.setattr(
+        results, "generate_over_ranks", lambda *given, **options: 20 * right(*given, **options)
+    )
+    words = ["generate", str(run_folder), *GENERATE, "--out", str(tmp_path / "out")]
+    assert cli.run(words) == 5
+    error = _one_line(capsys)
+    assert error.startswith("hos-ext: generate: the samples spread ")
+    assert "--allow-divergence keeps the files" in error
+    assert not (tmp_path / "out").exists() or _files(tmp_path / "out") == []
+    with pytest.warns(UserWarning, match="^generate: the samples spread .* times as far as the"):
+        assert cli.run([*words, "--allow-divergence"]) == 0
+    assert _files(tmp_path / "out") == ["generate.npz", "generate.png"]
+
+
 def test_evaluate_writes_the_report_and_prints_it(run_folder, tmp_path, capsys):
     arguments = ["evaluate", str(run_folder), "--sigma", "0.2,0.8", "--limit", "20"]
     assert cli.run([*arguments, "--out", str(tmp_path)]) == 0
@@ -625,6 +729,7 @@ def test_a_model_whose_sign_is_wrong_gets_a_verdict(run_folder):
     [
         (["denoise"], "denoise.md"),
         (["chains"], "chains-ozaki.png"),
+        (["generate"], "generate.png"),
         (["evaluate"], "evaluate.json"),
         (["demo"], "report.html"),
     ],
@@ -651,7 +756,7 @@ def test_force_replaces(run_folder, tmp_path):
 def test_no_command_shows_help(capsys):
     assert cli.run([]) == 0
     shown = capsys.readouterr().out
-    commands = ("train", "resume", "denoise", "chains", "evaluate", "info", "demo")
+    commands = ("train", "resume", "denoise", "chains", "generate", "evaluate", "info", "demo")
     assert all(name in shown for name in commands)
     assert "Exit codes: 0 done; 1 the work failed; 2 wrong arguments" in " ".join(shown.split())
 
@@ -696,6 +801,22 @@ def test_no_command_shows_help(capsys):
                 "chains: --method must be one of 'langevin', 'ozaki', 'ozaki_full', "
                 "'ozaki_lanczos', 'ozaki_cayley', 'mala', 'mh_ozaki', 'mh_ozaki_full', "
                 "'mh_ozaki_cayley', got 'gibbs'"
+            ),
+        ),
+        (
+            ["generate", "FOLDER", "--method", "gibbs"],
+            2,
+            (
+                "generate: --method must be one of 'heun', 'euler', 'sde', 'second-order', got "
+                "'gibbs'"
+            ),
+        ),
+        (
+            ["generate", "FOLDER", "--condition", "3"],
+            2,
+            (
+                "generate: --condition must be left out (the run was trained without --condition), "
+                "got '3'"
             ),
         ),
         (

@@ -192,7 +192,7 @@ def test_what_is_refused(changed, error, message):
 
 
 def test_second_order_names_what_the_model_lacks():
-    with pytest.raises((TypeError, ValueError), match="^generate: model must give c"):
+    with pytest.raises((TypeError, ValueError), match=r"^generate: model must give c"):
         generate(first_order, (4, 2), VE(0.1, 5.0), n_steps=2, method="second-order")
 
 

@@ -19,9 +19,9 @@ from ...checks import require
 from .errors import CODES, explain
 
 # In the order of --help. Each names a file of this folder, and the function in it.
-COMMANDS = ("train", "resume", "denoise", "chains", "evaluate", "info", "push", "demo")
+COMMANDS = ("train", "resume", "denoise", "chains", "generate", "evaluate", "info", "push", "demo")
 
-_HELP = f"""Train second-order score models, denoise with uncertainty, sample.
+_HELP = f"""Train second-order score models, denoise with uncertainty, run chains, generate.
 
 Start with: hos-ext demo (minutes), or with your own data:
 

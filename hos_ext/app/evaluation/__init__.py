@@ -7,7 +7,7 @@ sees the same.
 
 from .accuracy import accuracy
 from .calibration import calibration_figures, recalibrate
-from .chains import chains_alarm, law_of, noisy_held_out, run_chains
+from .chains import chains_alarm, clean_held_out, law_of, noisy_held_out, run_chains
 from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
 from .figures import evaluate
 from .one_step import check_one_step
@@ -21,6 +21,7 @@ __all__ = [
     "calibration_figures",
     "chains_alarm",
     "check_one_step",
+    "clean_held_out",
     "denoise",
     "denoise_held_out",
     "denoise_tiled",

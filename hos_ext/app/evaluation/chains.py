@@ -97,6 +97,11 @@ def noisy_held_out(source: data.Source, sigma: float, *, count: int, seed: int) 
     return x0 + sigma * rows.noise(x0)
 
 
+def clean_held_out(source: data.Source, *, count: int, seed: int) -> Tensor:
+    """Test rows in data units, at most so many. Shape (n, *dims), float32, on the CPU."""
+    return held_out("clean_held_out", source, "test", seed).up_to(count).clean()
+
+
 def law_of(draws: Tensor, reference: Tensor) -> dict[str, float]:
     """How far the law of chains is from that of reference samples; NaN if they are not finite."""
     rows = draws.flatten(0, 1)

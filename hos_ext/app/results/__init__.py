@@ -9,12 +9,20 @@ from .chains import Dynamics, chains_files, drawn, methods, ranks, run_chains_ov
 from .denoising import denoise_files, denoised
 from .evaluating import EVALUATE_FILES, evaluated
 from .files import npz, refuse_existing, tiff, write
+from .generating import (
+    GENERATE_FILES,
+    generate_over_ranks,
+    generated,
+    generated_alarm,
+    generated_law,
+)
 from .pictures import denoised_pictures, picture_files
 from .reading import Noisy, Samples, read_files, read_pictures, sizes_fit
 from .units import UNITS, to_data_units
 
 __all__ = [
     "EVALUATE_FILES",
+    "GENERATE_FILES",
     "UNITS",
     "Dynamics",
     "Noisy",
@@ -26,6 +34,10 @@ __all__ = [
     "denoised_pictures",
     "drawn",
     "evaluated",
+    "generate_over_ranks",
+    "generated",
+    "generated_alarm",
+    "generated_law",
     "methods",
     "npz",
     "picture_files",

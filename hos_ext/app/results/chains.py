@@ -60,12 +60,17 @@ class Dynamics(NamedTuple):
 
 
 @contextmanager
-def ranks() -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group; alone, nothing changes."""
+def ranks(command: str = "chains", what: str = "chains") -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group; alone, nothing changes.
+
+    Args:
+        command: for the error of a process that was lost.
+        what: what they share out.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    with training.name_lost("chains", _WAIT, lambda: "while chains were shared out"):
+    with training.name_lost(command, _WAIT, lambda: f"while {what} were shared out"):
         dist.init_process_group("gloo", timeout=timedelta(seconds=_WAIT))
         try:
             yield
