@@ -11,6 +11,9 @@ from typing import Any
 
 from .plots import BAND
 
+# How far the spread of chains may be from 1 before their law is called wrong.
+WIDTH_ERROR = 0.1
+
 # What to look for on the pictures of denoising, from little noise to much.
 _SEE = (
     """The white line on the standard deviation is the outline of the denoised digit. Look whether
@@ -62,6 +65,7 @@ def report_page(
         meaning=_meaning(calibration),
         chains=chains,
         sampling=_sampling(metrics["sampling"]),
+        chains_verdict=_chains_verdict(metrics["sampling"]),
         commands=html.escape(commands),
         example=html.escape(example),
         training_png=_embedded(images["training"]),
@@ -113,9 +117,49 @@ def _calibration(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _sampling(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = ("method", "step_size", "min_ess", "us_per_step")
-    cells = [[row[name] for name in names] for row in rows]
-    return _table(["method", "step size h", "smallest ESS", "µs per step"], cells)
+    cells = [
+        [
+            row["method"],
+            row["step_size"],
+            _spread(row["spread"]),
+            row["energy_distance"],
+            row["min_ess"],
+            row["us_per_step"],
+        ]
+        for row in rows
+    ]
+    header = ["method", "step size h", "spread (1)", "energy distance (0)", "smallest ESS"]
+    return _table([*header, "µs per step"], cells)
+
+
+def _spread(value: float) -> str:
+    """The spread of chains, in red where their law is wrong."""
+    right = abs(value - 1) <= WIDTH_ERROR
+    return _number(value) if right else f'<span class="bad">{_number(value)}</span>'
+
+
+def _chains_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which chains sample the density, and what the largest ESS is an ESS of."""
+    right = [row for row in rows if abs(row["spread"] - 1) <= WIDTH_ERROR]
+    most = max(rows, key=lambda row: row["min_ess"] if row["min_ess"] == row["min_ess"] else -1.0)
+    if not right:
+        return f"""<p class="bad">No chain here keeps the spread within {WIDTH_ERROR:.0%}: their ESS
+counts draws of other densities.</p>"""
+    best = max(right, key=lambda row: row["min_ess"])
+    text = (
+        f"Of the chains whose spread is within {WIDTH_ERROR:.0%}, {_name(best)} has the largest "
+        f"ESS, {best['min_ess']:.0f}."
+    )
+    if most not in right:
+        text += (
+            f" {_name(most)} has more, {most['min_ess']:.0f}, but of a wrong law: its spread is "
+            f"{most['spread']:.2f}."
+        )
+    return f"<p>{text}</p>"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['method']} with h = {row['step_size']:g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,12 +1,13 @@
 """`hos-ext demo --quick`: the files, the numbers twice, the report and what it tells to do next."""
 
 import json
+import math
 import re
 import shlex
 
 import pytest
 
-from hos_ext.app import cli, runs
+from hos_ext.app import cli, report, runs
 from hos_ext.app.report import _meaning, _number, _verdict
 
 SCHEMA = {
@@ -21,7 +22,14 @@ SCHEMA = {
         "predictive_recalibrated",
         "n",
     },
-    "sampling": {"method", "step_size", "min_ess", "us_per_step"},
+    "sampling": {
+        "method",
+        "step_size",
+        "min_ess",
+        "us_per_step",
+        "spread",
+        "energy_distance",
+    },
 }
 TIMES = ("us_per_step", "seconds", "steps_per_second", "total_seconds")
 
@@ -127,6 +135,29 @@ def test_report_writes_numbers_without_exponents(value, text):
 )
 def test_report_says_what_the_raw_figures_mean(figures, text):
     assert text in _meaning([{"mahalanobis": value} for value in figures])
+
+
+def _row(method, step_size, ess, spread):
+    law = {"spread": spread, "energy_distance": abs(spread - 1) / 10}
+    return {"method": method, "step_size": step_size, "min_ess": ess, "us_per_step": 100.0, **law}
+
+
+def test_a_large_ess_of_a_wrong_law_is_not_said_to_win():
+    rows = [_row("langevin", 0.16, 5000.0, 1.4), _row("ozaki", 0.16, 900.0, 1.03)]
+    verdict = report._chains_verdict(rows)
+    assert "ozaki with h = 0.16 has the largest ESS, 900" in " ".join(verdict.split())
+    assert (
+        "langevin with h = 0.16 has more, 5000, but of a wrong law: its spread is 1.40" in verdict
+    )
+    table = report._sampling(rows)
+    line = next(line for line in table.splitlines() if "langevin" in line)
+    assert '<span class="bad">1.4</span>' in line
+    assert "5000" in line
+    assert '<span class="bad">' not in next(line for line in table.splitlines() if "ozaki" in line)
+    assert "No chain here keeps the spread" in report._chains_verdict(rows[:1])
+    lost = [_row("ozaki", 0.2, math.nan, math.nan), rows[1]]
+    assert "ozaki with h = 0.16 has the largest ESS" in report._chains_verdict(lost)
+    assert "No chain here" in report._chains_verdict(lost[:1])
 
 
 def test_report_commands_and_example_work_as_printed(demo, monkeypatch, capsys):
