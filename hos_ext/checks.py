@@ -550,6 +550,7 @@ EXTRAS = {
     "tensorboard": "track",
     "azula": "adapters",
     "deepinv": "adapters",
+    "linear_operator": "adapters",
 }
 
 

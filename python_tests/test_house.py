@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(WING, BELOW),
     # Siblings, without cycles.
     "diffusion": BELOW | {"sampling"},
-    "integrations": BELOW | {"nn"},
+    "integrations": BELOW | {"nn", "densities"},
     "app": LIBRARY | {FACE},
     FACE: LIBRARY,
     "__main__": {"app", FACE},

@@ -107,6 +107,10 @@ TRUSTED = {
     "integrations.DiffusersScore.save_pretrained": "writes a folder as diffusers does",
     "integrations.from_diffusers": "reads a folder that diffusers wrote",
     "integrations.azula_denoiser": "needs azula, which is not among the tested dependencies",
+    "integrations.to_azula": "needs azula, which is not among the tested dependencies",
+    "integrations.from_azula": "needs azula, which is not among the tested dependencies",
+    "integrations.from_linear_operator": "takes what another package makes",
+    "integrations.from_distribution": "takes what torch.distributions makes",
 }
 
 
@@ -776,6 +780,8 @@ SPECIAL: dict[str, dict[str, Make]] = {
         "scales": lambda w: w.randn(D, 2).abs() + 0.5,
     },
     "linalg.ScoreHessian.scale": {"a": lambda w: 2.0},
+    "integrations.to_linear_operator": {"matrix": World.dplr},
+    "integrations.to_distribution": {"law": World.gaussian},
     "linalg.ScoreHessian.low_rank": {"self": World.covariance},
     "uncertainty.decode_posterior": {
         "method": lambda w: w.rng.choice(["linear", "samples"]),
