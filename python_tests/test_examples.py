@@ -167,3 +167,20 @@ def test_latents_are_decoded_with_their_error():
         std, error, ratio, _ = numbers(printed, f"  pixels, {method:8}: std")
         assert 0 < error < std
         assert 0.2 < ratio < 5
+
+
+@pytest.mark.slow
+def test_digits_are_of_the_class_that_they_were_asked_to_be(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("class_conditional.py", "--quick", "--out", str(out))
+    errors = {
+        name: numbers(printed, f"  {name} label: squared error")[0]
+        for name in ("right", "no", "wrong")
+    }
+    assert errors["right"] < errors["no"] < errors["wrong"]
+    plain, _ = numbers(printed, "  scale 1: recognised")
+    guided, _ = numbers(printed, "  scale 2.5: recognised")
+    assert 0.2 < plain < guided
+    assert numbers(printed, "  scale 1: no covariance at") == [0.0]
+    assert out.stat().st_size > 3_000
