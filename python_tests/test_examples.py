@@ -26,6 +26,17 @@ def test_fused_loss_trains_the_same_network_as_the_dense_expression():
     assert apart < 1e-12
 
 
+def test_a_loop_of_ones_own_and_train_learn_from_the_same_data_set():
+    printed = run("dataloader_loop.py", "--quick")
+    found = re.findall(
+        r"^(.*?)\s+error (\S+) \(noisy 0.25\)  error / variance (\S+)$", printed, re.M
+    )
+    assert [name for name, *_ in found] == ["own loop", "train()"]
+    for _, error, ratio in found:
+        assert float(error) < 0.18  # noisy 0.25
+        assert 0.8 < float(ratio) < 1.25
+
+
 def test_readme_example_prints_the_number_beside_it():
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     code, expected = re.search(r"```python\n(.*?)```.*?prints `(.*?)`", readme, re.S).groups()
