@@ -208,6 +208,7 @@ def test_shift_multiplies_noise_over_signal_and_keeps_the_ends():
     torch.testing.assert_close(ratio, 2 * half)
     torch.testing.assert_close(unshifted.diff(), unshifted.diff()[:1].expand(50), rtol=1e-9, atol=0)
     assert shifted.times(50)[25] > plain.times(50)[25]
+    assert hash(Rectified(logit_normal=[0, 1])) == hash(Rectified(logit_normal=(0.0, 1.0)))
     assert Rectified().times(50).tolist() == Rectified(shift=1).times(50).tolist()
 
 
@@ -249,7 +250,8 @@ def law(schedule: Schedule):
     return stats.uniform(schedule.t_min, schedule.t_max - schedule.t_min).cdf
 
 
-OTHER_FLOWS = [Rectified(shift=0.4), Rectified(logit_normal=(0.0, 1.0)), SHIFTED, GIVEN]
+NARROW = Rectified(0.3, 0.7, shift=1.5, logit_normal=(0.0, 1.0))  # most of the law is cut off
+OTHER_FLOWS = [Rectified(shift=0.4), Rectified(logit_normal=(0.0, 1.0)), NARROW, SHIFTED, GIVEN]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class ScoreHessian:
         eps(x, t)  ScoreHessian(lambda x: score_from_eps(eps(x, t), sigma), x)
         x0(x, t)   ScoreHessian(lambda x: score_from_x0(x, x0(x, t), sigma, alpha), x)
         v(x, t)    ScoreHessian(lambda x: score_from_v(x, v(x, t), sigma, alpha), x)
+        flow(x, t) ScoreHessian(lambda x: score_from_velocity(x, flow(x, t), sigma=t), x)
         `Scores`   ScoreHessian(lambda x: model(x, sigma).unscaled(sigma).score, x)
         diffusers  ScoreHessian(lambda x: score_from_eps(net(x, t).sample, sigma), x)
 

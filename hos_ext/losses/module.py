@@ -46,7 +46,8 @@ class ScoreMatchingLoss(nn.Module):
     Args:
         sigma: noise level, a float; or (low, high), drawn log-uniformly for each sample; None with
             a schedule. Data units.
-        schedule: a `Schedule`; times are drawn by its `sample_t`.
+        schedule: a `Schedule`; times are drawn by its `sample_t`. Along a flow, give the model as
+            `hos_ext.diffusion.AlongSchedule(model, schedule)`: see `Rectified`.
         alpha: signal scale, with a fixed sigma.
         seed: key of all draws.
         generator: a `torch.Generator` in place of seed, which is drawn from it here, once.

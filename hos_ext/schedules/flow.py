@@ -108,6 +108,7 @@ class Rectified(Flow):
             check(where, fine, rule, lambda: show(pair), TypeError)
             check(where, math.isfinite(as_float(pair[0])), "logit_normal must be finite", pair)
             check_number(where, "the standard deviation of logit_normal", pair[1])
+            object.__setattr__(self, "logit_normal", tuple(map(float, pair)))
 
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - t
