@@ -81,7 +81,7 @@ def generate(
 
     Args:
         model: `model(x, sigma, **model_kwargs) -> Scores`, trained at every sigma(t) of the
-            schedule.
+            schedule; for one of plain noise and a schedule with alpha, `AlongSchedule`.
         shape: (B, *dims).
         schedule: a `Schedule`; stay within the noise levels that the model was trained on.
         n_steps: steps of the grid `schedule.times(n_steps)`.

@@ -14,6 +14,7 @@ from hos_ext import MLP, ModelScore, Posterior, Rectified, ScoreMatchingLoss, po
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.diffusion import (
     AlongSchedule,
+    generate,
     log_likelihood,
     prior,
     probability_flow_ode,
@@ -248,6 +249,10 @@ def test_a_velocity_generates_its_law_by_every_process(shift):
         "heun": reverse_sde(first, start, schedule, n_steps=40, solver="heun", seed=1),
         "second": second_order_reverse(second, start, schedule, n_steps=7, seed=1),
     }
+    for method in ("euler", "second-order"):
+        model, n = (first, 50) if method == "euler" else (second, 10)
+        given = {"n_steps": n, "method": method, "seed": 2, "dtype": F64}
+        ends[method] = generate(model, (2000, D), schedule, **given)
     for name, x in ends.items():
         assert energy_distance(x, draws) < SAME, name
     ancestral = second_order_reverse(
