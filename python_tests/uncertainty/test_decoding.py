@@ -98,6 +98,28 @@ def test_what_linearisation_lacks_is_what_a_quadratic_decoder_has():
     assert (few.linear_error - gap).abs().mean() < 0.3 * gap.mean()
 
 
+def test_what_linearisation_lacks_of_a_cube():
+    """The odd part beyond the tangent: Var z^3 = 9 m^4 s^2 + 36 m^2 s^4 + 15 s^6."""
+    m, s = torch.full((2, 6), 0.5, dtype=F64), 0.4
+    given = Posterior(m, DPLR(torch.full_like(m, s**2)))
+    found = decode_posterior(
+        lambda z: z**3, given, n_probes=2, n_pairs=8000, seed=0, chunk_size=3000
+    )
+    torch.testing.assert_close(found.std, torch.full_like(m, 3 * 0.25 * s))
+    want = (9 * 0.5**4 * s**2 + 36 * 0.5**2 * s**4 + 15 * s**6) ** 0.5 - 3 * 0.25 * s
+    assert float(found.linear_error.mean()) == pytest.approx(want, rel=0.05)
+
+
+def test_the_error_of_samples_far_from_the_decoded_mean():
+    """z^2 at m = 0 with s = 1: variance 2, fourth central moment 60, mean 1 and not 0."""
+    given = Posterior(torch.zeros(2, 300, dtype=F64), DPLR(torch.ones(2, 300, dtype=F64)))
+    options = {"method": "samples", "n_draws": 4000, "seed": 0, "chunk_size": 2000}
+    found = decode_posterior(lambda z: z**2, given, **options)
+    want = (56 / 4000) ** 0.5 / (2 * 2**0.5)
+    assert float(found.std_error.square().mean().sqrt()) == pytest.approx(want, rel=0.03)
+    assert float(found.mean.mean()) == pytest.approx(1, abs=0.01)
+
+
 def test_samples_have_the_moments_of_a_quadratic_decoder_and_their_error():
     given = latent(0.4)
     mean, both, _ = law_of_quadratic(given)
