@@ -195,3 +195,18 @@ def test_digits_are_of_the_class_that_they_were_asked_to_be(tmp_path):
     assert 0.2 < plain < guided
     assert numbers(printed, "  scale 1: no covariance at") == [0.0]
     assert out.stat().st_size > 3_000
+
+
+def test_own_eps_network_is_read_rightly_and_gets_a_calibrated_head(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figure.png"
+    printed = run("own_eps_network.py", "--quick", "--out", str(out))
+    rightly, wrongly = printed.split("read wrongly:")
+    assert rightly.rstrip().endswith("fine")
+    for name in ("as x0", "as v", "as a score itself"):
+        line = next(line for line in wrongly.splitlines() if line.startswith(f"  {name}:"))
+        assert "is this prediction='eps'" in line
+    for name in ("trace ratio", "mahalanobis"):
+        for value in re.findall(rf"{name} (\d+\.\d+)", printed):
+            assert 0.8 < float(value) < 1.25
+    assert out.stat().st_size > 10_000
