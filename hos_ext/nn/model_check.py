@@ -291,9 +291,11 @@ def _readings(given: Reading, most: int) -> Iterator[Reading]:
     """The readings that differ from the given one in at most so many points, itself among them."""
     schedule, signs = given.schedule, (given.sign, -given.sign)
     table, plain = isinstance(schedule, DiscreteVP), (given.plain, not given.plain)
-    times = ["t", "sigma", "c_noise", "log_sigma", *(["part"] if table else [])]
-    if table or schedule.t_max <= 1:
-        times += ["timestep", "reversed"]
+    times = ["sigma", "c_noise", "log_sigma"]
+    if table:  # there the timestep is t
+        times += ["t" if given.time == "t" else "timestep", "part", "reversed"]
+    else:
+        times += ["t", *(["timestep", "reversed"] if schedule.t_max <= 1 else [])]
     for time, sign, bare in itertools.product(times, signs, plain):
         for prediction in PREDICTIONS:
             other = replace(given, prediction=prediction, time=time, sign=sign, plain=bare)
