@@ -48,8 +48,8 @@ def test_h_is_help_and_every_command_takes_output(capsys, command):
             assert name in whole
 
 
-@pytest.mark.parametrize("command", [c for c in cli.COMMANDS if c != "info"])
-def test_every_command_that_computes_takes_a_device(capsys, command):
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_takes_a_device(capsys, command):
     assert cli.run([command, "--help"]) == 0
     assert "--device" in capsys.readouterr().out
 
@@ -70,7 +70,12 @@ def test_the_shell_gets_a_script_and_completions(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "own"),
-    [("denoise", []), ("evaluate", ["--limit=8"]), ("chains", ["--steps=8", "--burn-in=0"])],
+    [
+        ("denoise", []),
+        ("evaluate", ["--limit=8"]),
+        ("chains", ["--steps=8", "--burn-in=0", "--allow-divergence"]),
+        ("generate", ["--count=4", "--steps=2", "--settle=1", "--allow-divergence"]),
+    ],
 )
 def test_quiet_writes_the_same_and_says_nothing(run_folder, tmp_path, capsys, command, own):
     words = [command, str(run_folder), *own, "--out"]
@@ -164,7 +169,7 @@ def test_devices_that_are_not_there_are_refused_by_name(run_folder, tmp_path, ca
         ["demo", "--quick", "--device=cuda:77"],
         *(
             [name, str(run_folder), "--device=cuda:77"]
-            for name in ("denoise", "chains", "evaluate")
+            for name in ("denoise", "chains", "generate", "evaluate")
         ),
     ):
         assert cli.run([*words, "--out", str(tmp_path)]) == 2
@@ -237,13 +242,15 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path, run_folder, capsys):
     [
         ("denoise", ["would denoise 3 samples of shape (8, 8) at sigma 0.5", "denoise.npz"]),
         ("chains", ["would draw 3 chains of 200 + 1000 steps of ozaki", "chains-ozaki.npz"]),
+        ("generate", ["would draw 3 samples by 50 steps of heun", "generate.npz"]),
         ("evaluate", ["would evaluate 3 held-out samples at sigma 0.5", "calibration.png"]),
     ],
 )
 def test_dry_runs_of_other_commands_write_nothing(run_folder, tmp_path, capsys, command, words):
-    count = {"denoise": "--count", "chains": "--chains", "evaluate": "--limit"}[command]
+    counts = {"chains": "--chains", "evaluate": "--limit"}
     before = everything(run_folder)
-    line = [command, str(run_folder), count, "3", "--sigma", "0.5", "--dry-run"]
+    line = [command, str(run_folder), counts.get(command, "--count"), "3", "--dry-run"]
+    line += [] if command == "generate" else ["--sigma", "0.5"]
     assert cli.run([*line, "--out", str(tmp_path / "new")]) == 0
     told = capsys.readouterr().out
     assert told.startswith("dry run: ")

@@ -91,7 +91,7 @@ def test_the_options_of_a_training_are_described_once():
     ("name", "words"),
     [
         ("rank", "8; 16 for digits"),
-        ("learning_rate", "0.001; 0.002 for images, 0.004 for digits"),
+        ("learning_rate", "0.001; 0.002 for images, 0.002 for volumes, 0.004 for digits"),
         ("sigma_data", "measured; 0.7 for digits"),
         ("channels", "16,32,64 for unet-small, 64,128,128,256 for unet"),
         ("validation", "5 %, at most 1000"),

@@ -7,7 +7,7 @@ import typer
 
 from ...checks import check as refuse
 from .. import evaluation, runs
-from .common import Data, Json, RunFolder, TestData, console
+from .common import Data, Device, Json, RunFolder, TestData, console
 from .errors import checking
 
 
@@ -19,6 +19,7 @@ def info(
     ] = False,
     data: Data = None,
     test_data: TestData = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Say what a run is: data, model, options, checkpoints (whole or damaged), figures.
@@ -37,7 +38,7 @@ def info(
         refuse("info", check or moved, "--data and --test-data must come with --check", "none")
         content = runs.info(folder)
         if check:
-            model, facts = runs.load_run(folder)
+            model, facts = runs.load_run(folder, device=device)
             source = runs.open_data(facts, data, test_data)
             low, high = facts["options"]["sigma"]
     if check:
