@@ -30,7 +30,7 @@ class ClassifierFree(nn.Module):
     """`model(x, sigma, **model_kwargs) -> Scores` of the guided density p(x | y)^w p(x)^(1 - w).
 
     w = 1 is the conditional model, w = 0 the unconditional one. w > 1 makes what is typical of the
-    condition more so, at the price of variety. Samplers and likelihoods take it as any model.
+    condition more so, often at the price of variety. Samplers and likelihoods take it as any model.
 
     What its second order means. c, factor and sign give the Hessian of log q, exactly where those
     of the model are exact. For w = 1 kappa = alpha^2 Cov[x0 | x, y] / sigma^2 is a covariance. For

@@ -207,3 +207,64 @@ def test_sets_without_such_labels_say_so(tmp_path):
     one = write_folder(tmp_path / "one" / "train", NUMBERS).replace("/train", "")
     with pytest.raises(ValueError, match="2 classes or more, of several rows each, got train"):
         data.open_source(one, label="label")
+
+
+# ------------------------------------------------------------------------------ data of one's own
+
+
+class Items(torch.utils.data.Dataset):
+    """A map-style data set that makes its items."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, i):
+        x, k = torch.tensor([VALUES[i], 1.0]), int(NUMBERS[i])
+        return (x, k) if self.kind == "tuple" else {"x": x, "kind": torch.tensor(k)}
+
+
+@pytest.mark.parametrize("kind", ["tensors", "tuple", "mapping", "hugging face"])
+def test_data_of_ones_own_bring_their_labels(kind):
+    x = torch.from_numpy(np.stack([VALUES, np.ones_like(VALUES)], 1))
+    if kind == "tensors":
+        own = torch.utils.data.TensorDataset(x, torch.from_numpy(NUMBERS))
+    elif kind == "hugging face":
+        datasets = pytest.importorskip("datasets")
+        own = datasets.Dataset.from_dict({"x": x.tolist(), "kind": NUMBERS.tolist()})
+    else:
+        own = Items(kind)
+    options = {"validation": 6, "test": 8, "label": "kind", "scaling": data.Scaling()}
+    check_everywhere(data.as_source(own, **options))
+    assert data.as_source(own, **options | {"label": None}).labels is None
+
+
+def test_a_part_given_apart_has_labels_too():
+    x, y = torch.from_numpy(VALUES)[:, None], torch.from_numpy(NUMBERS)
+    whole, part = (torch.utils.data.TensorDataset(x[a:], y[a:]) for a in (0, 30))
+    options = {"label": "label", "num_classes": 5, "scaling": data.Scaling()}
+    source = data.as_source(whole, test=0, validation=part, **options)
+    assert source.labels.names == ("0", "1", "2", "3", "4")
+    assert torch.equal(told(source.validation), source.labels.validation)
+
+
+def test_train_takes_labels_where_the_model_does():
+    from hos_ext import MLP
+    from hos_ext.app import training
+
+    x, y = torch.randn(60, 2), torch.arange(60) % 3
+    options = training.TrainingOptions(steps=2, batch_size=8, device="cpu")
+    own = torch.utils.data.TensorDataset(x, y)
+    trained = training.train(MLP((2,), 1, width=8, num_classes=3), own, options)
+    assert torch.equal(trained.source.labels.validation, y[trained.source.parts.validation])
+    with pytest.raises(ValueError, match=r"TensorDataset must have labels 'label' in 0 \.\.\. 1"):
+        training.train(MLP((2,), 1, width=8, num_classes=2), own, options)
+    with pytest.raises(ValueError, match=r"Tensor must come with labels: .*TensorDataset"):
+        training.train(MLP((2,), 1, width=8, num_classes=3), x, options)
+    loader = torch.utils.data.DataLoader(own, batch_size=8)
+    with pytest.raises(ValueError, match="must have numbered samples for labels"):
+        training.train(MLP((2,), 1, width=8, num_classes=3), loader, options)
+    plain = training.train(MLP((2,), 1, width=8), own, options)
+    assert plain.source.labels is None

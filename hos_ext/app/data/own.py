@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ...checks import check, check_count, check_int, is_int, kind_name, said_by
 from .items import drawing_apart, sample_of, seed_all, seeds_of
+from .labels import classes_of, matched
 from .passes import Passes, check_loader, first_sample, one_pass, reader_of, stacked
 from .rows import CHUNK_VALUES, LIMIT, Request, Rows, alike, array_rows, check_set
 from .scaling import Scaling, chosen_scaling, root_mean_square, statistics_rows
 from .source import Source, held_rows, source_of_rows
 from .splits import Parts, default_held
-from .tables import choose_column, table_rows
+from .tables import choose_column, label_classes, table_rows
 
 _WHERE = "as_source"
 KINDS = (
@@ -42,6 +43,8 @@ def as_source(
     validation: Any = None,
     test: Any = None,
     column: str | None = None,
+    label: str | None = None,
+    num_classes: int | None = None,
     scaling: Scaling | str | None = None,
     batch_size: int | None = None,
     limit: int = LIMIT,
@@ -81,6 +84,11 @@ def as_source(
             cannot: then the first rows of a pass are also trained on, and a warning says so.
         test: likewise to report on; 0 for none.
         column: of the samples in mappings; may be left out where one entry has axes.
+        label: of a conditional model: the entry of mappings that has the class of a sample; for
+            tuples such as (sample, label), and a TensorDataset, any name, for the second. None: no
+            labels. They are whole numbers, from 0 up, or classes of Hugging Face. Every item is
+            read once for them unless the data set has `targets`. Not for what is only read through.
+        num_classes: of the model; None is one more than the largest label.
         scaling: None; "standardise" for one mean and one standard deviation of floating data; or a
             `Scaling`, such as that of an earlier source.
         batch_size: of the training, if it is known: a loader must have the same.
@@ -108,11 +116,12 @@ def as_source(
         own: Source = data
         fits = validation is None and test in (None, 0) and column is None and scaling is None
         check(_WHERE, fits, "validation, test, column and scaling must be None for a Source", own)
+        check(_WHERE, label is None, "label must be None for a Source, which has its own", own)
         return own
     known = scaling is None or scaling == "standardise" or isinstance(scaling, Scaling)
     check(_WHERE, known, "scaling must be None, 'standardise' or a Scaling", lambda: repr(scaling))
     with said_by(_WHERE, "open_source"):
-        rows = _rows_of(data, column, limit)
+        rows = _labelled(data, column, label, num_classes, limit)
         if rows is None:
             source = _passed(data, column, batch_size, validation, test, scaling)
         else:
@@ -125,7 +134,7 @@ def as_source(
             source = source_of_rows(rows, None, *amounts, 0, request, scaling)
         for name, given in (("validation", validation), ("test", test)):
             if _apart(given):
-                source = _with_part(source, name, given, column, limit)
+                source = _with_part(source, name, given, column, label, limit)
     if scaling is None and not source.scaling.levels and not 0.1 <= source.std <= 10:
         warnings.warn(
             f"{_WHERE}: {source.spec} has a root mean square of {source.std:.3g} and is taken "
@@ -153,9 +162,12 @@ def _count(given: Any, name: str) -> int | None:
     return None if given is None else check_count(_WHERE, name, given, least=0)
 
 
-def _with_part(source: Source, name: str, given: Any, column: str | None, limit: int) -> Source:
+def _with_part(
+    source: Source, name: str, given: Any, column: str | None, label: str | None, limit: int
+) -> Source:
     """The source with a part that is given apart."""
-    rows = _rows_of(given, column, limit)
+    classes = None if source.labels is None else len(source.labels.names)
+    rows = _labelled(given, column, label, classes, limit)
     if rows is not None:
         raw = held_rows(rows, torch.arange(rows.size), limit)
     else:
@@ -166,6 +178,9 @@ def _with_part(source: Source, name: str, given: Any, column: str | None, limit:
     kinds = (torch.uint8,) if source.scaling.levels else (torch.float32, torch.float64)
     rule = f"{name} must hold samples {source.shape} of {' or '.join(map(str, kinds))} like data"
     check(_WHERE, same and raw.dtype in kinds, rule, f"{tuple(raw.shape[1:])} of {raw.dtype}")
+    if source.labels is not None and rows is not None:
+        told = matched(rows.classes, source.labels.names, rows.spec)
+        source = source._replace(labels=source.labels._replace(**{name: told}))
     parts = source.parts._replace(**{name: torch.arange(len(raw))})
     return source._replace(parts=parts, **{name: raw})
 
@@ -206,6 +221,66 @@ def _rows_of(data: Any, column: str | None, limit: int) -> Rows | None:
     rule = f"data must be {KINDS} (what can be read once only: in an IterableDataset)"
     check(_WHERE, again, rule, lambda: kind_name(data).partition(" ")[0], TypeError)
     return None
+
+
+def _labelled(
+    data: Any, column: str | None, label: str | None, num_classes: int | None, limit: int
+) -> Rows | None:
+    """The rows of data, with classes where they are wanted."""
+    rows = _rows_of(data, column, limit)
+    if label is None:
+        return rows
+    spec = type(data).__name__
+    rule = "have numbered samples for labels (label must be None of what is only read through)"
+    check_set(spec, rows is not None, rule, "a loader or an iterable")
+    assert rows is not None
+    request = Request(spec, "", label=label)
+    if _is_hugging(data, "Dataset"):
+        features = data.features.to_dict()
+        return rows._replace(
+            classes=label_classes(request, features, lambda name: data.with_format(None)[name][:])
+        )
+    values = np.asarray(_label_values(data, spec, label))
+    whole = values.ndim == 1 and values.dtype.kind in "iu" and values.size == rows.size
+    rule = "have labels that are whole numbers from 0 up, one for each sample"
+    check_set(spec, whole and values.min() >= 0, rule, lambda: _told(values))
+    count = max(int(values.max()) + 1, 2) if num_classes is None else num_classes
+    names = [str(k) for k in range(count)]
+    return rows._replace(classes=classes_of(request, values, names, "item {}".format))
+
+
+def _told(values: np.ndarray) -> str:
+    whole = values.dtype.kind in "iu" and values.size
+    return f"{values.dtype} of shape {values.shape}" + (f" from {values.min()} up" if whole else "")
+
+
+def _label_values(data: Any, spec: str, label: str) -> Any:
+    """The labels of all samples."""
+    if isinstance(data, TensorDataset) and type(data) is TensorDataset:
+        rule = "have labels as its second tensor"
+        check_set(spec, len(data.tensors) > 1, rule, f"{len(data.tensors)} tensor")
+        return data.tensors[1].numpy()
+    rule = "come with labels: torch.utils.data.TensorDataset(samples, labels)"
+    check_set(spec, not isinstance(data, (Tensor, np.ndarray)), rule, "samples alone")
+    if hasattr(data, "targets"):
+        return data.targets
+    with drawing_apart():
+        seed_all(0)
+        return [_label_of(spec, data[i], label, i) for i in range(len(data))]
+
+
+def _label_of(spec: str, item: Any, label: str, place: int) -> int:
+    """The label in an item: the entry of a mapping, or the second of a tuple."""
+    value = None
+    if isinstance(item, Mapping):
+        value = item.get(label)
+    elif isinstance(item, (tuple, list)) and len(item) > 1:
+        value = item[1]
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    rule = f"have a whole number as label {label!r} of each item"
+    check_set(spec, is_int(value), rule, f"{value!r} in item {place}")
+    return int(value)
 
 
 def _numbered(data: Any, spec: str, column: str | None, limit: int) -> Rows:

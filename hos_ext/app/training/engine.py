@@ -132,7 +132,12 @@ def train(
     check_whole(model)
     size = options.batch_size
     with said_by("train", "as_source"):
-        source = as_source(data, seed=options.seed, validation=validation, test=0, batch_size=size)
+        told: dict[str, Any] = {}
+        if not isinstance(data, Source) and "label" in getattr(model, "conditions", ()):
+            told = {"label": "label", "num_classes": _classes(model)}
+        source = as_source(
+            data, seed=options.seed, validation=validation, test=0, batch_size=size, **told
+        )
     _check_labels(model, source)
     accelerator = open_accelerator(options, out)
     check_precision(
@@ -345,8 +350,7 @@ class _Training:
 def _check_labels(model: nn.Module, source: Source) -> None:
     """Refuses a conditional model without labels, labels without one, and other classes."""
     takes = "label" in getattr(model, "conditions", ())
-    head = getattr(model, "head", model)
-    classes = getattr(head, "num_classes", None)
+    classes = _classes(model)
     if source.labels is None:
         rule = "data must have labels for a model that takes them (open_source has label=)"
         check("train", not takes, rule, f"none in {source.spec}")
@@ -356,6 +360,12 @@ def _check_labels(model: nn.Module, source: Source) -> None:
     check("train", takes, rule, f"{type(model).__name__} without")
     rule = f"model must have num_classes={count}, the classes of the data"
     check("train", classes in (None, count), rule, classes)
+
+
+def _classes(model: nn.Module) -> int | None:
+    """How many classes a model has, if it says so."""
+    classes: int | None = getattr(getattr(model, "head", model), "num_classes", None)
+    return classes
 
 
 def _optimizer(weights: list[nn.Parameter], options: TrainingOptions) -> torch.optim.AdamW:
