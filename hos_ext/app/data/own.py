@@ -271,7 +271,7 @@ def _label_values(data: Any, spec: str, label: str) -> Any:
 
 def _label_of(spec: str, item: Any, label: str, place: int) -> int:
     """The label in an item: the entry of a mapping, or the second of a tuple."""
-    value = None
+    value: Any = None
     if isinstance(item, Mapping):
         value = item.get(label)
     elif isinstance(item, (tuple, list)) and len(item) > 1:
