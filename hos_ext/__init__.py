@@ -5,6 +5,7 @@ are first asked for: `hos_ext.sampling.search_step_size`, `hos_ext.uncertainty.c
 """
 
 import importlib
+import logging
 from types import ModuleType
 
 from . import nn
@@ -32,6 +33,8 @@ from .scores import Scores, UnscaledScores
 from .tweedie import Posterior, posterior
 
 __version__: str = build_info()["version"]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until someone listens
 
 # Here, because a room does not know the rooms beside it.
 nn.register_score_reader("diffusers", "hos_ext.integrations.diffusers:read_saved")

@@ -18,7 +18,7 @@ import hos_ext
 
 PACKAGE = Path(hos_ext.__file__).parent
 
-WORDS = {"scores", "random", "records", "checks", "conditions", "storage", "progress"}
+WORDS = {"scores", "random", "records", "checks", "conditions", "storage", "progress", "display"}
 BELOW = WORDS | {"ops", "schedules", "linalg", "tweedie"}
 WING = {"losses", "nn", "sampling", "diffusion", "uncertainty", "integrations"}
 LIBRARY = BELOW | WING | {"densities"}

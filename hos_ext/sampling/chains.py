@@ -12,13 +12,23 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check, check_callable, check_flag, check_kind, require, row_index, rows_at
+from ..checks import (
+    check,
+    check_callable,
+    check_flag,
+    check_kind,
+    is_int,
+    require,
+    row_index,
+    rows_at,
+)
 from ..conditions import Conditions, check_conditions, condition_rows
+from ..display import SHOWN, axes_of, thumbnail
 from ..progress import show_progress
 from ..random import Key, seed_from
 from ..records import RowRecord, unusual
@@ -27,6 +37,9 @@ from .arguments import ChainState, begin_chains, check_dtype, check_step_size, w
 from .methods.base import Report, StepOptions
 from .methods.registry import Method, make_step
 from .watch import Watch, Watched, warn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class ChainOptions(StepOptions, total=False):
@@ -62,6 +75,36 @@ class Chains(RowRecord):
     def _summary(self) -> str:
         chains, draws, *dims = self.draws.shape
         return ", ".join([f"{chains} x {draws} x {tuple(dims)}", *unusual(self.draws)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: where the first chains ended."""
+        kept = self.draws.shape[1]
+        return thumbnail(repr(self), [self.draws[:SHOWN, -1]] if kept else [])
+
+    def plot(self, ax: Axes | None = None, *, entry: int = 0) -> Axes:
+        """The trace of one entry: its value along the draws, a line for each of the first chains.
+
+        Args:
+            ax: matplotlib axes; None makes new ones.
+            entry: its place in the flattened sample.
+
+        Returns:
+            The axes.
+
+        Raises:
+            TypeError: ax is no axes.
+            ValueError: entry is outside the sample.
+            RuntimeError: matplotlib is missing (pip install hos_ext[cli]).
+        """
+        where, flat = "Chains.plot", self.draws[:SHOWN].detach().flatten(2).cpu().double()
+        size = flat.shape[2]
+        inside = is_int(entry) and 0 <= entry < size
+        check(where, inside, f"entry must be in 0 ... {size - 1}", entry)
+        ax = axes_of(where, ax)
+        for number, line in enumerate(flat[:, :, entry].numpy()):
+            ax.plot(range(len(line)), line, lw=0.8, label=f"chain {number}")
+        ax.set(xlabel="draw", ylabel=f"entry {entry}", xlim=(0, max(flat.shape[1] - 1, 1)))
+        return ax
 
     def __getitem__(self, index: int | slice | Tensor) -> Chains:
         """Some chains, with their statistics. Chains that follow one another can be gone on with

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,9 +36,13 @@ from ..checks import (
     positive,
     said_by,
 )
+from ..display import SHOWN, axes_of, image_shaped, row_of, show_pair, thumbnail
 from ..linalg.dplr import DPLR, check_whole
 from ..records import RowRecord, sizes
 from ..scores import AnyScores, Scores, score_of, tweedie_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +71,42 @@ class Posterior(RowRecord):
 
     def _summary(self) -> str:
         return sizes(self.mean, f"rank {getattr(self.covariance, 'rank', '?')}")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the means of the first samples, and below them their deviations."""
+        return thumbnail(repr(self), [self.mean[:SHOWN], self[:SHOWN].std])
+
+    def plot(self, ax: Axes | None = None, *, row: int = 0, level: float = 0.95) -> Axes:
+        """Mean and standard deviation of a picture side by side; of other samples the mean over
+        the entries, with the central interval of each.
+
+        Args:
+            ax: matplotlib axes; None makes new ones.
+            row: which sample of the batch.
+            level: probability of the interval, as `credible_interval`.
+
+        Returns:
+            The axes.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or out of range.
+            RuntimeError: matplotlib is missing (pip install hos_ext[cli]).
+        """
+        where = _checked("Posterior.plot", self)
+        one, ax = self[row_of(where, row, len(self))], axes_of(where, ax)
+        dims = tuple(self.mean.shape[1:])
+        if image_shaped(dims):
+            show_pair(ax, one.mean[0].detach(), one.std[0].detach(), ("mean", "std"))
+            return ax
+        with said_by(where, "Posterior.credible_interval"):
+            ends = one.credible_interval(level)
+        low, mean, high = (t.detach().flatten().cpu().numpy() for t in (ends[0], one.mean, ends[1]))
+        entries = range(len(mean))
+        ax.fill_between(entries, low, high, alpha=0.3, lw=0, label=f"{level:.0%} interval")
+        ax.plot(entries, mean, label="mean")
+        ax.set(xlabel="entry", ylabel="x0 given x")
+        ax.legend(frameon=False)
+        return ax
 
     @property
     def std(self) -> Tensor:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..checks import check, check_int, check_kind, check_number, check_shape, check_tensor, show
+from ..display import axes_of
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key, seed_from
@@ -23,6 +25,9 @@ from ..records import Record
 from ..tweedie.posterior import Posterior, check_posterior
 
 _BAND = 1.959964  # normal quantile of a two-sided 95%
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,6 +71,37 @@ class CalibrationReport(Record):
             f"{self.samples} x ({self.size},), mahalanobis {self.mahalanobis:.3f}, "
             f"trace_ratio {self.trace_ratio:.3f}"
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Reliability: how often the truth was inside, against how often it should have been.
+
+        The diagonal is calibrated; below it the posterior is overconfident. Bars are the 95%
+        confidence band.
+
+        Args:
+            ax: matplotlib axes; None makes new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            TypeError: ax is no axes.
+            RuntimeError: matplotlib is missing (pip install hos_ext[cli]).
+        """
+        ax = axes_of("CalibrationReport.plot", ax)
+        ax.plot([0, 1], [0, 1], color="grey", lw=0.8)
+        levels = self.levels.cpu().numpy()
+        for name, marker, rows in (
+            ("entries", "o", self.entries),
+            ("ellipsoid", "s", self.ellipsoid),
+        ):
+            share, low, high = rows.cpu().numpy().T
+            ends = [(share - low).clip(0), (high - share).clip(0)]
+            ax.errorbar(levels, share, ends, marker=marker, lw=1.2, capsize=2, label=name)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        ax.set(xlabel="nominal probability", ylabel="share of true values inside")
+        ax.legend(frameon=False)
+        return ax
 
     def __str__(self) -> str:
         lines = [

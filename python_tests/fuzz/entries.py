@@ -111,6 +111,7 @@ TRUSTED = {
     "integrations.from_azula": "needs azula, which is not among the tested dependencies",
     "integrations.from_linear_operator": "takes what another package makes",
     "integrations.from_distribution": "takes what torch.distributions makes",
+    "integrations.to_distribution": "takes laws, which have checked their own parameters",
 }
 
 
@@ -781,7 +782,6 @@ SPECIAL: dict[str, dict[str, Make]] = {
     },
     "linalg.ScoreHessian.scale": {"a": lambda w: 2.0},
     "integrations.to_linear_operator": {"matrix": World.dplr},
-    "integrations.to_distribution": {"law": World.gaussian},
     "linalg.ScoreHessian.low_rank": {"self": World.covariance},
     "uncertainty.decode_posterior": {
         "method": lambda w: w.rng.choice(["linear", "samples"]),
@@ -806,6 +806,12 @@ ALWAYS = {
 }
 ALWAYS |= {f"tweedie.{n}": {"alpha", "alpha_slope", "sigma_slope"} for n in VELOCITY}
 NETS = ("MLP", "UNet", "UNet3d", "SecondOrderHead")
+LAWS = ("Gaussian", "GaussianMixture", "JointLogisticMixture", "ProductLogisticMixture")
+PATHS = ("VE", "VP", "EDM", "SubVP", "CosineVP", "DiscreteVP", "Rectified", "Interpolant")
+# They draw by a seed or by a generator, and one is always given.
+ALWAYS |= {f"densities.{n}.sample": {"seed"} for n in LAWS}
+ALWAYS |= {f"schedules.{n}.sample_t": {"seed"} for n in PATHS}
+ALWAYS |= {n: {"seed"} for n in ("schedules.draw_sigma", "ops.normal", "ops.uniform")}
 EXCLUDES = {"noise": ("seed", "offset", "first"), "times": ("n_steps",)}
 LEFT_OUT = {
     "nn.load_model": {"revision"},  # it is for models of the hub
