@@ -13,7 +13,7 @@ from hos_ext import UnscaledScores
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.ops import normal
 from hos_ext.sampling import RunawayWarning, law_error, method_names, sample
-from hos_ext.sampling.watch import SPREAD, split_r_hat
+from hos_ext.sampling.watch import DRIFT, SPREAD, split_r_hat
 from hos_ext.scores import DenseScores
 
 F64 = torch.float64
@@ -55,6 +55,15 @@ def test_chains_that_are_pushed_outward_are_named_with_their_numbers(method, fir
     assert not stats["diverged"].any()
     assert bool((stats["spread"] > SPREAD).all())
     assert bool((stats["energy"] < -1e3).all())
+
+
+def test_the_energy_finds_what_has_not_come_far_yet():
+    init = normal((6, 4), seed=1, dtype=F64)
+    with pytest.warns(RunawayWarning, match=r"ran away; .* energy -"):
+        stats = sample(outward(1.0), init, step_size=0.1, n_steps=60, seed=0).stats
+    assert bool((stats["spread"] < SPREAD).all())
+    assert bool((stats["drift"] < DRIFT).all())
+    assert bool(stats["ran_away"].any())
 
 
 def test_one_chain_of_many_is_found():
