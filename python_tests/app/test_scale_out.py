@@ -18,7 +18,11 @@ from pathlib import Path
 from test_training import build, data, run, training
 out, options, kill = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 apart = options.pop("apart", False)
-source, model = data.open_source("digits"), build()
+classes = options.pop("classes", None)
+source, model = data.open_source("digits", label="label" if classes else None), build()
+if classes:
+    from test_conditional_runs import build as conditional
+    model = conditional()
 rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if kill and restarts == 0 and rank == 1:
     calls = []
@@ -99,6 +103,17 @@ def test_two_processes_train_to_the_same_curve_as_one(alone, tmp_path):
     assert agrees(alone, weights, rows)
     # Two halves of the batch, not the whole batch twice.
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_learn_classes_as_one(tmp_path):
+    from test_conditional_runs import build as conditional
+
+    source = data.open_source("digits", label="label")
+    options = {"log_every": 3, "condition_dropout": 0.3}
+    alone = run(source, model=conditional(), **options)
+    weights, *_, rows = launched(tmp_path, 2, options | {"classes": True})
+    assert agrees(alone, weights, rows)
 
 
 def test_a_killed_process_is_put_up_again_and_training_goes_on(alone, tmp_path):
