@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,15 +180,15 @@ class _Body(nn.Module):
         more = [-n % self.multiple for n in size]
         pads = [part for extra in reversed(more) for part in (extra // 2, extra - extra // 2)]
         x, kept = self.first(functional.pad(x, pads)), []
-        for level in cast("list[Any]", list(self.down)):
-            for block in level["blocks"]:
+        for level in _levels(self.down):
+            for block in cast(nn.ModuleList, level["blocks"]):
                 x = self._run(block, x, told)
             kept.append(x)
             x = level["next"](x)
         x = self._run(self.middle, x, told)
-        for level in cast("list[Any]", list(self.up)):
+        for level in _levels(self.up):
             x = torch.cat([x, kept.pop()], 1)
-            for block in level["blocks"]:
+            for block in cast(nn.ModuleList, level["blocks"]):
                 x = self._run(block, x, told)
             if kept:
                 x = level["next"](functional.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -203,6 +203,10 @@ class _Body(nn.Module):
             return again
         found: Tensor = block(x, told)
         return found
+
+
+def _levels(modules: nn.ModuleList) -> list[nn.ModuleDict]:
+    return cast("list[nn.ModuleDict]", list(modules))
 
 
 class _Block(nn.Module):

@@ -729,6 +729,12 @@ def test_a_stream_holds_out_a_thousand_rows_unless_told_otherwise(tmp_path):
     options = {"validation": 3, "column": "values", "streaming": True}
     beside = data.open_source(places[0], test_spec=places[1], **options)
     assert np.array_equal(beside.test, rows[:1000])
+    pq.write_table(pa.table({"values": pa.array(rows[:60].tolist())}), tmp_path / "short.parquet")
+    short = f"parquet:{tmp_path}/short.parquet"
+    few = data.open_source(short, column="values", streaming=True)  # a twentieth
+    assert (len(few.validation), len(few.test)) == (3, 3)
+    with pytest.raises(ValueError, match=r"sum to less than 60, got 60 and 3$"):
+        data.open_source(short, validation=60, column="values", streaming=True)
 
 
 def test_a_resumed_stream_goes_on_as_before(tmp_path):

@@ -20,7 +20,7 @@ from .common import (
     Seed,
     Sigma,
     TestData,
-    check_available,
+    available,
     console,
     noise_level,
     place_of,
@@ -47,7 +47,14 @@ def chains(
             rich_help_panel=CHAINS,
         ),
     ] = None,
-    chains: Annotated[int, typer.Option(min=1, help="Chains.", rich_help_panel=CHAINS)] = 16,
+    chains: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Chains. Default: 16, or as many as there are held-out samples.",
+            rich_help_panel=CHAINS,
+        ),
+    ] = None,
     steps: Annotated[
         int, typer.Option(min=4, help="Steps after burn-in.", rich_help_panel=CHAINS)
     ] = 1000,
@@ -98,7 +105,7 @@ def chains(
             storage.check_writable(place, make=not dry_run)
         chosen_class("chains", facts, condition)
         source = of_class("chains", runs.open_data(facts, data, test_data), facts, condition)
-        check_available("chains", "--chains", chains, len(source.test))
+        chains = available("chains", "--chains", chains, 16, len(source.test))
     size = results.methods()[method] * level**2 if step_size is None else step_size
     if dry_run:
         if main:

@@ -184,7 +184,7 @@ def denoise(
         made = results.denoised_pictures(found, names, scaling, factor, tile, stretch=stretch)
         what = f"{len(names)} pictures in {sum(each.tiles for each in found)} tiles"
     else:
-        if files:
+        if files and isinstance(noisy, results.Samples):
             result = evaluation.denoise(
                 model, noisy.x, level, recalibration=factor, model_kwargs=told
             )

@@ -65,9 +65,8 @@ def table_array(
         found[:, k] = cast(spec, values, kept_dtype(spec, values.dtype))
         bad = np.flatnonzero(~np.isfinite(found[:, k]))
         rule = f"hold a number in every row of column {column!r} (--columns leaves it out)"
-        check_set(
-            spec, not len(bad), rule, lambda bad=bad, k=k: f"{found[bad[0], k]} in {name(bad[0])}"
-        )
+        got = f"{found[bad[0], k]} in {name(int(bad[0]))}" if len(bad) else ""
+        check_set(spec, not len(bad), rule, got)
     return found
 
 
@@ -76,12 +75,16 @@ def column_rows(
 ) -> Rows:
     """The rows of tables of arrow, one below the other."""
     parts = [
-        table_array(request.spec, table, names, lambda i, place=place: f"row {i} of {place}")
+        table_array(request.spec, table, names, _row_of(place))
         for table, place in zip(tables, places, strict=True)
     ]
     found = np.concatenate(parts)
     check_set(request.spec, len(found), "not be empty", "0 rows")
     return array_rows(request, found)._replace(columns=names)
+
+
+def _row_of(place: str) -> Callable[[int], str]:
+    return lambda i: f"row {i} of {place}"
 
 
 def read_csv(spec: str, path: Path) -> Any:

@@ -155,9 +155,11 @@ def _kind(image: Any, content: bytes) -> tuple[str, set[str], int]:
         needs.add("bits")
     if image.format == "PNG" and mode not in ("P", "PA") and content[24] != 8:
         depth = content[24]
-        got, _ = got or f"{depth} bits a channel", needs.add("bits")
+        got = got or f"{depth} bits a channel"
+        needs.add("bits")
     elif image.format == "BMP" and content[28] not in (8, 24, 32) and mode != "P":
-        got, _ = got or f"{content[28]} bits a pixel", needs.add("bits")
+        got = got or f"{content[28]} bits a pixel"
+        needs.add("bits")
     elif image.format == "TIFF" and mode in ("L", "RGB", "F"):
         bits, kinds = set(image.tag_v2.get(258, (1,))), set(image.tag_v2.get(339, (1,)))
         if (bits, kinds) != (({32}, {3}) if mode == "F" else ({8}, {1})):
@@ -169,7 +171,8 @@ def _kind(image: Any, content: bytes) -> tuple[str, set[str], int]:
     elif image.format == "PPM" and mode != "F" and _top_level(content) != 255:
         top = _top_level(content)
         depth = 1 if mode == "1" else 16 if top > 255 else 4
-        got, _ = got or f"levels 0 to {top}", needs.add("bits")
+        got = got or f"levels 0 to {top}"
+        needs.add("bits")
     return got, needs, depth
 
 

@@ -76,8 +76,8 @@ def open_source(
             does not: encoded images stay in memory (folder: on disk), .npy files are mapped.
         streaming: for hf:, parquet: and folder: too large for memory or disk. The first rows of
             the stream are for validation and test (1000 each by default, also of a test
-            set of its own), the scale is that of at most 8192 rows after them, and training goes
-            through the rest with a shuffle buffer.
+            set of its own; of a short stream a twentieth), the scale is that of at most 8192 rows
+            after them, and training goes through the rest with a shuffle buffer.
             Batches repeat for the same seed and files, but they are not those of streaming=False;
             to resume, or to go back, the stream is read from its beginning without decoding.
         buffer: rows in the shuffle buffer of a stream.
@@ -125,7 +125,7 @@ def open_source(
     if streaming:
         examples = _stream(kind, request)
         own_examples = None if own is None else _stream(*own)
-        return source_of_stream(examples, own_examples, validation or 1000, test, buffer)
+        return source_of_stream(examples, own_examples, validation, test, buffer)
     rows = kind.open(request)
     own_rows = None if own is None else own[0].open(own[1])
     default = kind.held_out or (default_held(rows.size),) * 2

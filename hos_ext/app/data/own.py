@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ...checks import check, check_count, check_int, is_int, kind_name, said_by
 from .items import drawing_apart, sample_of, seed_all, seeds_of
-from .labels import classes_of, matched
+from .labels import Labels, classes_of, matched
 from .passes import Passes, check_loader, first_sample, one_pass, reader_of, stacked
 from .rows import CHUNK_VALUES, LIMIT, Request, Rows, alike, array_rows, check_set
 from .scaling import Scaling, chosen_scaling, root_mean_square, statistics_rows
@@ -129,9 +129,9 @@ def as_source(
                 _count(each, name) for name, each in (("validation", validation), ("test", test))
             ]
             usual = default_held(rows.size)
-            amounts = [usual if count is None else count for count in held]
+            n_validation, n_test = (usual if count is None else count for count in held)
             request = Request(rows.spec, "", seed, column, limit=limit)
-            source = source_of_rows(rows, None, *amounts, 0, request, scaling)
+            source = source_of_rows(rows, None, n_validation, n_test, 0, request, scaling)
         for name, given in (("validation", validation), ("test", test)):
             if _apart(given):
                 source = _with_part(source, name, given, column, label, limit)
@@ -162,6 +162,11 @@ def _count(given: Any, name: str) -> int | None:
     return None if given is None else check_count(_WHERE, name, given, least=0)
 
 
+def _relabelled(labels: Labels, name: str, told: Tensor) -> Labels:
+    """The labels with those of a part that is given apart."""
+    return labels._replace(validation=told) if name == "validation" else labels._replace(test=told)
+
+
 def _with_part(
     source: Source, name: str, given: Any, column: str | None, label: str | None, limit: int
 ) -> Source:
@@ -180,9 +185,11 @@ def _with_part(
     check(_WHERE, same and raw.dtype in kinds, rule, f"{tuple(raw.shape[1:])} of {raw.dtype}")
     if source.labels is not None and rows is not None:
         told = matched(rows.classes, source.labels.names, rows.spec)
-        source = source._replace(labels=source.labels._replace(**{name: told}))
-    parts = source.parts._replace(**{name: torch.arange(len(raw))})
-    return source._replace(parts=parts, **{name: raw})
+        source = source._replace(labels=_relabelled(source.labels, name, told))
+    numbers = torch.arange(len(raw))
+    if name == "validation":
+        return source._replace(parts=source.parts._replace(validation=numbers), validation=raw)
+    return source._replace(parts=source.parts._replace(test=numbers), test=raw)
 
 
 # --------------------------------------------------------------------------- what can be numbered
@@ -195,12 +202,11 @@ def _rows_of(data: Any, column: str | None, limit: int) -> Rows | None:
     if isinstance(data, TensorDataset) and type(data) is TensorDataset and column is None:
         data = data.tensors[0]
     if isinstance(data, (Tensor, np.ndarray)):
-        array = data
         if isinstance(data, Tensor):
             check_set(spec, data.device.type == "cpu", "be on the CPU", data.device)
             check_set(spec, data.dtype != torch.bfloat16, "be of float16 or more", data.dtype)
-            array = data.detach().numpy()
-        return array_rows(request, array, lambda i: f"row {i}")
+            data = data.detach().numpy()
+        return array_rows(request, data, lambda i: f"row {i}")
     if _is_hugging(data, "DatasetDict") or _is_hugging(data, "IterableDatasetDict"):
         rule = f"data must be one of its parts, such as data[{next(iter(data), 'train')!r}]"
         raise TypeError(f"{_WHERE}: {rule}, got {spec}")

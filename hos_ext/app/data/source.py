@@ -16,7 +16,7 @@ from .labels import Labels, matched
 from .pictures import levels_of
 from .rows import CHUNK_VALUES, Classes, Request, Rows, check_layout, check_set, warn_whole
 from .scaling import Scaling, chosen_scaling, root_mean_square, statistics_rows
-from .splits import Parts, batch_rows, random_order, split_rows, too_few
+from .splits import Parts, batch_rows, default_held, random_order, split_rows, too_few
 from .streams import Examples, Stream, guarded
 
 
@@ -193,13 +193,25 @@ def held_rows(rows: Rows, numbers: Tensor, limit: int) -> Tensor:
 
 
 def source_of_stream(
-    examples: Examples, other: Examples | None, validation: int, test: int | None, buffer: int
+    examples: Examples,
+    other: Examples | None,
+    validation: int | None,
+    test: int | None,
+    buffer: int,
 ) -> Source:
-    """The first rows are held out and never trained on; `skip` also keeps the files in order."""
-    spec = examples.spec
+    """The first rows are held out and never trained on; `skip` also keeps the files in order.
+
+    Where the user does not say how many, 1000 for each part; of a short stream as of other sets.
+    """
+    spec, asked = examples.spec, validation
+    validation = asked or 1000
     held = validation + (test or 1000 if other is None else 0)
     head = guarded(spec, examples.dataset)
     found = list(itertools.islice(head, held + 1))
+    if len(found) <= held:
+        usual = default_held(len(found))
+        validation = asked or usual
+        held = validation + (test or usual if other is None else 0)
     if len(found) <= held:
         raise too_few("open_source", len(found), validation, held - validation)
     example = examples.sample(found[0])

@@ -60,11 +60,10 @@ def read_files(
             not finite or may be in other units; names the file.
         RuntimeError: pillow is missing.
     """
-    options = {"sigma": sigma, "std": std, "units": units}
     pieces, names = [], []
     for path in files:
         rows = _as_rows(path, _pages(path, pictures, columns), shape)
-        pieces.append(_in_data_units(path, rows, scaling, **options))
+        pieces.append(_in_data_units(path, rows, scaling, sigma=sigma, std=std, units=units))
         names += [path.name if len(rows) == 1 else f"{path.name}[{i}]" for i in range(len(rows))]
     return Samples(torch.cat(pieces), names)
 
@@ -138,9 +137,9 @@ def _pages(
         if ending in images.ENDINGS:
             return images.decode_pages(path.read_bytes(), "denoise", pictures)
         check("denoise", fits, f"{path} must end in {known}", path.name)
-        array, names = arrays.load_arrays(path)
+        array, inside = arrays.load_arrays(path)
         if array is None:
-            raise Unfit("hold one array", f"the arrays {', '.join(names)}")
+            raise Unfit("hold one array", f"the arrays {', '.join(inside)}")
         return array
     except OSError as error:
         raise ValueError(f"denoise: {path} must be a file that can be read, got: {error}") from None

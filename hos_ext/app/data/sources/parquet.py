@@ -31,7 +31,8 @@ def open_parquet(request: Request) -> Rows:
     datasets, arrow = require("open_source", "datasets"), require("open_source", "pyarrow")
     spec, column = request.spec, request.column
     places, pieces, image = [str(path) for path in _files(request)], [], False
-    names, tables = (), []
+    names: tuple[str, ...] = ()
+    tables: list[Any] = []
     files: list[Any] = []
     for place in places:
         try:
