@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import WIDE, check, check_number, device_of, dtype_of, is_int, kind_name, show
+from ..checks import WIDE, check, check_number, is_int, kind_name, place_of, show
 from ..random import seed_from
+from ..records import unusual
 from ..scores import tweedie_covariance, tweedie_mean
 
 Law = TypeVar("Law", bound="Density")
@@ -35,17 +36,28 @@ class Density(ABC):
 
     dim: int
 
+    def __repr__(self) -> str:
+        told = ", ".join([self._summary(), *unusual(self._tensors()[0])])
+        return f"{type(self).__name__}({told})"
+
+    def _summary(self) -> str:
+        """What the density is, in a few words."""
+        return f"D={self.dim}"
+
     # ------------------------------------------------------------------------- what is asked of it
 
     def to(
-        self: Law, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self: Law,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Law:
-        """The same density on another device or in another dtype."""
+        """The same density on another device or in another dtype: `to("cuda")`,
+        `to(torch.float64)`, `to("cuda", torch.float64)`."""
         where, own = f"{type(self).__name__}.to", self._tensors()[0]
-        device = own.device if device is None else device_of(where, "device", device)
-        dtype = own.dtype if dtype is None else dtype_of(where, "dtype", dtype, WIDE)
-        check(where, device.type != "meta", "device must hold values", "'meta'")
-        return self._like(*(p.to(device=device, dtype=dtype) for p in self._tensors()))
+        place, kind = place_of(where, device, dtype, WIDE)
+        place, kind = place or own.device, kind or own.dtype
+        check(where, place.type != "meta", "device must hold values", "'meta'")
+        return self._like(*(p.to(device=place, dtype=kind) for p in self._tensors()))
 
     def sample(
         self, n: int, *, seed: int | None = None, generator: torch.Generator | None = None

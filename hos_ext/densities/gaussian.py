@@ -16,7 +16,7 @@ from .mixtures import (
     weighted_mean,
     weighted_third_moment,
 )
-from .parameters import check_leading, check_other, log_weights, whitening
+from .parameters import check_leading, check_other, log_weights, placed, whitening
 
 
 class Gaussian(Density):
@@ -25,6 +25,8 @@ class Gaussian(Density):
     Args:
         mean: shape (D,), float32 or float64. Units of the data.
         covariance: shape (D, D), symmetric positive definite, same dtype and device.
+        device, dtype: where the parameters are kept and as what, float32 or float64; None is as
+            they come.
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -40,7 +42,15 @@ class Gaussian(Density):
         tensor([[0.5000, 0.8000]])
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        mean, covariance = placed("Gaussian", device, dtype, mean, covariance)
         check_leading("Gaussian", "mean", mean, 1)
         self.dim = mean.shape[0]
         check_other("Gaussian", "covariance", covariance, mean, (self.dim, self.dim))
@@ -107,6 +117,7 @@ class GaussianMixture(Density):
             float32 or float64.
         means: shape (K, D). Units of the data.
         covariances: shape (K, D, D), each symmetric positive definite.
+        device, dtype: as in `Gaussian`.
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -124,8 +135,17 @@ class GaussianMixture(Density):
         tensor([2., 2.])
     """
 
-    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         name = "GaussianMixture"
+        weights, means, covariances = placed(name, device, dtype, weights, means, covariances)
         check_leading(name, "means", means, 2)
         k, self.dim = means.shape
         check_other(name, "weights", weights, means, (k,))
@@ -133,6 +153,9 @@ class GaussianMixture(Density):
         self._log_weights = log_weights(name, weights)
         self.weights, self.means, self.covariances = weights, means, covariances
         self._white = whitening(name, "covariances", covariances)
+
+    def _summary(self) -> str:
+        return f"{len(self.weights)} components, D={self.dim}"
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.weights, self.means, self.covariances

@@ -22,7 +22,7 @@ from .mixtures import (
     weighted_mean,
     weighted_third_moment,
 )
-from .parameters import check_all_positive, check_leading, check_other, log_weights
+from .parameters import check_all_positive, check_leading, check_other, log_weights, placed
 
 Law = TypeVar("Law", bound="_LogisticMixture")
 
@@ -48,9 +48,17 @@ class _LogisticMixture(Density):
     """What both mixtures share: parameters, noise, and posteriors by the moments of quadrature."""
 
     def __init__(
-        self, weights: Tensor, locations: Tensor, scales: Tensor, *, noise_std: float = 0.0
+        self,
+        weights: Tensor,
+        locations: Tensor,
+        scales: Tensor,
+        *,
+        noise_std: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
+        weights, locations, scales = placed(name, device, dtype, weights, locations, scales)
         check_leading(name, "locations", locations, 2)
         self.dim, weights_shape = self._sizes(*locations.shape)
         check_other(name, "weights", weights, locations, weights_shape)
@@ -64,6 +72,10 @@ class _LogisticMixture(Density):
     @abstractmethod
     def _sizes(rows: int, columns: int) -> tuple[int, tuple[int, ...]]:
         """D and the shape of weights, from the shape of locations."""
+
+    def _summary(self) -> str:
+        noise = f", noise_std {self.noise_std:g}" if self.noise_std else ""
+        return f"{self.weights.shape[-1]} components, D={self.dim}{noise}"
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.weights, self.locations, self.scales
@@ -106,6 +118,7 @@ class ProductLogisticMixture(_LogisticMixture):
         noise_std: standard deviation of Gaussian noise added to every coordinate, >= 0. With noise
             the density has no closed form: 1-D quadrature in float64, with absolute errors below
             1e-12 / scale^k in s_k.
+        device, dtype: as in `Gaussian`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -181,6 +194,7 @@ class JointLogisticMixture(_LogisticMixture):
         scales: shape (K, D), positive. Units of the data (standard deviation: pi / sqrt(3) scales).
         noise_std: standard deviation of Gaussian noise added to every coordinate, >= 0; as in
             `ProductLogisticMixture`.
+        device, dtype: as in `Gaussian`.
 
     Raises:
         TypeError: an argument is of the wrong kind.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check, kind_name
+from ..checks import WIDE, check, device_of, dtype_of, kind_name
 
 
 class Whitening(NamedTuple):
@@ -22,6 +22,18 @@ class Whitening(NamedTuple):
     cholesky: Tensor
     inverse: Tensor
     precision: Tensor
+
+
+def placed(
+    name: str, device: torch.device | str | None, dtype: torch.dtype | None, *values: Tensor
+) -> tuple[Tensor, ...]:
+    """Parameters on a device and in a dtype, as the constructors of torch.nn take them; None is
+    where and as they are. What is no tensor is left to the checks."""
+    place = None if device is None else device_of(name, "device", device)
+    kind = None if dtype is None else dtype_of(name, "dtype", dtype, WIDE)
+    if place is None and kind is None:
+        return values
+    return tuple(v.to(place, kind) if isinstance(v, Tensor) else v for v in values)
 
 
 def check_leading(name: str, argument: str, value: Tensor, ndim: int) -> None:

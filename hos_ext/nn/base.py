@@ -22,6 +22,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     device_of,
+    dtype_of,
     is_int,
     kind_name,
     one_of,
@@ -168,6 +169,13 @@ class Network(OnHub, nn.Module):
     @abstractmethod
     def _factor(self, features: Tensor, k: Tensor) -> Tensor:
         """sigma U, `(B, D, r)`: k times what is learned of it."""
+
+    def _place(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Moves the finished network; None is torch's default. Initial weights are those of the
+        CPU in torch's default dtype, rounded, wherever they go."""
+        name = self.class_name
+        place = None if device is None else device_of(name, "device", device)
+        self.to(place, None if dtype is None else dtype_of(name, "dtype", dtype))
 
     def _set_heads(
         self,

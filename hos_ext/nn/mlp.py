@@ -53,6 +53,8 @@ class MLP(Network):
             it with c and the factor. width and depth are then those of the shared trunk only.
         num_classes: classes of a conditional model, called with `label=`. Each hidden layer then
             sees an embedding of the class. None: no condition.
+        device: of the weights; torch's default.
+        dtype: of the weights, floating; torch's default.
 
     The score and c start at the values for Gaussian data, the constrained c at c_min more than
     that. The factor starts small but not at zero. The loss depends on U U^T and its gradient 4 R U
@@ -96,6 +98,8 @@ class MLP(Network):
         c_min: float = 1e-3,
         given_score: bool = False,
         num_classes: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dims,
@@ -140,6 +144,7 @@ class MLP(Network):
         )
         if self.num_classes:
             self.classes = nn.Embedding(self.num_classes + 1, _CLASS_FEATURES)
+        self._place(device, dtype)
 
     def _features(
         self, inputs: Tensor, level: NoiseLevel, label: Tensor | None

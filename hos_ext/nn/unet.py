@@ -51,6 +51,7 @@ class UNet(Network):
         given_score: as in `MLP`: a second-order head for a known score, always of one network.
         num_classes: as in `MLP`: classes of a conditional model, whose embedding is added to that
             of the noise level.
+        device, dtype: as in `MLP`.
         options: further arguments of `UNet2DModel`, such as down_block_types and up_block_types
             (default: no attention but in the middle). Refused: dropout, whose masks differ between
             the points of a variance-reduced loss, an act_fn with a kink, and class embeddings.
@@ -98,6 +99,8 @@ class UNet(Network):
         c_min: float = 1e-3,
         given_score: bool = False,
         num_classes: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -149,6 +152,7 @@ class UNet(Network):
             _last_layer(fine, depth, spatial, bias=True),
             _last_layer(fine, depth * rank, spatial) if rank else None,
         )
+        self._place(device, dtype)
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -35,6 +35,7 @@ class UNet3d(Network):
         c_min: least value of c when constrained, >= 0.
         given_score: as in `MLP`: a second-order head for a known score, always of one network.
         num_classes: classes of a conditional model, called with `label=`. None: no condition.
+        device, dtype: as in `MLP`.
 
     Initial values are those of `MLP`.
 
@@ -76,6 +77,8 @@ class UNet3d(Network):
         c_min: float = 1e-3,
         given_score: bool = False,
         num_classes: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dims,
@@ -112,6 +115,7 @@ class UNet3d(Network):
             _conv(fine, depth),
             _conv(fine, depth * rank, bias=False) if rank else None,
         )
+        self._place(device, dtype)
 
     @property
     def gradient_checkpointing(self) -> bool:
