@@ -7,13 +7,14 @@ of its own: `azula_denoiser` makes one, for its samplers and its guidance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import as_float, check, check_number, check_samples, positive, require
+from ..conditions import check_conditions
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from ..tweedie.posterior import Posterior, posterior
@@ -70,12 +71,13 @@ class MeanDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, **options: Any) -> Tensor:
         """The posterior mean. x (B, *dims); sigma a float, or any shape with 1 or B elements.
 
-        Further options of the caller, such as deepinv's, are not used.
+        Of further options of the caller the model gets those that its attribute `conditions` names,
+        such as label. The others, such as deepinv's own, are not used.
         """
-        return self.posterior(x, sigma).mean
+        return self.posterior(x, sigma, **_known_to(self.model, options)).mean
 
-    def posterior(self, x: Tensor, sigma: float | Tensor) -> Posterior:
-        """Mean and covariance of the clean sample, in the units of x."""
+    def posterior(self, x: Tensor, sigma: float | Tensor, **model_kwargs: Any) -> Posterior:
+        """Mean and covariance of the clean sample, in the units of x, under these conditions."""
         where = "MeanDenoiser"
         check_samples(where, "x", x)
         level = _levels(where, sigma, x) / self.scale
@@ -85,7 +87,8 @@ class MeanDenoiser(nn.Module):
             t = self.schedule.t_of_ratio(level.double())
             level, alpha = self.schedule.sigma(t).to(x), self.schedule.alpha(t).to(x)
             inside = alpha.reshape(-1, *[1] * (x.dim() - 1)) * inside
-        scores = model_scores(where, self.model, inside, level)
+        conditions = check_conditions(where, model_kwargs, len(x))
+        scores = model_scores(where, self.model, inside, level, conditions)
         answer = posterior(inside, scores, level, alpha)
         covariance = answer.covariance.scale(self.scale**2)
         return Posterior(answer.mean * self.scale + self.shift, covariance)
@@ -129,15 +132,23 @@ def azula_denoiser(model: Model, schedule: Schedule | Any) -> Any:
 
         def forward(self, x_t: Tensor, t: Tensor, **options: Any) -> Any:
             alpha, sigma = (v.expand(len(x_t)).to(x_t) for v in self.schedule(t))
-            answer = posterior(
-                x_t, model_scores("azula_denoiser", self.model, x_t, sigma), sigma, alpha
+            told = check_conditions(
+                "azula_denoiser", _known_to(self.model, options), len(x_t), "x_t"
             )
+            scores = model_scores("azula_denoiser", self.model, x_t, sigma, told)
+            answer = posterior(x_t, scores, sigma, alpha)
             variance = answer.covariance.diagonal().reshape(x_t.shape)
             result = azula.GaussianPosterior(mean=answer.mean, var=variance)
             result.posterior = answer
             return result
 
     return SecondOrderDenoiser()
+
+
+def _known_to(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that are conditions of the model."""
+    names = getattr(model, "conditions", ())
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _levels_of(schedule: Schedule) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from hos_ext.integrations.azula import MeanDenoiser, azula_denoiser
 from hos_ext.losses.module import ScoreMatchingLoss
 from hos_ext.losses.score_matching import score_matching_loss
 from hos_ext.schedules import VE
+from hos_ext.tweedie import posterior
 
 F64 = torch.float64
 D = 4
@@ -317,3 +318,21 @@ def test_lightning_trains_and_resumes_with_the_loss_module(tmp_path):
     )
     assert first.losses + second.losses == whole.losses
     assert isinstance(whole.criterion, nn.Module)
+
+
+def test_a_conditional_model_is_told_its_conditions_and_no_other_option():
+    torch.manual_seed(0)
+    model = MLP((2,), 1, width=8, num_classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, label = torch.randn(3, 2), torch.tensor([0, 1, 2])
+    wanted = posterior(x, model(x, 0.5, label=label), 0.5).mean
+    denoiser = MeanDenoiser(model)
+    torch.testing.assert_close(denoiser(x, 0.5, label=label, physics=None), wanted)
+    assert not torch.equal(denoiser(x, 0.5), wanted)
+    schedule = VE(0.1, 5.0)
+    pytest.importorskip("azula")
+    t = (schedule.t_of_sigma(0.5) - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    found = azula_denoiser(model, schedule)(x, torch.tensor(t), label=label)
+    torch.testing.assert_close(found.mean, wanted, atol=1e-4, rtol=1e-3)
