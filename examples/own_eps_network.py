@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", default="own_eps_network.png", help="the figure")
     parser.add_argument("--quick", action="store_true", help="few training steps, few digits")
     arguments = parser.parse_args()
-    steps, n = (300, 40) if arguments.quick else (3000, 360)
+    steps, head_steps, n = (300, 300, 40) if arguments.quick else (3000, 1200, 360)
     torch.manual_seed(0)
     digits = load_digits()
     begin = time.perf_counter()
@@ -139,8 +139,8 @@ def main() -> None:
 
     begin = time.perf_counter()
     model = SecondOrderHead(score, MLP((8, 8), 8, given_score=True))
-    train_head(model, digits.train, steps)
-    print(f"trained a head on it, {steps} steps in {time.perf_counter() - begin:.0f} s")
+    train_head(model, digits.train, head_steps)
+    print(f"trained a head on it, {head_steps} steps in {time.perf_counter() - begin:.0f} s")
 
     torch.manual_seed(1)
     noisy = clean + SIGMA * torch.randn_like(clean)
