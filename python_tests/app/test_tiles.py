@@ -240,6 +240,11 @@ def test_held_out_counts_adapt_or_name_what_there_is(
     assert np.load(tmp_path / "o" / "denoise.npz")["mean"].shape[0] == 2  # there are two
     assert cli.run([*command, "--count", "3", "--force"]) == 2
     assert "--count must be at most 2, the held-out samples, got 3" in capsys.readouterr().err
+    chains = ["chains", *command[1:], "--dry-run"]
+    assert cli.run(chains) == 0
+    assert "would draw 2 chains" in capsys.readouterr().out
+    assert cli.run([*chains, "--chains", "3"]) == 2
+    assert "--chains must be at most 2, the held-out samples, got 3" in capsys.readouterr().err
 
 
 def test_a_model_of_whole_pictures_says_that_tiles_may_differ(tmp_path: Path) -> None:
