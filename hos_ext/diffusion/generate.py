@@ -138,7 +138,7 @@ def generate(
         noise = prior((0, *shape[1:]), schedule, dtype=dtype, device=device)
     rows, dims = check_count(where, "shape[0]", shape[0], least=0, limit=2**63), noise.shape[1:]
     mean = _mean_like(where, data_mean, noise)
-    seed = noise_key(where, (rows,), seed, first=first).seed
+    key = noise_key(where, (rows,), seed, first=first)
     conditions = check_conditions(where, model_kwargs, rows, "shape")
     chunk = max(rows, 1)
     if chunk_size is not None:
@@ -146,7 +146,7 @@ def generate(
     out = noise.new_empty((rows, *dims))
     for low in range(0, rows, chunk):
         part = slice(low, min(low + chunk, rows))
-        place: dict[str, Any] = {"seed": seed, "first": first + low}
+        place: dict[str, Any] = {"seed": key.seed, "first": first + low}
         given = {"model_kwargs": condition_rows(conditions, part)}
         x = prior(
             (part.stop - low, *dims),

@@ -137,18 +137,14 @@ def chains_alarm(chains: Chains, starts: Tensor, reference: Tensor) -> str:
             f"from: {ratios[0]:.3g} times by the standard deviation, {ratios[1]:.3g} times by the "
             f"median distance (bounds {1 / SPREAD:g} and {SPREAD:g})"
         )
-    most = _sizes(torch.cat([reference, starts])).max()
-    sizes = chains.stats["sizes"][:, -1:].to(most)[kept.to(most.device)] if _watched(chains) else []
-    if len(sizes) and float(sizes.max()) > SIZE * float(most):
+    most = float(_sizes(torch.cat([reference, starts])).max())
+    sizes = chains.stats["sizes"][kept, -1] if "sizes" in chains.stats else None
+    if sizes is not None and float(sizes.max()) > SIZE * most:
         said.append(
             f"|x| of {int((sizes > SIZE * most).sum())} chains is above {SIZE:g} times that of "
-            f"any held-out sample: up to {float(sizes.max()):.3g} against {float(most):.3g}"
+            f"any held-out sample: up to {float(sizes.max()):.3g} against {most:.3g}"
         )
     return watch.alarm(said)
-
-
-def _watched(chains: Chains) -> bool:
-    return "sizes" in chains.stats
 
 
 def _ratio(

@@ -83,12 +83,11 @@ def generated_alarm(samples: Tensor, std: float, truth: Tensor | None) -> str:
         truth: held-out samples, where they are at hand: those are what samples are judged by.
     """
     if truth is None:
-        size, right, what = samples.square().mean().sqrt(), std, "training data"
+        size, right, what = float(samples.square().mean().sqrt()), std, "training data"
     else:
-        centre = truth.mean(0)
-        size, right = ((each - centre).square().mean().sqrt() for each in (samples, truth))
-        what = "held-out samples"
-    ratio = float(size) / max(float(right), 1e-30)
+        centre, what = truth.mean(0), "held-out samples"
+        size, right = (float((each - centre).square().mean().sqrt()) for each in (samples, truth))
+    ratio = size / max(right, 1e-30)
     if ratio <= SPREAD and (ratio >= 1 / SPREAD or len(samples) < 8):
         return ""
     return (
