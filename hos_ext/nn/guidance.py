@@ -71,7 +71,7 @@ class ClassifierFree(nn.Module):
     """
 
     def __init__(
-        self, model: ScoreModel, scale: float, unconditional: Conditions | None = None
+        self, model: ScoreModel, scale: float | Tensor, unconditional: Conditions | None = None
     ) -> None:
         super().__init__()
         check_callable(_WHERE, "model", model)
