@@ -237,7 +237,7 @@ def test_photographs_of_mixed_kinds_are_trained_on_and_read_alike_later(
     (folder / "31.png").write_bytes(saved(RNG.integers(0, 65536, size, dtype=np.uint16)))
     (folder / "32.jpg").write_bytes(saved(rgba.convert("CMYK"), "JPEG"))
     (folder / "33.gif").write_bytes(saved(rgba.convert("RGB").convert("P"), "GIF"))
-    train = ["train", "--data", f"folder:{folder}", "--model", "unet-small", "--channels", "8"]
+    train = ["train", "--data", f"folder:{folder}", "--model", "unet-small", "--channels", "16"]
     train += ["--batch-size", "4", "--tracker", "none", "--device", "cpu", "--steps", "3"]
     train += ["--validation", "4", "--test", "4", "--size", "8", "--crop", "random"]
     assert cli.run([*train, "--out", str(tmp_path / "no")]) == 2
