@@ -29,9 +29,9 @@ import skimage.data
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_unshuffle
 
-from hos_ext import EDM, ModelScore, SecondOrderHead, UNet, posterior, score_matching_loss
+from hos_ext import EDM, ModelScore, SecondOrderHead, posterior, score_matching_loss
 from hos_ext.scores import Scores
 
 LEVELS = (15, 25, 50)  # sigma in 255ths
@@ -169,28 +169,38 @@ class Photographs:
 # -------------------------------------------------------------------------------------- training
 
 
-def variances(scores: Scores) -> Tensor:
-    """The diagonal of kappa = Cov[x0 | x] / sigma^2, (B, D)."""
-    found = scores.c.flatten(1)
-    return found if scores.factor is None else found + scores.factor.square().sum(2)
+class LocalHead(nn.Module):
+    """The variance of each entry from its neighbourhood: c alone, no factor.
+
+    A plain stack of convolutions. A U-Net's group norms divide by the spread over the whole square,
+    and so hide how much detail there is, on which the variance depends: with `UNet` in this place
+    the ratios of single photographs lay between 0.4 and 2.7 after 2000 steps.
+    """
+
+    def __init__(self, width: int = 48, depth: int = 5) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for k in range(depth):
+            layers += [nn.Conv2d(width if k else 37, width, 3, padding=1), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.c = nn.Conv2d(width, 12, 3, padding=1)
+        for parameter in self.c.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, sigma: Tensor | float, scaled_score: Tensor) -> Scores:
+        column = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+        mean = x + column * scaled_score
+        detail = mean - avg_pool2d(mean, 5, 1, 2, count_include_pad=False)
+        level = (column / 0.1).log().expand(-1, 1, *x.shape[2:])
+        seen = [torch.asinh(2 * detail / column), scaled_score, 2 * mean, level]
+        # It starts at 0.055 at sigma = 0.1, and as 1 / sigma: about the mean over photographs.
+        log_c = self.c(self.body(torch.cat(seen, 1))) - 2.9 - level
+        return Scores(scaled_score, log_c.clamp(-9, 3).exp())
 
 
-def make_head(score: ModelScore, rank: int) -> SecondOrderHead:
-    """The network of c and the factor. sigma_data is the size of detail and not of brightness:
-    then all inputs are about in units of the noise, and it starts near the right variance."""
+def make_head(score: ModelScore) -> SecondOrderHead:
     torch.manual_seed(0)
-    network = UNet(
-        (12, SIZE // 2, SIZE // 2),
-        rank,
-        channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=1,
-        add_attention=False,
-        sigma_data=0.02,
-        c_min=5e-4,
-        given_score=True,
-    )
-    return SecondOrderHead(score, network)
+    return SecondOrderHead(score, LocalHead())
 
 
 def train(model: SecondOrderHead, photographs: Photographs, steps: int, batch: int) -> None:
@@ -201,16 +211,16 @@ def train(model: SecondOrderHead, photographs: Photographs, steps: int, batch: i
     then weigh alike.
     """
     head = model.head
-    optimizer = torch.optim.Adam(head.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1.5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
+        optimizer, 1.5e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(1)
     seen: list[Tensor] = []
 
     def watched(x: Tensor, sigma: Tensor) -> Scores:
         scores: Scores = model(x, sigma)
-        seen.append(variances(scores).detach().mean(1))
+        seen.append(scores.c.detach().flatten(1).mean(1))
         return scores
 
     began, low, ratio = time.process_time(), math.log(RANGE[0] / 255), RANGE[1] / RANGE[0]
@@ -442,10 +452,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="a figure")
     parser.add_argument("--json", help="the numbers")
-    parser.add_argument("--save", help="a folder for the trained head")
-    parser.add_argument("--head", help="such a folder: train no more")
-    parser.add_argument("--rank", type=int, default=0, help="columns of the factor")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--save", help="a file for the weights of the head")
+    parser.add_argument("--head", help="such a file: train no more")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--quick", action="store_true", help="few steps and squares: no result")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -455,21 +464,22 @@ def main() -> None:
     score = score_of(load_ffdnet())
     photographs = Photographs(most)
     wall, cpu = time.perf_counter(), time.process_time()
+    model = make_head(score)
     if arguments.head:
-        model = SecondOrderHead.from_pretrained(arguments.head, score_model=score)
+        model.head.load_state_dict(torch.load(arguments.head, weights_only=True))
+        model.eval()
     else:
-        model = make_head(score, arguments.rank)
         train(model, photographs, steps, 8)
     trained = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     print(f"trained: {trained['wall_seconds']:.0f} s, {trained['cpu_seconds']:.0f} CPU seconds")
     if arguments.save:
-        model.save_pretrained(arguments.save)
+        torch.save(model.head.state_dict(), arguments.save)
     found = measure(model, score, photographs, levels=levels, entries=entries, runs=runs)
     if arguments.out:
         shown = photographs.held_out["unseen photographs"]
         draw(arguments.out, model, shown[[len(shown) // 5, len(shown) // 3, len(shown) * 3 // 4]])
     if arguments.json:
-        settings = {"steps": steps, "batch": 8, "size": SIZE, "rank": arguments.rank}
+        settings = {"steps": steps, "batch": 8, "size": SIZE}
         place = {
             "commit": commit(),
             "machine": platform.machine(),
