@@ -11,6 +11,7 @@ from hos_ext import DPLR, VP, Posterior, ScoreMatchingLoss, Scores, langevin_ste
 from hos_ext.densities import Gaussian, GaussianMixture
 from hos_ext.diffusion import (
     annealed_langevin,
+    generate,
     log_likelihood,
     predictor_corrector,
     prior,
@@ -25,6 +26,7 @@ from hos_ext.sampling import adapt_step_size, sample, sample_sharded, search_ste
 from hos_ext.schedules import Rectified, draw_sigma
 from hos_ext.uncertainty import (
     calibration_report,
+    decode_posterior,
     posterior_from_score,
     posterior_from_velocity,
 )
@@ -93,6 +95,10 @@ DRAW = {
         lambda x: -x, X, method="mala", step_size=0.1, n_steps=3, **g
     ),
     "prior": lambda **g: prior((3, 2), VP(), **g),
+    "generate": lambda **g: generate(model, (3, 2), VP(), n_steps=3, **g),
+    "decode_posterior": lambda **g: decode_posterior(
+        lambda z: z.roll(1, -1).sin(), POSTERIOR, n_probes=3, n_pairs=2, **g
+    ),
     "reverse_sde": lambda **g: reverse_sde(model, X, VP(), n_steps=3, **g),
     "predictor_corrector": lambda **g: predictor_corrector(model, X, VP(), n_steps=3, **g),
     "second_order_reverse": lambda **g: second_order_reverse(model, X, VP(), n_steps=3, **g),

@@ -19,7 +19,7 @@ from hos_ext.sampling import (
     search_step_size,
 )
 from hos_ext.scores import DenseScores, MatrixFreeScores
-from hos_ext.uncertainty import calibration_report
+from hos_ext.uncertainty import DecodedPosterior, calibration_report
 
 SIGN = torch.tensor([1.0, -1.0])
 
@@ -66,6 +66,9 @@ RECORDS = {
     ),
     "StepSizeAdaptation": lambda: adapt_step_size(
         lambda x: -x, values(8, 1), method="mala", step_size=0.1, n_steps=9, seed=0
+    ),
+    "DecodedPosterior(8 x (2, 3))": lambda: DecodedPosterior(
+        values(8, 2, 3), values(8, 2, 3, seed=1), values(8, 2, 3, seed=2), None
     ),
     "CalibrationReport(8 x (6,), mahalanobis ": report,
 }

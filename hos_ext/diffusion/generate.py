@@ -24,6 +24,7 @@ from ..checks import (
     said_by,
 )
 from ..conditions import Conditions, check_conditions, condition_rows
+from ..random import seed_from
 from ..schedules import Schedule, check_schedule
 from ..scores import Model, model_scores
 from .annealed import annealed_langevin
@@ -64,6 +65,7 @@ def generate(
     model_kwargs: Conditions | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw new samples: from noise at t_max down the schedule to t_min, and then to the clean ones.
 
@@ -92,6 +94,7 @@ def generate(
         data_mean: of the data, for the prior: a number, or shape dims. Units of the data.
         data_std: standard deviation of the data about it, for the prior. Units of the data.
         seed: key of all noise. None draws one from torch's default generator.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
         first: global index of row 0. Rows have the noise of their index: any chunks, and any
             processes with the first of their rows, draw the same samples (to rounding, for networks
             whose rows depend on the batch).
@@ -138,7 +141,7 @@ def generate(
         noise = prior((0, *shape[1:]), schedule, dtype=dtype, device=device)
     rows, dims = check_count(where, "shape[0]", shape[0], least=0, limit=2**63), noise.shape[1:]
     mean = _mean_like(where, data_mean, noise)
-    key = noise_key(where, (rows,), seed, first=first)
+    key = noise_key(where, (rows,), seed_from(where, seed, generator), first=first)
     conditions = check_conditions(where, model_kwargs, rows, "shape")
     chunk = max(rows, 1)
     if chunk_size is not None:

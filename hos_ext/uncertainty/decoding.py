@@ -36,7 +36,7 @@ from ..conditions import Conditions, check_conditions, condition_rows, repeat_co
 from ..linalg import hutchinson
 from ..linalg.autodiff import differentiable
 from ..linalg.dplr import DPLR
-from ..random import Key, fresh_seed
+from ..random import Key, fresh_seed, seed_from
 from ..records import RowRecord, sizes
 from ..tweedie.posterior import Posterior, check_posterior
 
@@ -93,6 +93,7 @@ def decode_posterior(
     first: int = 0,
     chunk_size: int = 8,
     model_kwargs: Conditions | None = None,
+    generator: torch.Generator | None = None,
 ) -> DecodedPosterior:
     """Mean and standard deviation of g(z) for a latent z from the posterior, taken as a Gaussian.
 
@@ -115,6 +116,7 @@ def decode_posterior(
         n_pairs: pairs of draws that measure linear_error, 0 or at least 2. For "linear".
         n_draws: at least 2. For "samples".
         seed: key of all draws; None takes one from torch's default generator.
+        generator: a `torch.Generator` in place of seed, which is drawn from it.
         first: global index of batch row 0: a part of a batch has the draws that the whole has.
         chunk_size: pictures decoded at once, which bounds the memory. A forward derivative takes
             that of two pictures.
@@ -151,6 +153,7 @@ def decode_posterior(
     check(where, n_pairs != 1, "n_pairs must be 0 or at least 2", n_pairs)
     n_draws = check_count(where, "n_draws", n_draws, least=2)
     chunk_size = check_count(where, "chunk_size", chunk_size)
+    seed = seed_from(where, seed, generator)
     seed, _, first = check_seed(where, seed, offset=0, first=first)
     mean, covariance = posterior.mean, posterior.covariance
     conditions = check_conditions(where, model_kwargs, len(mean), "posterior.mean")
