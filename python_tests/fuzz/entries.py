@@ -656,9 +656,6 @@ SELF: dict[str, Make] = {
     "StepSizeAdaptation": lambda w: sampling.StepSizeAdaptation(
         0.1, [0.5], [0.1], torch.zeros(B), torch.zeros(B) > 0, _chains(w).state
     ),
-    "DecodedPosterior": lambda w: hos_ext.uncertainty.DecodedPosterior(
-        w.batch(), w.batch(), w.batch(), None
-    ),
     "CalibrationReport": lambda w: hos_ext.uncertainty.calibration_report(
         w.batch(), World.posterior(w), tau=0.5, levels=[0.5]
     ),
