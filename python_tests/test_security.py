@@ -22,6 +22,7 @@ import hos_ext
 from hos_ext import storage
 from hos_ext.app import data
 from hos_ext.app.options.reading import read_config
+from hos_ext.integrations import diffusers
 from hos_ext.nn import hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,15 +294,18 @@ def test_only_hf_reaches_out():
 
 
 @says(
-    "A model named `user/name`, where no such folder is here, is read from the Hugging Face hub,"
-    " and of it safetensors and JSON alone."
+    "A model or a pipeline of diffusers named `user/name`, where no such folder is here, is read"
+    " from the Hugging Face hub, and of it safetensors and JSON alone."
 )
 def test_models_of_the_hub():
     """`python_tests/nn/test_hub.py` looks at the requests."""
     named = {path.name for path, node in nodes(ast.Constant) if node.value == "huggingface_hub"}
-    assert named == {"checks.py", "hub.py", "push.py"}
-    assert [path.name for path, _ in calls("snapshot_download")] == ["hub.py"]
-    assert hub._FETCHED == ("*.json", "*.safetensors")
+    assert named == {"checks.py", "diffusers.py", "hub.py", "push.py"}
+    fetching = dict(calls("snapshot_download"))
+    assert sorted(path.name for path in fetching) == ["diffusers.py", "hub.py"]
+    assert all("allow_patterns" in keywords for keywords in fetching.values())
+    for files in (hub._FETCHED, diffusers._FILES):
+        assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
 
 
 @says("Nothing is written to the hub but by `push_to_hub` and `hos-ext push`.")

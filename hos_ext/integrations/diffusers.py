@@ -42,7 +42,7 @@ _UNIT_TIMES = (
 )
 _PARTS = ("unet", "transformer")  # of a pipeline: its network
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.json", *(f"{part}/*" for part in (*_PARTS, "scheduler")), "*.safetensors"]
+_FILES = ["*.json", *(f"{part}/*.safetensors" for part in _PARTS), "*.safetensors"]
 _NOT_FILES = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.bf16.*", "*.non_ema*"]
 
 
