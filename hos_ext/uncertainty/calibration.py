@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import check, check_int, check_kind, check_number, check_shape, check_tensor, show
+from ..checks import (
+    FLOATING,
+    check,
+    check_int,
+    check_kind,
+    check_number,
+    check_shape,
+    check_tensor,
+    show,
+)
 from ..display import axes_of
 from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
@@ -86,9 +95,14 @@ class CalibrationReport(Record):
 
         Raises:
             TypeError: ax is no axes.
+            ValueError: the fields of the report do not fit each other.
             RuntimeError: matplotlib is missing (pip install hos_ext[cli]).
         """
-        ax = axes_of("CalibrationReport.plot", ax)
+        where = "CalibrationReport.plot"
+        check_tensor(where, "levels", self.levels, shape=("L",), dtypes=FLOATING)
+        for name, value in (("entries", self.entries), ("ellipsoid", self.ellipsoid)):
+            check_tensor(where, name, value, shape=(len(self.levels), 3), dtypes=FLOATING)
+        ax = axes_of(where, ax)
         ax.plot([0, 1], [0, 1], color="grey", lw=0.8)
         levels = self.levels.cpu().numpy()
         for name, marker, rows in (
