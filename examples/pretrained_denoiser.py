@@ -125,32 +125,43 @@ def tiles(image: Tensor, most: int) -> Tensor:
     return found[torch.linspace(0, len(found) - 1, min(most, len(found))).round().long()]
 
 
+def _parts(image: Tensor) -> list[Tensor]:
+    """A picture in parts of 320 columns; a last part narrower than 192 joins the one before."""
+    count = max(1, (image.shape[2] + 128) // 320)
+    return [image[:, :, 320 * k : 320 * (k + 1) if k + 1 < count else None] for k in range(count)]
+
+
 class Photographs:
     """Squares to train on, and those that are held out.
 
-    Training sees the left four fifths of `TRAINING`, and `GREY`. Held out are the right fifths, and
-    the photographs of `UNSEEN` whole.
+    A fifth of each photograph of `TRAINING` is held out, in strips: of every 320 columns the last
+    64. Training sees what lies between, and `GREY`. The photographs of `UNSEEN` are held out whole.
     """
 
     def __init__(self, most: int) -> None:
-        self.pool = {}
-        right = []
-        for name in TRAINING:
+        self.pool: list[Tensor] = []
+        weights: list[float] = []
+        strips = []
+        for name in (*TRAINING, *GREY):
             image = picture(name)
-            cut = image.shape[2] * 4 // 5
-            self.pool[name] = image[:, :, :cut]
-            right.append(tiles(image[:, :, cut:], most // 8))
-        self.pool |= {name: picture(name) for name in GREY}
+            grey = name in GREY
+            parts = [image] if grey else [part[:, :, :-SIZE] for part in _parts(image)]
+            self.pool += parts
+            weights += [WEIGHT.get(name, 1.0) / len(parts)] * len(parts)
+            if not grey:
+                held = torch.cat([tiles(part[:, :, -SIZE:], most) for part in _parts(image)])
+                strips.append(
+                    held[torch.linspace(0, len(held) - 1, min(most // 4, len(held))).long()]
+                )
         self.held_out = {
-            "right fifths": torch.cat(right),
+            "strips": torch.cat(strips),
             "unseen photographs": torch.cat([tiles(picture(n), most // 2) for n in UNSEEN]),
         }
-        self.weights = torch.tensor([WEIGHT.get(name, 1.0) for name in self.pool])
+        self.weights = torch.tensor(weights)
 
     def batch(self, count: int, generator: torch.Generator) -> Tensor:
-        names = list(self.pool)
         drawn = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        return torch.stack([self.square(self.pool[names[k]], generator) for k in drawn])
+        return torch.stack([self.square(self.pool[k], generator) for k in drawn])
 
     def square(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """A random square: shrunk by up to 2, turned, flipped, its colours exchanged and scaled."""
