@@ -1029,7 +1029,7 @@ def test_open_source_names_the_image_that_does_not_fit(tmp_path, limit):
         (good[5][:60], "hold images that can be read, got row 5 of {path}: ..."),
         (
             b"no image",
-            "hold images that can be read, got row 5 of {path}: UnidentifiedImageError ...",
+            "hold images that can be read, got row 5 of {path}: ...cannot identify image file",
         ),
         (
             rgba.getvalue(),

@@ -218,6 +218,16 @@ def test_a_damaged_picture_is_named(tmp_path, name, content):
         _denoised(tmp_path / name, np.zeros((1, 8, 8)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "way"),
+    [((8, 9), "only a U-Net of pictures takes other sizes"), ((8, 8, 3), "--convert rgb or grey")],
+)
+def test_a_picture_of_another_size_is_told_from_one_of_another_kind(tmp_path, shape, way):
+    Image.fromarray(_picture(*shape)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=rf"a.png must hold samples \(1, 8, 8\), got .*\({way}"):
+        results.read_files([tmp_path / "a.png"], (1, 8, 8), WHOLE, sigma=0.1)
+
+
 # ------------------------------------------------------------------------------------------ arrays
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -258,6 +259,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a number": (3, TypeError, "data must be a Source, a Tensor"),
     "a text": ("npy:a.npy", TypeError, "data must be a Source, a Tensor"),
     "a tuple": ((X, X), TypeError, "data must be one of its tensors, or torch.utils.data.Tensor"),
+    "a table": (
+        pandas.DataFrame({"a": [0.0, 1.0, 2.0]}),
+        TypeError,
+        "data must be its array, data.to_numpy(), got DataFrame",
+    ),
     "a generator": ((x for x in X), TypeError, "what can be read once only"),
     "parts": (
         datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": X.tolist()})}),

@@ -219,6 +219,8 @@ def _rows_of(data: Any, column: str | None, limit: int) -> Rows | None:
     if isinstance(data, tuple):
         rule = "data must be one of its tensors, or torch.utils.data.TensorDataset of them"
         raise TypeError(f"{_WHERE}: {rule}, got a tuple of {len(data)}")
+    if hasattr(data, "to_numpy"):  # a table of pandas or polars: data[i] is a column of it
+        raise TypeError(f"{_WHERE}: data must be its array, data.to_numpy(), got {spec}")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         fits = not isinstance(data, (str, bytes))
         check(_WHERE, fits, f"data must be {KINDS}", lambda: repr(data)[:60], TypeError)

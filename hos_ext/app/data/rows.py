@@ -8,6 +8,7 @@ Rows know nothing of parts, batches and scaling.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -184,8 +185,9 @@ def check_layout(spec: str, dims: tuple[int, ...], got: str) -> None:
 
 
 def error_line(error: Exception) -> str:
-    """Another library's error in one line."""
-    return " ".join(f"{type(error).__name__} {error}".split())[:300]
+    """Another library's error in one line, without addresses of objects in memory."""
+    text = re.sub(r" <[^<>]* at 0x[0-9a-fA-F]+>", "", f"{type(error).__name__} {error}")
+    return " ".join(text.split())[:300]
 
 
 def kept_dtype(spec: str, dtype: np.dtype) -> str:

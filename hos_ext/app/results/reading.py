@@ -166,7 +166,7 @@ def _as_rows(
             return found.reshape(1, *shape)
         if found.ndim == len(dims) + 1 and found.shape[1:] == dims and len(found):
             return found.reshape(-1, *shape)
-    raise _misshapen(path, found, f"samples {shape}")
+    raise _misshapen(path, found, f"samples {shape}", shape[0])
 
 
 def _as_pictures(path: Path, found: np.ndarray, channels: int) -> np.ndarray:
@@ -177,13 +177,15 @@ def _as_pictures(path: Path, found: np.ndarray, channels: int) -> np.ndarray:
         found = found[np.newaxis]
     if found.ndim == 4 and found.shape[1] == channels and found.size:
         return found
-    raise _misshapen(path, found, f"pictures ({channels}, height, width)")
+    raise _misshapen(path, found, f"pictures ({channels}, height, width)", channels)
 
 
-def _misshapen(path: Path, found: np.ndarray, wanted: str) -> ValueError:
+def _misshapen(path: Path, found: np.ndarray, wanted: str, channels: int) -> ValueError:
     got = f"shape {found.shape}"
     if any(channels_last(tuple(dims)) for dims in (found.shape, found.shape[1:])):
         got += " with channels last (numpy.moveaxis(array, -1, -3) brings them to the front)"
+    elif path.suffix.lower() in images.ENDINGS and found.shape[1] == channels:
+        got += " (only a U-Net of pictures takes other sizes than the trained one)"
     elif path.suffix.lower() in images.ENDINGS:
         got += " (--convert rgb or grey makes one kind of pictures)"
     return ValueError(f"denoise: {path} must hold {wanted}, got {got}")
