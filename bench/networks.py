@@ -267,7 +267,8 @@ def training_steps(
         with torch.no_grad():
             shift = SIGMA * noise
             given = trained(torch.cat([x + shift, x - shift, x]), SIGMA)
-        leaves = [t.detach().requires_grad_() for t in given[:3]]
+        parts = (given.scaled_score, given.c, given.factor)
+        leaves = [t.detach().requires_grad_() for t in parts if t is not None]
 
         def alone(loss: Callable[..., Tensor] = loss, leaves: list[Tensor] = leaves) -> Tensor:
             for leaf in leaves:

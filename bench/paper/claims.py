@@ -306,7 +306,7 @@ def _cost(record: Record) -> None:
     seconds = 0.02 if record.quick else 3.0
     chains, batch = (20, 16) if record.quick else (100, 128)
     unet: dict[str, Any] = (
-        {"side": 8, "batch": 2, "channels": [8]} if record.quick else {"side": 28, "batch": 16}
+        {"side": 8, "batch": 2, "channels": [16]} if record.quick else {"side": 28, "batch": 16}
     )
     networks_of = {f"D = {dim}": {"dim": dim, "seconds": seconds} for dim in dims}
     image = f"U-Net, D = {unet['side'] ** 2}"

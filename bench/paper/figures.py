@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from hos_ext import UnscaledScores, normal, posterior
+from hos_ext import normal, posterior
 from hos_ext.densities.gaussian import GaussianMixture
 
 from . import networks, sets
@@ -165,8 +165,7 @@ def denoise(name: str, seed: int, points: int, draws: int, steps: int) -> dict[s
     options = {"steps": steps, "seed": seed, "diagonal": False, **networks.BEST}
     net = networks.train_net(net, law, _NOISE, **options)
     with torch.no_grad():
-        plain = net(x.float())
-        wide = UnscaledScores(*(v.double() for v in plain[:3] if v is not None))
+        wide = net(x.float()).to(torch.float64)
         learned = posterior(x, wide.scaled(_NOISE), _NOISE)
     covariance = learned.covariance.dense()
     values = torch.linalg.eigvalsh(covariance)

@@ -1071,6 +1071,7 @@ def test_a_checkpoint_names_what_a_step_depends_on(saved):
         "augment": "distort",
         "seed": 0,
         "mixed_precision": "no",
+        "condition_dropout": 0.1,
     }
 
 

@@ -817,6 +817,7 @@ def test_options_by_name_are_those_of_the_function():
         "first",
         "return_terms",
         "model_kwargs",
+        "generator",
     }
     assert parameters.keys() - Objective.__annotations__.keys() == others
 

@@ -193,7 +193,8 @@ def _worker(rank, folder):
 def _runs(run):
     init = torch.linspace(-1, 1, 5 * 4, dtype=F64).reshape(5, 4)
     methods = "preconditioned", "mh_preconditioned", "stubborn", Preconditioned(scale=1.5)
-    return [tuple(run(well_scores, init, method=m, n_steps=4, **OPTIONS))[:2] for m in methods]
+    chains = [run(well_scores, init, method=m, n_steps=4, **OPTIONS) for m in methods]
+    return [(each.draws, each.stats) for each in chains]
 
 
 def test_a_step_from_outside_is_shared_out_over_processes(registered, tmp_path):

@@ -256,7 +256,10 @@ SCORES = Scores(ONE, ONE, torch.ones(2, 3, 1))
         (
             lambda: outlier_score(UnscaledScores(ONE, ONE)),
             TypeError,
-            "outlier_score: scores must be a Scores, got UnscaledScores",
+            (
+                "outlier_score: scores must be a Scores, got UnscaledScores (.score is s1, and "
+                ".scaled(sigma) makes Scores)"
+            ),
         ),
         (
             lambda: outlier_score(SCORES, kind="fisher"),
