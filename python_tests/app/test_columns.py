@@ -156,3 +156,9 @@ def test_a_table_is_trained_on_denoised_and_evaluated(
     arguments = ["denoise", run, str(tmp_path / "noisy.csv"), "--force", "--raw-sigma", "1"]
     assert cli.run(arguments) == 2
     assert "--raw-sigma must be left out for columns of different scales" in capsys.readouterr().err
+
+
+def test_a_table_of_names_alone_is_empty(tmp_path):
+    (tmp_path / "a.csv").write_text("height,weight\n")
+    with pytest.raises(ValueError, match=r"a.csv must not be empty, got 0 rows in .*a.csv$"):
+        data.open_source(f"csv:{tmp_path / 'a.csv'}")

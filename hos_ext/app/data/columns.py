@@ -102,6 +102,7 @@ def read_csv(spec: str, path: Path) -> Any:
         raise refusal(spec, rule, f"{path}: {error_line(error)}") from None
     plain = all(_is_written_number(name) for name in table.column_names)
     check_set(spec, not plain, "have a line of names first", f"numbers in the first line of {path}")
+    check_set(spec, len(table), "not be empty", f"0 rows in {path}")
     return table
 
 
