@@ -384,6 +384,13 @@ def test_without_a_terminal_the_log_has_a_line_every_few_seconds(source, capsys,
     assert not caplog.records
 
 
+def test_a_training_that_shows_no_progress_logs_nothing(source, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    caplog.set_level("INFO", "hos_ext")
+    run(source, steps=3, progress=False)
+    assert not caplog.records
+
+
 def test_rows_of_the_curve_and_checkpoints_are_logged_for_those_who_ask(source, tmp_path, caplog):
     caplog.set_level("DEBUG", "hos_ext")
     run(source, steps=2, log_every=1, out=tmp_path, save_every=2)
