@@ -228,6 +228,7 @@ def test_a_loader_keeps_its_order_and_is_told_of_every_pass() -> None:
     assert torch.equal(plain.batch(2, 32, seed=0)[1], torch.cat([X[64:], X[:16]]))
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_workers_of_a_loader_repeat_too() -> None:
     def opened() -> data.Source:
         loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=1)
