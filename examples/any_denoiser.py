@@ -6,6 +6,10 @@ well they are calibrated on new digits. Beside it the published way to the princ
 subspace iteration with finite differences. Draws a figure. Run: python examples/any_denoiser.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import time

@@ -7,6 +7,10 @@ mends one figure: where the shape of the covariance is off, right Mahalanobis di
 trace. Prints the reports and draws a figure. Run: python examples/calibrated_uncertainty.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 from typing import NamedTuple
 

@@ -8,6 +8,10 @@ were asked to be, and the spread within a class how different they are. Draws a 
 Run: python examples/class_conditional.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import time
 

@@ -8,6 +8,10 @@ models denoise digits that neither has seen. The error says how well; the ratio 
 posterior variance is honest (1 is). Run: python examples/dataloader_loop.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import tempfile
 

@@ -5,6 +5,10 @@ expression that people write today and once with `hos_ext.d2sm_vr_loss`, and pri
 the largest difference between the two networks. Run: python examples/drop_in_loss.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import copy
 

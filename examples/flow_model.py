@@ -7,6 +7,10 @@ x_t against the exact ones, those of the velocity's own Jacobian beside them, an
 come to the data. Draws a figure. Run: python examples/flow_model.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import time

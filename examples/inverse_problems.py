@@ -7,6 +7,10 @@ draws cover the truth, and the same for guidance by vector-Jacobian products; dr
 Run: python examples/inverse_problems.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import time

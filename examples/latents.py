@@ -13,6 +13,10 @@ The last lines compare with the errors that are made on new digits: the trace ra
 error over the variance, and 1 is right. Run: python examples/latents.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import tempfile

@@ -7,6 +7,10 @@ spread over the probes, model calls and time: for exact scores, for a small trai
 the time alone in more dimensions; draws a figure. Run: python examples/likelihood.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import time

@@ -6,6 +6,10 @@ steps give the data. Prints the energy distance to the data, the share of points
 error of the mode weights, and draws a figure. Run: python examples/one_step_or_many.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 from collections.abc import Callable

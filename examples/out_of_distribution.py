@@ -7,6 +7,10 @@ outliers look more ordinary than the digits) and draws a figure.
 Run: python examples/out_of_distribution.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import io
 

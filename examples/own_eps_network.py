@@ -6,6 +6,10 @@ rightly, and a `SecondOrderHead` learns the posterior covariance while the netwo
 The result is compared with the network's own Jacobian. Run: python examples/own_eps_network.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import time
 

@@ -14,6 +14,10 @@ Run: python examples/pretrained_denoiser.py --out figure.png --json result.json 
      python examples/pretrained_denoiser.py --quick                               (1 minute)
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import importlib.util
 import itertools

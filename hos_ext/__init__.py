@@ -8,7 +8,7 @@ import importlib
 import logging
 from types import ModuleType
 
-from . import nn
+from . import idle, nn  # noqa: F401  idle first: it comes before torch
 from .linalg import DPLR
 from .losses import ScoreMatchingLoss, score_matching_loss
 from .nn import MLP, ModelScore, SecondOrderHead, UNet, load_model, save_model

@@ -18,7 +18,17 @@ import hos_ext
 
 PACKAGE = Path(hos_ext.__file__).parent
 
-WORDS = {"scores", "random", "records", "checks", "conditions", "storage", "progress", "display"}
+WORDS = {
+    "checks",
+    "conditions",
+    "display",
+    "idle",
+    "progress",
+    "random",
+    "records",
+    "scores",
+    "storage",
+}
 BELOW = WORDS | {"ops", "schedules", "linalg", "tweedie"}
 WING = {"losses", "nn", "sampling", "diffusion", "uncertainty", "integrations"}
 LIBRARY = BELOW | WING | {"densities"}
