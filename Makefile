@@ -18,7 +18,7 @@ help:
 	@echo "make test         the tests"
 	@echo "make full         the tests with the long ones"
 	@echo "make bench        the benchmarks; their rows go to bench/results/cpu.csv  (half an hour)"
-	@echo "make bench-quick  the goals of speed and memory, in two minutes"
+	@echo "make bench-quick  speed and memory beside what is recorded for this processor, in two minutes"
 	@echo "make bench-report the recorded rows as tables and plots in bench/results"
 	@echo "make gpu          on a machine with a GPU: build, tests, sanitizers, measurements (10 minutes)"
 	@echo "make ptxas        registers and spills of the CUDA kernels; needs nvcc, no GPU"
@@ -63,7 +63,7 @@ bench-quick: $(READY)
 	$(BIN)/python -m bench.quick
 
 bench-report: $(READY)
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.report --archive
 
 # All that a GPU can show. Rows go to bench/results/gpu.csv, which `python -m bench.report` renders.
 OPERATOR_TESTS := $(patsubst %,python_tests/ops/test_%.py,losses steps noise hessian)

@@ -259,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(options.record, [line], place=where)
     here = rows.environment() | where
     print(report.render([{**here, **line} for line in found]))
-    missed = [v for v in report.verdicts([{**here, **line} for line in found]) if v.missed]
+    missed = [
+        v for v in report.verdicts([{**here, **line} for line in found]) if v.reached is False
+    ]
     for verdict in missed:
         print(verdict.line())
     return 1 if missed else 0

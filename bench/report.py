@@ -3,6 +3,9 @@
 Writes report.md beside the rows, and the figures of `plots` for the machine of the last row. For
 each operator a table, a line for each size and a column for each variant: microseconds (or MiB),
 and for the others the ratio to hos_ext. Of rows alike but for date and commit the last one counts.
+
+--archive first moves the rows that later ones replace to history.csv, and writes the table of
+docs/speed.md anew from those that are left.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import goals, growth, networks, plots
-from .rows import RESULTS, Row, read
+from . import goals, growth, networks, plots, speed_page
+from .rows import RESULTS, Row, archive, read
 
 PLACE = ("machine", "device", "torch", "threads")
 CASE = ("mode", "dtype", "B", "D", "r")
@@ -71,13 +74,10 @@ def _goals(rows: Sequence[Row]) -> str:
     if all(verdict.figure is None for verdict in judged):
         return ""
     lines = []
-    for goal, figure in judged:
-        shown = "not measured" if figure is None else f"{figure:.3g}"
-        reached = figure is not None and (
-            figure >= goal.at_least if goal.at_least is not None else figure <= (goal.at_most or 0)
-        )
-        mark = "" if figure is None else "yes" if reached else "no"
-        lines.append([goal.describe(), shown, goal.bound(), mark])
+    for verdict in judged:
+        shown = "not measured" if verdict.figure is None else f"{verdict.figure:.3g}"
+        mark = {None: "", True: "yes", False: "no"}[verdict.reached]
+        lines.append([verdict.goal.describe(), shown, verdict.goal.bound(), mark])
     return "Goals.\n\n" + table(["case", "measured", "goal", "reached"], lines)
 
 
@@ -212,7 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "cpu.csv")
     parser.add_argument("--out", type=Path, help="folder of report.md and the figures")
+    parser.add_argument("--archive", action="store_true", help="move older rows, write the page")
     options = parser.parse_args(arguments)
+    if options.archive and options.rows.exists():
+        print(f"{archive(options.rows)} rows moved to history.csv")
     rows = read(options.rows) if options.rows.exists() else []
     if not rows:
         parser.error(f"no rows in {options.rows}: run make bench first")
@@ -223,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = "\n\n".join(f"![{title}]({name})" for name, title in figures.items())
     text = f"# Measurements\n\n{render(rows)}" + (f"\n{images}\n" if images else "")
     (out / "report.md").write_text(text)
+    if options.archive:
+        speed_page.write(medians([row for row in rows if [row[key] for key in PLACE] == place]))
     print(render(rows), end="")
     print(f"{out / 'report.md'}, {', '.join(figures) or 'no figures'}")
 

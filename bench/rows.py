@@ -126,3 +126,41 @@ def read(path: Path) -> list[Row]:
     """The rows of a file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+FIGURES = COLUMNS[-7:]
+WHAT = ("machine", "device", "torch", "threads", "op", "variant", "mode", "dtype", "B", "D", "r")
+
+
+def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that count, and those that later rows replace.
+
+    A later row replaces one that measured the same thing in the same place, if it has all the
+    figures which that one has: times and memory may come from two rows.
+    """
+    today: list[Row] = []
+    history: list[Row] = []
+    later: dict[tuple[str, ...], set[str]] = {}
+    for row in reversed(rows):
+        known = later.setdefault(tuple(row[name] for name in WHAT), set())
+        filled = {name for name in FIGURES if row[name]}
+        (history if filled <= known else today).append(row)
+        known |= filled
+    return today[::-1], history[::-1]
+
+
+def archive(path: Path) -> int:
+    """Moves the rows that later ones replace to history.csv beside; how many they were."""
+    today, history = split(read(path))
+    if not history:
+        return 0
+    older = path.with_name("history.csv")
+    past = read(older) if older.exists() else []
+    for target, lines in ((older, past + history), (path, today)):
+        beside = target.with_suffix(".tmp")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+        os.replace(beside, target)
+    return len(history)
