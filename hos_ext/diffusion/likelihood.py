@@ -5,6 +5,7 @@ The ODE is dx = [-(beta / 2) x - (g^2 / 2) s1] dt. With w = x / scale, scale^2 =
     dw / d log(sigma / alpha) = -sqrt(q) (sigma s1) - q w,   divergence D (1 - q) - tr kappa,
 kappa = I + sigma^2 s2. Both are zero for N(0, data_std^2 I) data. tr kappa is the sum of c and of
 the squared factor of a second-order model, without a division by sigma or products with vectors.
+Products with the score's Jacobian correct it: z^T (I + sigma d(sigma s1)/dx) z less z^T kappa z.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from ..linalg.dplr import DPLR
 from ..ops.noise import draw_uniform
 from ..random import STREAM_PROBE, Key, seed_from
 from ..schedules import Schedule, check_schedule
-from ..scores import Model
+from ..scores import Model, Scores
 from .inputs import noise_key, time_grid
 from .steps import Run
 
-_TRACES = ("learned", "hutchinson", "exact")
+_TRACES = ("learned", "corrected", "hutchinson", "exact")
 
 
 def log_likelihood(
@@ -71,11 +72,13 @@ def log_likelihood(
     The second form (top of the file) is smooth for all schedules, and is integrated together with
     x. The learned trace costs no more than the score. It gives the log density of the ODE's own law
     if kappa is I + sigma times the Jacobian of the model's score, as it is for exact scores.
-    "exact" always gives that law. "hutchinson" is unbiased for it, with a variance.
+    "exact" always gives that law. "hutchinson" is unbiased for it, with a variance. So is
+    "corrected", whose probes see only what the learned kappa lacks. It costs what "hutchinson"
+    costs: no more calls of the model, and a product with the learned matrix for each of the probes.
 
     Args:
-        model: `model(x, sigma) -> Scores`. It must be of second order for "learned", and
-            differentiable in x for the other traces.
+        model: `model(x, sigma) -> Scores`. It must be of second order for "learned" and
+            "corrected", and its scaled_score differentiable in x for all but "learned".
         x: points, with the noise sigma(t_min). Shape (B, *dims), float32 or float64.
         schedule: a `Schedule`.
         n_steps: steps of equal length in log(sigma / alpha) from t_min to t_max; or else `times`.
@@ -83,11 +86,13 @@ def log_likelihood(
         solver: "heun", order 2, two model calls a step; "rk4", order 4, four calls.
         trace: "learned": sum of c and sign * factor^2; "hutchinson": z^T (d score / d x) z by
             n_probes vector-Jacobian products a call, z of +-1 and the same all along the path;
-            "exact": D such products, one after the other.
+            "corrected": the learned trace, and "hutchinson" for the difference of the two
+            matrices, with the same probes; "exact": D such products, one after the other. None
+            asks that the Jacobian be symmetric.
         data_std: standard deviation of the data, >= 0: p_T is N(0, scale_T^2 I), the law of
             `prior`. Steps are exact for N(0, data_std^2 I) data. Units of the data.
         log_prior: log p_T itself instead: (B, *dims) -> (B,).
-        n_probes: for "hutchinson", >= 1.
+        n_probes: for "corrected" and "hutchinson", >= 1.
         seed: key of the probes; None draws one from torch's default generator.
         generator: a `torch.Generator` in place of seed, which is drawn from it.
         first: global index of row 0: the probes of a row are the same in any batch.
@@ -144,7 +149,7 @@ def log_likelihood(
     # A caller's inference mode would keep the traces from differentiating the score. Leaving it
     # turns gradients on, so no_grad comes second; the copy of x is no inference tensor.
     with torch.inference_mode(False), torch.no_grad():
-        probes = _probes(x, n_probes, seed, first) if trace == "hutchinson" else None
+        probes = _probes(x, n_probes, seed, first) if trace in ("corrected", "hutchinson") else None
         slope_at = partial(_slope, run, std, trace, probes)
         w = x.detach().clone() / scale_0
         value = w.new_full((len(w),), size * math.log(scale_t / scale_0))
@@ -194,13 +199,13 @@ def _slope(
     x, noise, data = scale * w, sigma / scale, (alpha * std / scale) ** 2  # data = 1 - q
     if trace == "learned":
         scores = run.scores(x, t, "scaled_score", "c", "factor")
-        check_like(run.where, "c from model", scores.c, x)
-        with said_by(run.where, "DPLR", factor="factor from model", sign="sign from model"):
-            kappa = DPLR(scores.c.flatten(1), scores.factor, scores.sign)
+        kappa = _learned(run.where, scores, x)
         return -noise * (scores.scaled_score + noise * w), size * data - kappa.trace()
+    fields = ("scaled_score", "c", "factor") if trace == "corrected" else ("scaled_score",)
     with torch.enable_grad():
         x.requires_grad_()
-        scaled_score = run.scores(x, t, "scaled_score").scaled_score
+        scores = run.scores(x, t, *fields)
+        scaled_score = scores.scaled_score
         total = torch.zeros_like(x.detach().flatten(1)[:, 0])
         count = size if probes is None else len(probes)
         for k in range(count):
@@ -208,7 +213,21 @@ def _slope(
             product = _pull_back(run.where, trace, scaled_score, x, probe, k + 1 < count)
             total = total + (product * probe).flatten(1).sum(1)
     mean = total if probes is None else total / count
-    return -noise * (scaled_score.detach() + noise * w), -size * noise**2 - sigma * mean.detach()
+    rate = -size * noise**2 - sigma * mean.detach()
+    if trace == "corrected":
+        assert probes is not None
+        kappa = _learned(run.where, scores, x)
+        columns = probes.flatten(2).movedim(0, -1)
+        rate = rate - kappa.trace() + (columns * kappa.matvec(columns)).sum(1).mean(-1)
+    return -noise * (scaled_score.detach() + noise * w), rate
+
+
+def _learned(where: str, scores: Scores, x: Tensor) -> DPLR:
+    """kappa as the model has learned it."""
+    check_like(where, "c from model", scores.c, x)
+    with said_by(where, "DPLR", factor="factor from model", sign="sign from model"):
+        factor = None if scores.factor is None else scores.factor.detach()
+        return DPLR(scores.c.detach().flatten(1), factor, scores.sign)
 
 
 def _pull_back(

@@ -116,7 +116,7 @@ def test_likelihood_of_each_row_is_that_of_its_class():
     x = torch.randn(ROWS, D, dtype=F64, generator=torch.Generator().manual_seed(0))
     options = {"n_steps": 100, "solver": "rk4"}
     model = partial(exact, schedule)
-    for trace in ("learned", "exact", "hutchinson"):
+    for trace in ("learned", "corrected", "exact", "hutchinson"):
         found = log_likelihood(
             model, x, schedule, trace=trace, seed=0, model_kwargs={"label": LABEL}, **options
         )

@@ -159,10 +159,55 @@ def test_the_three_traces_agree_where_scores_are_exact():
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("trace", ["learned", "hutchinson", "exact"])
+def headed(density, schedule: Schedule, off: float, calls: list[int] | None = None):
+    """The exact score, and a head whose factor is that much too long."""
+    smooth, known = smooth_model(density, schedule), exact_model(density, schedule)
+
+    def model(x: Tensor, sigma: Tensor) -> Scores:
+        if calls is not None:
+            calls.append(len(x))
+        exact = known(x.detach(), sigma)
+        factor = None if exact.factor is None else (1 + off) * exact.factor
+        return Scores(smooth(x, sigma).scaled_score, exact.c, factor, exact.sign)
+
+    return model
+
+
+def test_probes_correct_a_learned_trace_and_see_only_what_it_lacks():
+    x = ends(MIXTURE, VP_)[0].sample(3, seed=0)
+    options = {"n_steps": 30, "data_std": 1.2}
+    exact = log_likelihood(smooth_model(MIXTURE, VP_), x, VP_, trace="exact", **options)
+    # A head that is right leaves the probes nothing.
+    for seed in (0, 1):
+        right = headed(MIXTURE, VP_, 0.0)
+        value = log_likelihood(right, x, VP_, trace="corrected", seed=seed, **options)
+        assert (value - exact).abs().max() < 1e-9
+    # One that is wrong: the mean over 400 probes is right all the same, and they vary little.
+    calls: dict[str, list[int]] = {"corrected": [], "hutchinson": []}
+    draws = {}
+    for trace, count in calls.items():
+        wrong = headed(MIXTURE, VP_, 0.1, count)
+        many = log_likelihood(wrong, x.repeat(400, 1), VP_, trace=trace, seed=1, **options)
+        draws[trace] = many.reshape(400, 3) - exact
+    assert len(calls["corrected"]) == len(calls["hutchinson"])
+    wrong = headed(MIXTURE, VP_, 0.1)
+    bias = log_likelihood(wrong, x, VP_, trace="learned", **options) - exact
+    spread = draws["corrected"].std(0) / 20
+    assert (bias.abs() > BEYOND * spread).all()
+    assert (draws["corrected"].mean(0) / spread).abs().max() < WITHIN
+    assert (draws["corrected"].std(0) < 0.4 * draws["hutchinson"].std(0)).all()
+    more = log_likelihood(
+        wrong, x.repeat(400, 1), VP_, trace="corrected", n_probes=4, seed=1, **options
+    )
+    ratio = (more.reshape(400, 3) - exact).std(0) / draws["corrected"].std(0)
+    assert ((ratio > 0.35) & (ratio < 0.7)).all()
+
+
+@pytest.mark.parametrize("trace", ["learned", "corrected", "hutchinson", "exact"])
 def test_inference_mode_changes_nothing(trace):
     x = ends(MIXTURE, VP_)[0].sample(3, seed=0)
-    model = (exact_model if trace == "learned" else smooth_model)(MIXTURE, VP_)
+    kinds = {"learned": exact_model(MIXTURE, VP_), "corrected": headed(MIXTURE, VP_, 0.1)}
+    model = kinds.get(trace, smooth_model(MIXTURE, VP_))
     options = {"n_steps": 4, "trace": trace, "seed": 1}
     wanted = log_likelihood(model, x, VP_, **options)
     with torch.inference_mode():
@@ -278,7 +323,7 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
         (
             {"trace": "none"},
             ValueError,
-            r"trace must be one of 'learned', 'hutchinson', 'exact', got 'none'",
+            r"trace must be one of 'learned', 'corrected', 'hutchinson', 'exact', got 'none'",
         ),
         (
             {"model": nn.Sequential(nn.Dropout(0.1))},
@@ -322,6 +367,16 @@ def test_mean_log_density_of_data_is_minus_the_entropy():
             },
             ValueError,
             r"scaled_score from model must be differentiable in x for trace='exact', got one without",  # noqa: E501
+        ),
+        (
+            {"model": lambda x, _: Scores(x.detach(), x), "trace": "corrected"},
+            ValueError,
+            r"scaled_score from model must be differentiable in x for trace='corrected', got one without",  # noqa: E501
+        ),
+        (
+            {"model": lambda x, _: Scores(x, x[:1].detach()), "trace": "corrected"},
+            ValueError,
+            r"c from model must have shape \(2, 2\), got \(1, 2\)",
         ),
         (
             {"log_prior": lambda x: x},
