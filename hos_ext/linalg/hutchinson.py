@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from ..ops.noise import draw_uniform
 from ..random import STREAM_PROBE, Key
 from ..records import RowRecord, sizes
 
+Signs: TypeAlias = Iterator[Tensor]  # probes in chunks (B, D, c)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(RowRecord):
-    """The mean of independent terms, and what to expect of its error.
+    """What random probes found, and what to expect of its error.
 
     Attributes:
-        value: the mean.
-        standard_error: of the mean; zero where the value is exact. Shape of value.
+        value: the estimate, a mean over probes.
+        standard_error: of value, itself an estimate; zero where the value is exact. Shape of value.
 
     Example:
         >>> import torch
@@ -67,7 +70,7 @@ def exact(value: Tensor) -> Estimate:
     return Estimate(value, torch.zeros_like(value))
 
 
-def random_signs(n: int, key: Key, like: Tensor, step: int) -> Iterator[Tensor]:
+def random_signs(n: int, key: Key, like: Tensor, step: int) -> Signs:
     """n vectors of random signs for points like (B, D), in chunks (B, D, c) with c <= step.
 
     Probe j draws with offset j, so that a row's probes depend neither on its batch nor on step.

@@ -13,6 +13,7 @@ from ..conditions import Conditions, check_conditions
 from ..linalg.autodiff import CHUNK
 from ..linalg.dplr import DPLR
 from ..linalg.jacobian import ScoreHessian
+from ..linalg.probing import Probes
 from ..schedules import Schedule, check_schedule
 from ..scores import FirstOrderScore
 from ..tweedie.path import Path
@@ -33,6 +34,7 @@ def posterior_from_score(
     rank: int,
     remainder: Literal["isotropic", "diagonal"] = "isotropic",
     n_probes: int = 32,
+    probes: Probes = "signs",
     seed: int | None = None,
     first: int = 0,
     floor: float = 1e-2,
@@ -62,7 +64,7 @@ def posterior_from_score(
         sigma: noise standard deviation, units of the data. float or (B,), > 0.
         alpha: signal scale. float or (B,), > 0.
         rank: eigenpairs, 0 ... D.
-        remainder, n_probes, seed, first, floor, generator: as `ScoreHessian.low_rank`.
+        remainder, n_probes, probes, seed, first, floor, generator: as `ScoreHessian.low_rank`.
         tolerance, max_products: as `ScoreHessian.eigenpairs`.
         symmetrize, chunk_size, check: as `ScoreHessian`.
         model_kwargs: conditions, such as class labels: `score_fn(x, **model_kwargs)`, with one row
@@ -103,6 +105,7 @@ def posterior_from_score(
         k=rank,
         remainder=remainder,
         n_probes=n_probes,
+        probes=probes,
         seed=seed,
         generator=generator,
         first=first,
@@ -123,6 +126,7 @@ def posterior_from_velocity(
     rank: int,
     remainder: Literal["isotropic", "diagonal"] = "isotropic",
     n_probes: int = 32,
+    probes: Probes = "signs",
     seed: int | None = None,
     first: int = 0,
     floor: float = 1e-2,
@@ -153,7 +157,7 @@ def posterior_from_velocity(
         schedule: `Rectified()`, or another path.
         t: the time of x, a float or (B,) within [t_min, t_max].
         rank: eigenpairs, 0 ... D.
-        remainder, n_probes, seed, first, floor, tolerance, max_products, generator: as
+        remainder, n_probes, probes, seed, first, floor, tolerance, max_products, generator: as
             `posterior_from_score`.
         symmetrize, chunk_size, check: as `ScoreHessian`.
         model_kwargs: conditions: `velocity_fn(x, **model_kwargs)`.
@@ -204,6 +208,7 @@ def posterior_from_velocity(
         k=rank,
         remainder=remainder,
         n_probes=n_probes,
+        probes=probes,
         seed=seed,
         generator=generator,
         first=first,
