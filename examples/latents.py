@@ -186,8 +186,8 @@ def compare(model: SecondOrderHead, vae: AutoencoderKL, test: Digits, few: bool)
         ratio = (law.mean - latents).square().mean() / law.std.square().mean()
         print(f"sigma {sigma:g}: latents, trace ratio {ratio:.3f}")
         settings = {
-            "linear": {"n_probes": 4 if few else 32, "n_pairs": 2 if few else 8},
-            "samples": {"n_draws": 4 if few else 48},
+            "linear": {"n_probes": 4 if few else 16, "n_pairs": 2 if few else 4},
+            "samples": {"n_draws": 4 if few else 32},
         }
         for method, options in settings.items():
             began = time.perf_counter()
@@ -211,10 +211,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps: no result")
     parser.add_argument("--folder", type=Path, help="where the latent model goes, and is found")
     arguments = parser.parse_args()
-    steps = 8 if arguments.quick else 600
+    steps = 8 if arguments.quick else 240
     train, test = digits()
-    if arguments.quick:
-        test = Digits(test.pictures[:16], test.labels[:16])
+    few = 16 if arguments.quick else 128
+    test = Digits(test.pictures[:few], test.labels[:few])
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         if not (folder / "unet").exists():
