@@ -261,9 +261,14 @@ def _shape_text(shape: Shape) -> str:
 
 
 def row_index(where: str, index: Any, rows: int) -> Any:
-    """A slice, or a tensor of row numbers or flags, for a batch of so many rows; a single number
-    becomes the slice of that row."""
+    """A slice, or a tensor of row numbers or flags, for a batch of so many rows; a single number,
+    also as a tensor without axes, becomes that row alone."""
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype == torch.int64:
+        return index.reshape(1)
     if not is_int(index):
+        if not isinstance(index, (slice, Tensor)):
+            got = kind_name(index)
+            raise TypeError(f"{where}: index must be an int, a slice or a Tensor, got {got}")
         return index
     inside = -rows <= index < rows
     check(where, inside, f"index must be a row of a batch of {rows}", index)

@@ -101,7 +101,8 @@ class DPLR:
 
     def __getitem__(self, index: int | slice | Tensor) -> DPLR:
         """`rows`; a single number keeps the batch axis."""
-        return self.rows(row_index("DPLR[index]", index, len(self)))
+        where = "DPLR[index]"
+        return self._rows(where, row_index(where, index, len(self)))
 
     def __iter__(self) -> Iterator[DPLR]:
         """The matrices of the batch one by one, each a batch of one."""
@@ -109,7 +110,9 @@ class DPLR:
 
     def rows(self, index: Tensor | slice) -> DPLR:
         """The matrices of these samples of the batch."""
-        where = "DPLR.rows"
+        return self._rows("DPLR.rows", index)
+
+    def _rows(self, where: str, index: Tensor | slice) -> DPLR:
         factor = rows_at(where, self.factor, index)
         return DPLR.of(rows_at(where, self.diag, index), factor, self.sign)
 
