@@ -8,13 +8,17 @@ from .chains import ChainOptions, Chains, sample
 from .diagnostics import LawError, ess, ess_rate, law_error, min_ess, mode_jumps, r_hat
 from .distributed import sample_sharded, shard
 from .methods import (
+    BoundWarning,
     Metropolis,
     NormalLaw,
     NormalStep,
     PlainStep,
     Point,
+    SmoothBound,
     Step,
     StepOptions,
+    SupportBound,
+    TwoCoin,
     diagonal_law,
     make_step,
     method_names,
@@ -28,6 +32,7 @@ from .step_size import StepSizeAdaptation, StepSizeSearch, adapt_step_size, sear
 from .watch import RunawayWarning
 
 __all__ = [
+    "BoundWarning",
     "ChainOptions",
     "ChainState",
     "Chains",
@@ -38,10 +43,13 @@ __all__ = [
     "PlainStep",
     "Point",
     "RunawayWarning",
+    "SmoothBound",
     "Step",
     "StepOptions",
     "StepSizeAdaptation",
     "StepSizeSearch",
+    "SupportBound",
+    "TwoCoin",
     "adapt_step_size",
     "diagonal_law",
     "ess",

@@ -34,7 +34,10 @@ from ..random import Key, seed_from
 from ..records import RowRecord, unusual
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype, check_step_size, whole
-from .methods.base import Report, StepOptions
+from .methods.base import Report, Rule, Step, StepOptions
+from .methods.coins import warn_bound
+from .methods.line import DEFAULT_RULE
+from .methods.metropolis import Metropolis
 from .methods.registry import Method, make_step
 from .watch import Watch, Watched, warn
 
@@ -47,7 +50,7 @@ class ChainOptions(StepOptions, total=False):
 
     Attributes:
         method, burn_in, thin, log_prob, chunk_size, model_kwargs: see `sample`.
-        curvature, tolerance, max_iterations: see `StepOptions`.
+        curvature, tolerance, max_iterations, rule: see `StepOptions`.
     """
 
     method: Method
@@ -180,6 +183,7 @@ def sample(
     curvature: str = "clamp",
     tolerance: float = 1e-3,
     max_iterations: int | None = None,
+    rule: Rule = DEFAULT_RULE,
     seed: int | None = None,
     first_chain: int = 0,
     chunk_size: int | None = None,
@@ -205,9 +209,11 @@ def sample(
 
     "mala" and "mh_..." propose the step of the like-named method ("mala": Langevin) and accept it
     by Metropolis and Hastings. With `log_prob` they leave p invariant for every h. Without it
-    log p(x') - log p(x) is estimated from the scores at both ends (`methods.log_ratio`). That is
-    exact on Gaussians; elsewhere the law has a bias that vanishes faster than that of the
-    unadjusted step. There is no adjusted form of "ozaki_lanczos".
+    log p(x') - log p(x) is the integral of the score along the segment, by a `rule`. The default
+    takes the scores at both ends. That is exact on Gaussians; elsewhere the law has a bias that
+    vanishes faster than that of the unadjusted step. "simpson" and "lobatto-n" evaluate the score
+    between the ends and make the bias small, and a `TwoCoin` leaves none (`methods.Metropolis`).
+    There is no adjusted form of "ozaki_lanczos".
 
     The noise of a step is a function of (seed, step, first_chain + row). So the chains are the same
     for any `chunk_size`, in a run resumed from `state`, and over processes with `first_chain`. They
@@ -232,8 +238,8 @@ def sample(
             ("langevin", "mala"), to UnscaledScores, to DenseScores (not for "ozaki_isotropic"), or
             to MatrixFreeScores ("langevin", "ozaki_lanczos": any model, differentiated).
             It is called once a step, without gradients, with at most `chunk_size` rows; adjusted
-            methods call it once more at the start. x may be a buffer that later steps overwrite,
-            and what score_fn returns may be one too.
+            methods call it once more at the start, and as often as their `rule` asks. x may be a
+            buffer that later steps overwrite, and what score_fn returns may be one too.
         init: start of every chain. Shape (chain, *dims), floating point; float32 or float64 for all
             methods but "langevin" and "ozaki". It is not changed. None if `state` is given.
         method: one of `method_names()`: those above, and those that `register_step` added. Or a
@@ -251,6 +257,8 @@ def sample(
             (`methods.OzakiCayley`). "langevin" and "mala" ignore it.
         tolerance: relative error at which "ozaki_lanczos" stops, in (0, 1).
         max_iterations: most products with s2 for each of drift and noise. None: min(D, 200).
+        rule: of adjusted methods without a log_prob: "trapezoid", "simpson", "lobatto-2" ...
+            "lobatto-16", or a `TwoCoin`. See `methods.Metropolis`.
         seed: key of the noise, 0 ... 2^64 - 1. None draws one from torch's default generator; it is
             in `state`.
         first_chain: global index of the first chain, for chains split over processes.
@@ -267,16 +275,19 @@ def sample(
 
     Returns:
         Chains. `draws` has shape (chain, draw, *dims), the dtype and the device of init. `stats`
-        has "method", "step_size", "seconds" (wall time), "n_score_evaluations" (for each chain)
-        and, of shape (chain,), "divergences" (the steps of this call that ended in a non-finite
-        state; adjusted: that were rejected for it) and "diverged" (bool, the last state, or its
-        score if adjusted, is non-finite). Adjusted methods add "acceptance" (chain,), the mean
-        acceptance probability of the steps after the burn-in, and "log_ratio", "log_prob" or
-        "scores". "ozaki_lanczos" adds, of shape (chain,), "lanczos_error" (the largest relative
-        error estimate), "lanczos_iterations" (in all) and "lanczos_unconverged" (steps that ended
-        above the tolerance). The watch adds "ran_away" (bool, finite but beyond a bound) and, to
-        runs of at least 8 steps, "spread", "drift" and "energy", all of shape (chain,), "sizes"
-        (chain, looks), rms |x| at steps evenly spread after the burn-in, and the float "r_hat".
+        has "method", "step_size", "seconds" (wall time), "n_score_evaluations" (for each chain;
+        rounded up where chunks differ) and, of shape (chain,), "divergences" (the steps of this
+        call that ended in a non-finite state; adjusted: that were rejected for it) and "diverged"
+        (bool, the last state, or its score if adjusted, is non-finite). Adjusted methods add
+        "acceptance" (chain,), the mean acceptance probability of the steps after the burn-in,
+        "log_ratio", "log_prob" or "scores", and with "scores" the name of the "rule". A `TwoCoin`
+        adds, of shape (chain,), "coin_evaluations" (scores that this chain asked for between the
+        ends), "undecided", "bound_exceeded" (steps and points) and "bound_used"; see there.
+        "ozaki_lanczos" adds, of shape (chain,), "lanczos_error" (the largest relative error
+        estimate), "lanczos_iterations" (in all) and "lanczos_unconverged" (steps that ended above
+        the tolerance). The watch adds "ran_away" (bool, finite but beyond a bound) and, to runs of
+        at least 8 steps, "spread", "drift" and "energy", all of shape (chain,), "sizes" (chain,
+        looks), rms |x| at steps evenly spread after the burn-in, and the float "r_hat".
         `state` resumes the run.
 
     Raises:
@@ -299,14 +310,14 @@ def sample(
         16
     """
     step = make_step(
-        method, curvature=curvature, tolerance=tolerance, max_iterations=max_iterations
+        method, curvature=curvature, tolerance=tolerance, max_iterations=max_iterations, rule=rule
     )
     check_callable("sample", "score_fn", score_fn)
     if log_prob is not None:
         check_callable("sample", "log_prob", log_prob)
     check_flag("sample", progress=progress)
-    rule = f"log_prob must be None for the unadjusted method {step.name!r}"
-    check("sample", log_prob is None or step.adjusted, rule, "one")
+    unadjusted = f"log_prob must be None for the unadjusted method {step.name!r}"
+    check("sample", log_prob is None or step.adjusted, unadjusted, "one")
     most = 2**31  # a longer run is continued from its state
     n_steps, burn_in = whole("n_steps", n_steps, 0, most), whole("burn_in", burn_in, 0, most)
     thin = whole("thin", thin, 1)
@@ -320,10 +331,10 @@ def sample(
 
     since_draw = start["since_draw"] % thin if burn_in == 0 else 0
     draws = x.new_empty((chains, (since_draw + n_steps) // thin, *x.shape[1:]))
-    tally = _Tally.zeros(step.keeps, chains, x.device)
+    tally = Tally.zeros(step.keeps, chains, x.device)
     watch = Watch(x, step_size, burn_in, n_steps)
     began = time.perf_counter()
-    steps = total * -(-chains // chunk)
+    steps, calls = total * -(-chains // chunk), 0
     with torch.no_grad(), show_progress("sample", progress, step.name, steps) as show:
         for low in range(0, chains, chunk):
             rows = slice(low, low + chunk)
@@ -341,23 +352,35 @@ def sample(
                 if k >= burn_in and rest == 0:
                     draws[rows, draw - 1] = walk.x
                 show(low // chunk * total + k + 1)
+            calls += watched.calls * len(walk.x)
             counts.diverged.copy_(walk.diverged())
             x[rows] = walk.x
     stats = {
         "method": step.name,
         "step_size": step_size,
         "seconds": time.perf_counter() - began,
-        "n_score_evaluations": total + step.adjusted,
+        "n_score_evaluations": -(-calls // chains) if chains else total + step.adjusted,
         **tally.figures(n_steps),
         **watch.figures(),
     }
     if step.adjusted:
-        stats["log_ratio"] = "scores" if log_prob is None else "log_prob"
+        stats |= log_ratio_of(step, log_prob)
     end = start.copy()
     end["step"] += total
     end["since_draw"] = (since_draw + n_steps) % thin
     warn("sample", stats, stacklevel=2)
+    warn_bound("sample", stats, total, stacklevel=2)
     return Chains(draws, stats, end)
+
+
+def log_ratio_of(step: Step, log_prob: LogDensity | None) -> dict[str, str]:
+    """What the acceptance of an adjusted step rests on, for `stats`."""
+    if log_prob is not None:
+        return {"log_ratio": "log_prob"}
+    return {
+        "log_ratio": "scores",
+        **({"rule": step.rule.name} if isinstance(step, Metropolis) else {}),
+    }
 
 
 def bound(
@@ -371,7 +394,7 @@ def bound(
     return partial(score_fn, **conditions), log_prob
 
 
-class _Tally(NamedTuple):
+class Tally(NamedTuple):
     """What is counted for each chain along a run, in place."""
 
     keeps: Mapping[str, str]
@@ -379,7 +402,7 @@ class _Tally(NamedTuple):
     diverged: Tensor
 
     @classmethod
-    def zeros(cls, keeps: Mapping[str, str], chains: int, device: torch.device) -> _Tally:
+    def zeros(cls, keeps: Mapping[str, str], chains: int, device: torch.device) -> Tally:
         """The tally of no steps, for what a step keeps and for divergences."""
         keeps = {"divergences": "count", **keeps}
         kinds = {"count": torch.int64, "max": torch.float64, "mean": torch.float64}
@@ -389,10 +412,10 @@ class _Tally(NamedTuple):
         }
         return cls(keeps, values, torch.zeros(chains, dtype=torch.bool, device=device))
 
-    def rows(self, rows: slice) -> _Tally:
+    def rows(self, rows: slice) -> Tally:
         """The part of some chains, which shares memory."""
         values = {name: value[rows] for name, value in self.values.items()}
-        return _Tally(self.keeps, values, self.diverged[rows])
+        return Tally(self.keeps, values, self.diverged[rows])
 
     def add(self, report: Report, *, warm: bool) -> None:
         """Puts a step to the others. warm: it belongs to the burn-in, so that means pass it by."""

@@ -23,6 +23,7 @@ from ..random import seed_from
 from ..scores import ScoreFn
 from .arguments import ChainState, begin_chains
 from .chains import ChainOptions, Chains, sample
+from .methods.coins import BoundWarning, warn_bound
 from .watch import RunawayWarning, figure_of_all, warn
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def sample_sharded(
     def run() -> Chains:
         with warnings.catch_warnings():  # of all chains together, below
             warnings.simplefilter("ignore", RunawayWarning)
+            warnings.simplefilter("ignore", BoundWarning)
             return sample(
                 score_fn,
                 step_size=own_step_size,
@@ -158,18 +160,25 @@ def sample_sharded(
                 **options,
             )
 
-    part, seconds = _together(group, run, lambda done: done.stats["seconds"])
+    def spent(done: Chains) -> tuple[float, int]:
+        return done.stats["seconds"], done.stats["n_score_evaluations"]
+
+    part, costs = _together(group, run, spent)
     sizes = [each.stop - each.start for each in shares]
+    calls = sum(size * each for size, (_, each) in zip(sizes, costs, strict=True))
     stats = {
         name: _gather(value, sizes, group)
         if isinstance(value, Tensor) and name != "step_size"
         else value
         for name, value in part.stats.items()
     }
-    stats |= {"step_size": step_size, "seconds": max(seconds), **figure_of_all(stats)}
+    stats |= {"step_size": step_size, "seconds": max(costs)[0], **figure_of_all(stats)}
+    if chains:
+        stats["n_score_evaluations"] = -(-calls // chains)
+    end = part.state.copy()
     if rank == 0:
         warn("sample_sharded", stats, stacklevel=2)
-    end = part.state.copy()
+        warn_bound("sample_sharded", stats, end["step"] - start["step"], stacklevel=2)
     end["x"] = _gather(part.state["x"], sizes, group)
     end["first_chain"] = start["first_chain"]
     return Chains(_gather(part.draws, sizes, group), stats, end)

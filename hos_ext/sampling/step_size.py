@@ -26,9 +26,11 @@ from ..random import Key, fresh_seed, seed_from
 from ..records import Record
 from ..scores import LogDensity, ScoreFn
 from .arguments import ChainState, begin_chains, check_dtype
-from .chains import ChainOptions, bound, sample
+from .chains import ChainOptions, Tally, bound, sample
 from .diagnostics import ESS_KINDS, min_ess
-from .methods.base import CURVATURES
+from .methods.base import CURVATURES, Rule
+from .methods.coins import warn_bound
+from .methods.line import DEFAULT_RULE
 from .methods.metropolis import MetropolisWalk
 from .methods.points import Point
 from .methods.registry import Method, make_step
@@ -184,6 +186,7 @@ def adapt_step_size(
     target: float = 0.574,
     log_prob: LogDensity | None = None,
     curvature: str = "clamp",
+    rule: Rule = DEFAULT_RULE,
     seed: int | None = None,
     first_chain: int = 0,
     model_kwargs: Conditions | None = None,
@@ -198,13 +201,14 @@ def adapt_step_size(
     chain whose step size still changes is not p: go on from `state` with the step size fixed.
 
     Args:
-        score_fn, init, log_prob, curvature, seed, first_chain, model_kwargs, generator: as for
-            `sample`.
+        score_fn, init, log_prob, curvature, rule, seed, first_chain, model_kwargs, generator: as
+            for `sample`.
         method: an adjusted method of `sample`: a name of `method_names(adjusted=True)`, or a
             `Metropolis`.
         step_size: h_0 > 0, where to start, in squared units of the data.
-        n_steps: steps, >= 1; one score evaluation each.
+        n_steps: steps, >= 1; one score evaluation each, and those of the rule.
         target: acceptance probability aimed at, in (0, 1). 0.574 is the best of MALA as D grows.
+            A `TwoCoin` accepts at most about half: aim at 0.35 or so.
 
     Returns:
         StepSizeAdaptation. The same arguments give the same result.
@@ -229,7 +233,7 @@ def adapt_step_size(
     """
     where = "adapt_step_size"
     one_of(where, "curvature", curvature, CURVATURES)
-    step = make_step(method, where=where, adjusted=True, curvature=curvature)
+    step = make_step(method, where=where, adjusted=True, curvature=curvature, rule=rule)
     h0 = check_number(where, "step_size", step_size)
     n_steps = check_count(where, "n_steps", n_steps, limit=2**56)
     check(where, check_number(where, "target", target) < 1, "target must be below 1", target)
@@ -245,29 +249,31 @@ def adapt_step_size(
     walk = step.walk(*bound(score_fn, log_prob, conditions), state["x"], h0)
     assert isinstance(walk, MetropolisWalk)  # the step is adjusted
     alive = _alive(walk.here)
-    rule = "init must hold a chain with a finite state, score and log_prob"
-    check(where, bool(alive.any()), rule, f"none of {len(alive)}")
-    divergences = torch.zeros(len(alive), dtype=torch.int64, device=alive.device)
+    living = "init must hold a chain with a finite state, score and log_prob"
+    check(where, bool(alive.any()), living, f"none of {len(alive)}")
+    tally = Tally.zeros(step.keeps, len(alive), alive.device)
     h, log_mean, missing = h0, 0.0, 0.0
     acceptance, step_sizes = [], []
     for t in range(1, n_steps + 1):
         walk.step_size = h
         report = walk.advance(Key(state["seed"], state["step"], state["first_chain"]))
         state["step"] += 1
-        divergences += report["divergences"]
+        tally.add(report, warm=False)
         acceptance.append(float(report["acceptance"][alive].mean()))
         step_sizes.append(h)
         missing += (target - acceptance[-1] - missing) / (t + 10)
         log_h = math.log(10 * h0) - math.sqrt(t) / 0.05 * missing
-        rule = "target must be met between step sizes 1e-20 and 1e20 times step_size"
+        met = "target must be met between step sizes 1e-20 and 1e20 times step_size"
         got = f"acceptance {acceptance[-1]:.3g} at step size {h:.3g}"
-        check(where, abs(log_h - math.log(h0)) < 46, rule, got)
+        check(where, abs(log_h - math.log(h0)) < 46, met, got)
         weight = t**-0.75
         log_mean = weight * log_h + (1 - weight) * log_mean
         h = math.exp(log_h)
     state["x"] = walk.x
+    figures = tally.figures(n_steps)
+    warn_bound(where, figures, None, stacklevel=3)  # torch.no_grad is between
     return StepSizeAdaptation(
-        math.exp(log_mean), acceptance, step_sizes, divergences, ~alive, state
+        math.exp(log_mean), acceptance, step_sizes, figures["divergences"], ~alive, state
     )
 
 

@@ -117,6 +117,7 @@ class Watched:
         self._score_fn, self._watch, self._adjusted = score_fn, watch, adjusted
         self._number: int | None = None
         self._rows = slice(0)
+        self.calls = 0  # of the score function
 
     def before(self, step: int, rows: slice) -> None:
         """Chains of these rows are about to take this step of the run."""
@@ -131,6 +132,7 @@ class Watched:
 
     def __call__(self, x: Tensor) -> AnyScores:
         scores = self._score_fn(x)
+        self.calls += 1
         score = scores if isinstance(scores, Tensor) else getattr(scores, "score", None)
         # What does not fit x is refused by the step, a moment later.
         if (

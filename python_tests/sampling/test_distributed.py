@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from hos_ext import MLP, sample
-from hos_ext.sampling import sample_sharded, shard
+from hos_ext.sampling import TwoCoin, sample_sharded, shard
 from hos_ext.scores import DenseScores, UnscaledScores
 
 CHAINS, WORLDS = 7, (1, 2, 3)
@@ -60,6 +60,16 @@ def _conditional(run, label=None):
     options = OPTIONS | {"method": "mh_ozaki", "chunk_size": 2, "step_size": 0.4}
     given = {"model_kwargs": {"label": label}, "log_prob": _shifted_log_prob}
     return run(_shifted, _init(), **options, **given)
+
+
+def _well_bound(x, there):
+    """s3 of the well is -6 x: |f - chord| <= 3 sum max(|x|, |x'|) |dx|^3 t (1 - t)."""
+    return 3 * (torch.maximum(x.abs(), there.abs()) * (there - x).abs() ** 3).flatten(1).sum(1)
+
+
+def _coins(run):
+    rule = TwoCoin(_well_bound)
+    return run(_well, _init(), **OPTIONS | {"step_size": 0.05}, method="mala", rule=rule)
 
 
 def _case(method, run, **more):
@@ -114,6 +124,7 @@ def _cases(rank, groups):
         found["none", world] = run(_well, _init(0), **OPTIONS)
         found["no draws", world] = run(_well, _init(), **OPTIONS | {"n_steps": 1})
         found["conditional", world] = _conditional(run)
+        found["coins", world] = _coins(run)
         found["half", world] = run(_well, _init().bfloat16(), **OPTIONS, method="ozaki")
         found["network", world] = run(_network(), _init(), **OPTIONS, method="ozaki")
         torch.manual_seed(100 + rank)
@@ -255,6 +266,18 @@ def test_every_chain_keeps_its_own_condition(found):
     assert 0 < expected.stats["acceptance"].min() < expected.stats["acceptance"].max() < 1
     for _, _, got in _each(found, "conditional"):
         _assert_same(got, expected)
+
+
+def test_coins_fall_alike_on_any_number_of_ranks(found):
+    expected = _coins(sample)
+    assert int(expected.stats["coin_evaluations"].sum()) > 0
+    for _, _, (draws, stats, state) in _each(found, "coins"):
+        assert torch.equal(draws, expected.draws)
+        assert torch.equal(state["x"], expected.state["x"])
+        for name in ("coin_evaluations", "undecided", "bound_used", "acceptance"):
+            assert torch.equal(stats[name], expected.stats[name]), name
+        # Ranks wait for fewer chains each.
+        assert stats["n_score_evaluations"] <= expected.stats["n_score_evaluations"]
 
 
 def test_ranks_without_chains_take_part(found):

@@ -1,12 +1,15 @@
 """The steps of chains, one class in one file each. `registry` knows them by name."""
 
-from .base import NormalStep, PlainStep, Report, Step, StepOptions, Walk, step_noise
+from .base import NormalStep, PlainStep, Report, Rule, Step, StepOptions, Walk, step_noise
+from .bounds import SmoothBound, SupportBound
 from .cayley import OzakiCayley
+from .coins import BoundWarning, TwoCoin
 from .full import OzakiFull
 from .isotropic import OzakiIsotropic
 from .lanczos import OzakiLanczos
 from .langevin import Langevin
 from .laws import NormalLaw, diagonal_law, spectral_law, step_size_column
+from .line import Quadrature, make_rule
 from .metropolis import Metropolis, log_ratio
 from .ozaki import Ozaki
 from .points import Point
@@ -16,6 +19,7 @@ for _step in (Langevin, Ozaki, OzakiFull, OzakiIsotropic, OzakiLanczos, OzakiCay
     register_step(_step)
 
 __all__ = [
+    "BoundWarning",
     "Langevin",
     "Method",
     "Metropolis",
@@ -28,12 +32,18 @@ __all__ = [
     "OzakiLanczos",
     "PlainStep",
     "Point",
+    "Quadrature",
     "Report",
+    "Rule",
+    "SmoothBound",
     "Step",
     "StepOptions",
+    "SupportBound",
+    "TwoCoin",
     "Walk",
     "diagonal_law",
     "log_ratio",
+    "make_rule",
     "make_step",
     "method_names",
     "register_step",

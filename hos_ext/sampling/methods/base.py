@@ -18,6 +18,7 @@ from ...ops.noise import draw_normal
 from ...random import STREAM_STEP, Key
 from ...scores import AnyScores, LogDensity, ScoreFn
 from ..arguments import whole
+from .coins import TwoCoin
 from .laws import NormalLaw, step_size_column
 from .points import Point, check_like_x, check_log_prob, check_parts, non_finite, refuse_kind
 
@@ -27,7 +28,23 @@ Report: TypeAlias = dict[str, Tensor]
 """What one step says of itself: statistics by name, each with one value a chain, shape (B,)."""
 
 
-class StepOptions(TypedDict, total=False):
+Rule: TypeAlias = "str | TwoCoin"
+"""What `sample(rule=...)` takes: the name of a quadrature rule, or a `TwoCoin`."""
+
+
+class PlainOptions(TypedDict, total=False):
+    """The settings of a step that is not adjusted.
+
+    Attributes:
+        curvature, tolerance, max_iterations: see `StepOptions`.
+    """
+
+    curvature: str
+    tolerance: float
+    max_iterations: int | None
+
+
+class StepOptions(PlainOptions, total=False):
     """The settings that `sample` hands on to its step.
 
     Attributes:
@@ -36,11 +53,11 @@ class StepOptions(TypedDict, total=False):
             Default "clamp".
         tolerance: relative error at which an iteration stops, in (0, 1). Default 1e-3.
         max_iterations: most products with s2 for one vector. None, the default, is min(D, 200).
+        rule: how an adjusted step without a log_prob finds log p(x') - log p(x), see `Metropolis`.
+            Default "trapezoid".
     """
 
-    curvature: str
-    tolerance: float
-    max_iterations: int | None
+    rule: Rule
 
 
 class Step(ABC):
@@ -65,7 +82,7 @@ class Step(ABC):
     name: str
     accepts: tuple[type, ...]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = WIDE
-    keeps: ClassVar[Mapping[str, str]] = {}
+    keeps: Mapping[str, str] = {}
     relative_step_size: ClassVar[float] = 1.0
     adjusted: ClassVar[bool] = False
 
@@ -223,6 +240,15 @@ class Target:
 
     def __call__(self, x: Tensor) -> Point:
         """The point at x (B, *dims)."""
+        scores = self._scores(x)
+        log_prob = None if self._log_prob is None else check_log_prob(self._log_prob(x), x)
+        return Point(x, scores, log_prob)
+
+    def score(self, x: Tensor) -> Tensor:
+        """s1 alone at x (B, *dims)."""
+        return Point(x, self._scores(x)).score
+
+    def _scores(self, x: Tensor) -> AnyScores:
         scores = self._score_fn(x)
         if self._score_will_do and isinstance(scores, Tensor):
             check_like_x("score", scores, x)
@@ -232,8 +258,7 @@ class Target:
         else:
             refuse_kind(scores, x, self._accepts, self._step.name)
         self._first_call = False
-        log_prob = None if self._log_prob is None else check_log_prob(self._log_prob(x), x)
-        return Point(x, scores, log_prob)
+        return scores
 
 
 class Walk(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class OzakiLanczos(PlainStep):
 
     name = "ozaki_lanczos"
     accepts = (UnscaledScores, DenseScores, MatrixFreeScores)
-    keeps: ClassVar[Mapping[str, str]] = {
+    keeps: Mapping[str, str] = {
         "lanczos_error": "max",
         "lanczos_iterations": "count",
         "lanczos_unconverged": "count",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ...checks import check, check_flag, one_of
-from .base import NormalStep, PlainStep, Step, StepOptions
+from .base import NormalStep, PlainOptions, PlainStep, Rule, Step
+from .line import DEFAULT_RULE, make_rule
 from .metropolis import Metropolis
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ Method: TypeAlias = "str | Step | type[PlainStep]"
 _Class = TypeVar("_Class", bound=type[PlainStep])
 _UNADJUSTED: dict[str, type[PlainStep]] = {}
 _ADJUSTED: dict[str, type[NormalStep]] = {}
-_DEFAULTS = {"curvature": "clamp", "tolerance": 1e-3, "max_iterations": None}
+_DEFAULTS = {
+    "curvature": "clamp",
+    "tolerance": 1e-3,
+    "max_iterations": None,
+    "rule": DEFAULT_RULE,
+}
 
 
 def register_step(step: _Class) -> _Class:
@@ -107,7 +113,8 @@ def make_step(
     where: str = "sample",
     argument: str = "method",
     adjusted: bool | None = None,
-    **options: Unpack[StepOptions],
+    rule: Rule = DEFAULT_RULE,
+    **options: Unpack[PlainOptions],
 ) -> Step:
     """The step that a method stands for.
 
@@ -115,6 +122,7 @@ def make_step(
         method: one of `method_names()`, a class of steps, or a step, which is returned as it is.
         where, argument: the function and its argument that errors name.
         adjusted: see `method_names`; a method of the other kind is refused.
+        rule: of an adjusted step, see `Metropolis`. Another one refuses all but "trapezoid".
         options: the settings of the step, see `StepOptions`. A step that is given has its own.
 
     Returns:
@@ -132,17 +140,22 @@ def make_step(
     step: Step
     if adjusted is not None:
         check_flag(where, adjusted=adjusted)
+    make_rule(where, rule)
     if isinstance(method, type) and issubclass(method, PlainStep):
         step = method(**options)
     elif isinstance(method, Step):
         step = method
-        for name, value in options.items():
-            rule = f"{name} must be that of the step, which has its own settings"
-            check(where, value == _DEFAULTS[name], rule, value)
+        for name, value in {**options, "rule": rule}.items():
+            own = f"{name} must be that of the step, which has its own settings"
+            check(where, value == _DEFAULTS[name], own, value)
     else:
         name = one_of(where, argument, method, method_names(adjusted=adjusted))
         proposal = _ADJUSTED.get(name)
-        step = Metropolis(proposal(**options)) if proposal else _UNADJUSTED[name](**options)
+        step = (
+            Metropolis(proposal(**options), rule=rule) if proposal else _UNADJUSTED[name](**options)
+        )
     if adjusted is not None and step.adjusted != adjusted:
         one_of(where, argument, step.name, method_names(adjusted=adjusted))
+    used = step.adjusted or rule == DEFAULT_RULE
+    check(where, used, f"rule must be {DEFAULT_RULE!r} for the unadjusted {step.name!r}", rule)
     return step
