@@ -753,6 +753,15 @@ def test_force_replaces(run_folder, tmp_path):
 # -------------------------------------------------------------------------- errors and exit codes
 
 
+def test_help_breaks_lines_where_the_terminal_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.run(["generate", "--help"]) == 0
+    text = capsys.readouterr().out
+    about = text.split("Starts at the highest")[1].split("exit code is 5")[0]
+    lengths = [len(line.rstrip()) for line in about.splitlines()[1:-1]]
+    assert min(lengths) > 40  # no line ends where the source has one
+
+
 def test_no_command_shows_help(capsys):
     assert cli.run([]) == 0
     shown = capsys.readouterr().out

@@ -11,6 +11,7 @@ when a command line runs, and a missing typer is named in one line.
 """
 
 import importlib
+import inspect
 import sys
 import warnings
 from typing import Any
@@ -86,5 +87,13 @@ def _application(typer: Any) -> Any:
     application.callback(help=_HELP)(output.start)
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)
-        application.command(name)(output.takes_output(getattr(module, name)))
+        command = getattr(module, name)
+        help_text = _paragraphs(inspect.getdoc(command) or "")
+        application.command(name, help=help_text)(output.takes_output(command))
     return application
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring with one line a paragraph, so that the terminal alone breaks lines."""
+    parts = text.split("\n\n")
+    return "\n\n".join(part if part[:1] == " " else " ".join(part.split()) for part in parts)
