@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import (
     WIDE,
@@ -100,8 +100,9 @@ def generate(
             whose rows depend on the batch).
         chunk_size: samples run this many at a time, which bounds the memory. None: all.
         model_kwargs: conditions, such as class labels. Each tensor has one row for each sample.
-        dtype: float32 or float64; torch's default.
-        device: torch's default; that of the model.
+        dtype: float32 or float64. None: that of the model's parameters, or torch's default where
+            the model has none of these.
+        device: None: that of the model's parameters, or torch's default.
 
     Returns:
         Samples in units of the data, of `shape`.
@@ -133,6 +134,10 @@ def generate(
     n_steps = check_count(where, "n_steps", n_steps)
     settle = check_int(where, "settle", settle, 2**31)
     data_std = check_number(where, "data_std", data_std, positive=False)
+    known = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if known is not None:
+        device = known.device if device is None else device
+        dtype = known.dtype if dtype is None and known.dtype in WIDE else dtype
     dtype = dtype_of(where, "dtype", dtype, WIDE)
     several = isinstance(shape, Sequence) and not isinstance(shape, str)
     check(where, several, "shape must be a sequence of sizes", lambda: repr(shape), TypeError)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hos_ext import VE, VP, Scores
+from hos_ext import MLP, VE, VP, Scores
 from hos_ext.densities import GaussianMixture
 from hos_ext.diffusion import GENERATE_METHODS, generate
 from hos_ext.linalg import DPLR
@@ -202,3 +202,12 @@ def test_the_posterior_of_the_mixture_is_its_covariance():
     scores = of_mixture(x, torch.full((5,), level))
     found = DPLR.of(scores.c, scores.factor, None).dense() * level**2
     torch.testing.assert_close(found, MIXTURE.posterior_covariance(x, level))
+
+
+def test_the_dtype_is_that_of_the_model_unless_said():
+    model = MLP((3,), 1, width=8)
+    for dtype in (torch.float32, F64):
+        found = generate(model.to(dtype), (2, 3), VE(0.1, 1.0), n_steps=2, settle=1, seed=0)
+        assert found.dtype == dtype
+    with pytest.raises(ValueError, match="x must be torch.float64 like the parameters"):
+        generate(model, (2, 3), VE(0.1, 1.0), n_steps=2, seed=0, dtype=torch.float32)
