@@ -209,3 +209,12 @@ def test_own_eps_network_is_read_rightly_and_gets_a_calibrated_head(tmp_path):
         for value in re.findall(rf"{name} (\d+\.\d+)", printed):
             assert 0.8 < float(value) < 1.25
     assert out.stat().st_size > 10_000
+
+
+def test_rules_for_the_line_integral_leave_the_bias_that_is_promised():
+    printed = run("exact_from_scores.py", "--chains", "4000", "--steps", "30")
+    rows = dict(re.findall(r"^(.*?)\s+([+-]\d+\.\d)\s+0\.\d+\s+\d", printed, re.M))
+    assert abs(float(rows.pop("trapezoid"))) > 5
+    assert list(rows) == ["simpson", "lobatto-2", "lobatto-3", "two coins", "the density itself"]
+    assert all(abs(float(error)) < 3.5 for error in rows.values())
+    assert "0 scores beyond the bound" in printed

@@ -1,27 +1,31 @@
 """The exact test for a line integral of the score: two coins, tossed by a Poisson process.
 
-Barker's test accepts x' with probability r / (1 + r), r = exp(b + R) the Metropolis ratio. Here b
-is known: the log ratio of the proposals plus the trapezoid rule, and R is what that rule leaves,
+Barker's test accepts x' with probability r / (1 + r), r = exp(b + R) the Metropolis ratio. Let
+f(t) = s1(x + t dx) . dx on the segment from x to x', and l(t) the broken line through f at both
+ends and at n nodes between them. Then b is known: the log ratio of the proposals plus the integral
+of l. And R is what the broken line leaves,
 
-    R = int_0^1 g(t) dt,   g(t) = f(t) - (1 - t) f(0) - t f(1),   f(t) = s1(x + t dx) . dx.
+    R = int_0^1 g(t) dt,   g = f - l.
 
-Let |g(t)| <= G(t) = C t (1 - t), and M = C / 6 the integral of G. Two coins of
+Let |g(t)| <= G(t), G a parabola C_k u (1 - u) on each of the n + 1 pieces, u in (0, 1) along the
+piece, and M = sum C_k / 6 the integral of G (f and C_k in units of their piece). Two coins of
 
     p1 = exp(-int (G - g) / 2) = exp(-(M - R) / 2),   p2 = exp(-int (G + g) / 2)
 
-have the ratio exp(R). A coin is heads if no event of a Poisson process of that intensity falls
-into (0, 1): events of intensity G, at times of the density 6 t (1 - t) (the middle one of three
-uniforms), each kept with probability (1 -+ g(t) / G(t)) / 2. So one toss evaluates the score at a
-few random points, and at none with probability exp(-M). A toss takes the first coin with
+have the ratio exp(R). A coin is heads if a Poisson process of that intensity has no event: events
+of intensity G, in piece k with probability C_k / sum C at a place of density 6 u (1 - u) (the
+middle one of three uniforms), each kept with probability (1 -+ g / G) / 2. So a toss evaluates the
+score at a few random points, and at none with probability exp(-M). A toss takes the first coin with
 probability e^b / (1 + e^b), else the second; heads decide, for x' by the first and for x by the
 second; tails toss again. Then x' wins with probability e^b p1 / (e^b p1 + p2) = r / (1 + r).
 
-Where n tosses do not decide, x stays. That keeps detailed balance: the chance to be undecided,
-(1 - (e^(b/2) p1 + e^(-b/2) p2) / (e^(b/2) + e^(-b/2)))^n, is the same from both ends.
+Where N tosses do not decide, x stays. That keeps detailed balance: the chance to be undecided,
+(1 - (e^(b/2) p1 + e^(-b/2) p2) / (e^(b/2) + e^(-b/2)))^N, is the same from both ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,7 +47,7 @@ _EVENTS = 2**16  # most of a step: offsets of its draws
 _OFTEN = 0.1  # share of undecided steps that is worth a word
 
 Bound = Callable[[Tensor, Tensor], Tensor]
-"""C for segments from x to x', both (B, *dims): |g(t)| <= C t (1 - t). Shape (B,)."""
+"""C for segments from x to x', both (B, *dims): |f(t) - chord| <= C t (1 - t). Shape (B,)."""
 
 
 class BoundWarning(UserWarning):
@@ -57,14 +61,15 @@ class TwoCoin:
     accepts less than that of Metropolis and Hastings: half of the moves that the other one takes
     for sure.
 
-    It needs a bound on how far f(t) = s1(x + t dx) . dx is from the chord of its ends:
-    |f(t) - (1 - t) f(0) - t f(1)| <= C t (1 - t). `SmoothBound` gives C from bounds on derivatives
-    of log p, and `SupportBound` from the range of clean data that were noised. The larger one of
-    the bounds from both ends is used. A toss takes about 2 (exp(C / 12) - 1) evaluations: C well
-    below 10 is cheap. The bound grows with the step, so a smaller step size makes it useful.
+    It needs a bound on how far f(t) = s1(x + t dx) . dx is from the chord of its ends on any
+    segment: |f(t) - (1 - t) f(0) - t f(1)| <= C t (1 - t). `SmoothBound` gives C from bounds on
+    derivatives of log p, and `SupportBound` from the range of clean data that were noised. The
+    larger one of the bounds from both ends is used. With M the sum of C / 6 over the n + 1 pieces
+    into which the nodes cut a step, a step takes about n + 2 (exp(M / 2) - 1) evaluations. A node
+    halves M at least, and divides it by four on short pieces.
 
-    A segment with C / 6 > 2 log(max_tosses) is refused at once, and one that `max_tosses` tosses do
-    not decide too. Both are symmetric, so the law stays exact; they are counted as "undecided".
+    A step with M > 2 log(max_tosses) is refused at once, and one that `max_tosses` tosses do not
+    decide too. Both are symmetric, so the law stays exact; they are counted as "undecided".
 
     A score beyond the bound is an event that is counted, and the run says so by a `BoundWarning`:
     its law is then no longer exact. "bound_used" is the largest |f - chord| over the bound. Take it
@@ -75,14 +80,15 @@ class TwoCoin:
 
     Args:
         bound: maps both ends (B, *dims) of segments to C, shape (B,), >= 0, which may be infinite.
+        nodes: n, >= 0, scores between the ends that every step evaluates.
         max_tosses: most tosses of a step.
 
     Attributes:
         name: "two_coin", for `stats`.
 
     Raises:
-        TypeError: bound is not callable, or max_tosses is no integer.
-        ValueError: max_tosses is below 1.
+        TypeError: bound is not callable, or nodes or max_tosses is no integer.
+        ValueError: nodes or max_tosses is out of range.
 
     References:
         Barker 1965; Goncalves, Latuszynski & Roberts 2017, arXiv:1707.00332 (two coins); Vats,
@@ -93,8 +99,8 @@ class TwoCoin:
         >>> import torch
         >>> from hos_ext.sampling import SmoothBound, TwoCoin, sample
         >>> chains = sample(
-        ...     lambda x: -x.sinh() / x.cosh(), torch.zeros(4, 1), method="mala", step_size=0.5,
-        ...     n_steps=20, rule=TwoCoin(SmoothBound(third=0.77)), seed=0
+        ...     lambda x: -x.tanh(), torch.zeros(4, 1), method="mala", step_size=0.5, n_steps=20,
+        ...     rule=TwoCoin(SmoothBound(third=0.77)), seed=0
         ... )
         >>> int(chains.stats["bound_exceeded"].sum())
         0
@@ -108,15 +114,16 @@ class TwoCoin:
         "bound_used": "max",
     }
 
-    def __init__(self, bound: Bound, *, max_tosses: int = 16):
+    def __init__(self, bound: Bound, *, nodes: int = 1, max_tosses: int = 16):
         check_callable("TwoCoin", "bound", bound)
         self.bound = bound
+        self.nodes = check_count("TwoCoin", "nodes", nodes, least=0, limit=2**8)
         self.max_tosses = check_count("TwoCoin", "max_tosses", max_tosses, limit=2**10)
 
     def __repr__(self) -> str:
         bound = self.bound
         name = repr(bound) if is_dataclass(bound) else "a function"
-        return f"TwoCoin({name}, max_tosses={self.max_tosses})"
+        return f"TwoCoin({name}, nodes={self.nodes}, max_tosses={self.max_tosses})"
 
     def toss(
         self, target: Target, proposals: Tensor, here: Point, there: Point, key: Key
@@ -129,18 +136,17 @@ class TwoCoin:
             here, there: the ends, in memory of their own.
             key: of the step.
         """
-        x, dx = here.x, there.x - here.x
-        f0, f1 = (_along(point.score, dx) for point in (here, there))
-        log_odds = proposals.double() + (f0 + f1) / 2
-        c = torch.maximum(self._bound(here.x, there.x), self._bound(there.x, here.x))
-        lost, mass = log_odds.isnan(), c / 6
+        x, dx, pieces = here.x, (there.x - here.x) / (self.nodes + 1), self.nodes + 1
+        f, c = self._pieces(target, here, there, dx)
+        log_odds = proposals.double() + ((f[:, :-1] + f[:, 1:]) / 2).sum(1)
+        lost, mass = log_odds.isnan(), c.sum(1) / 6
         wide = ~lost & (mass > 2 * math.log(self.max_tosses) + 1e-12)
         found = Tosses.none(lost, wide)
         open_ = ~(lost | wide)
         fresh, left = torch.ones_like(open_), torch.zeros_like(mass)
         coin, tosses = torch.zeros_like(open_), torch.zeros_like(mass)
         for number in range(_EVENTS):
-            u = draw_uniform(_part(key, number), STREAM_COIN, (len(x), 6), mass)
+            u = draw_uniform(_part(key, number), STREAM_COIN, (len(x), 7), mass)
             coin = torch.where(fresh, u[:, 0] < log_odds.sigmoid(), coin)
             left = torch.where(fresh, mass, left) + u[:, 1].log()
             heads = open_ & (left < 0)
@@ -148,11 +154,13 @@ class TwoCoin:
             open_ = open_ & ~heads
             if not bool(open_.any()):
                 return found
+            piece = (c.cumsum(1) < u[:, 6:] * c.sum(1, keepdim=True)).sum(1).clamp_max(pieces - 1)
             t = u[:, 2:5].median(1).values
-            column = torch.where(open_, t, 0.0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-            score = target.score(x + column * dx)
-            g = _along(score, dx) - (1 - t) * f0 - t * f1
-            limit = c * t * (1 - t)
+            at = torch.where(open_, piece + t, 0.0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+            score = target.score(x + at * dx)
+            begin, end, limit = (_entry(each, piece) for each in (f[:, :-1], f[:, 1:], c))
+            g = _along(score, dx) - (1 - t) * begin - t * end
+            limit = limit * t * (1 - t)
             found.note(open_, g, limit, _rounding(score, dx))
             found.lost.logical_or_(open_ & g.isnan())
             open_ = open_ & ~g.isnan()
@@ -164,6 +172,18 @@ class TwoCoin:
             open_ = open_ & ~over
         found.undecided.logical_or_(open_)
         return found
+
+    def _pieces(
+        self, target: Target, here: Point, there: Point, dx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """s1 . dx at the ends of the pieces dx long, (B, n + 2), and C of each, (B, n + 1)."""
+        inner = [here.x + k * dx for k in range(1, self.nodes + 1)]
+        # Each is used before the next is asked for: a captured graph reuses its outputs.
+        along = [_along(target.score(x), dx) for x in inner]
+        f = torch.stack([_along(here.score, dx), *along, _along(there.score, dx)], 1)
+        at = [here.x, *inner, there.x]
+        c = [torch.maximum(self._bound(a, b), self._bound(b, a)) for a, b in itertools.pairwise(at)]
+        return f, torch.stack(c, 1)
 
     def _bound(self, x: Tensor, there: Tensor) -> Tensor:
         c = self.bound(x, there)
@@ -185,7 +205,7 @@ class Tosses(NamedTuple):
         accepted: whether x' won.
         lost: whether the odds or a score between the ends are NaN.
         undecided: whether x stays because no toss decided.
-        evaluations: scores evaluated between the ends.
+        evaluations: scores evaluated at random points between the ends.
         exceeded: those beyond the bound.
         used: the largest |g| over its bound.
     """
@@ -230,6 +250,11 @@ class Tosses(NamedTuple):
 def _part(key: Key, number: int) -> Key:
     """The key of an event of a step: each has an offset of its own."""
     return key._replace(offset=key.offset * _EVENTS + number)
+
+
+def _entry(values: Tensor, column: Tensor) -> Tensor:
+    """One column of each row. values (B, m), column (B,)."""
+    return values.gather(1, column.unsqueeze(1)).squeeze(1)
 
 
 def _along(score: Tensor, dx: Tensor) -> Tensor:
