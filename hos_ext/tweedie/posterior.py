@@ -214,11 +214,22 @@ class Posterior(RowRecord):
         value = -(distance + wide.logdet() + constant) / 2
         return value.where(finite, torch.nan).to(x0.dtype)
 
-    def recalibrated(self, scale: float | Tensor) -> Posterior:
-        """The posterior with its covariance times scale: a float or (B,), > 0."""
+    def recalibrated(
+        self, scale: float | Tensor, factor_scale: float | Tensor | None = None
+    ) -> Posterior:
+        """The posterior with its covariance times scale: a float or (B,), > 0.
+
+        With factor_scale, likewise, the diagonal part is multiplied by scale and the low-rank part
+        by factor_scale: see `uncertainty.recalibration_factors`.
+        """
         where = _checked("Posterior.recalibrated", self)
         positive(where, "scale", scale, self.mean)
-        return Posterior(self.mean, self.covariance.scale(scale))
+        if factor_scale is None:
+            return Posterior(self.mean, self.covariance.scale(scale))
+        positive(where, "factor_scale", factor_scale, self.mean)
+        diag = self.covariance.scale(scale).diag
+        factor = self.covariance.scale(factor_scale).factor
+        return Posterior(self.mean, DPLR.of(diag, factor, self.covariance.sign))
 
     def to_distribution(self) -> LowRankMultivariateNormal:
         """The posterior as a torch distribution over the flattened sample (event shape (D,)).

@@ -2,13 +2,15 @@
 
 With residuals e = x0 - m, the law N(m, C) is calibrated where E[e e^T] = C, as a whole and in every
 direction. `calibration` gives two figures. `calibration_report` adds error bars, variances along
-directions and coverage curves. `recalibration_factor` is the scalar that mends the size of C.
+directions and coverage curves. `recalibration_factor` is the scalar that mends the size of C,
+`recalibration_factors` are two that mend its shape as well.
 Everything takes O(D r^2) in float64. The true x0 must be known: use samples not trained on.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -174,7 +176,7 @@ def calibration(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) -> dict[s
         >>> round(calibration(x0, claimed)["mahalanobis"], 1)  # the variance is 1, not 1/2
         2.0
     """
-    residual = _residual("calibration", x0, posterior, tau)
+    residual = residual_of("calibration", x0, posterior, tau)
     tau = float(tau)
     covariance = posterior.covariance.to(torch.float64)
     squares, expected = _sizes(residual, covariance, tau)
@@ -240,7 +242,7 @@ def calibration_report(
         True
     """
     where = "calibration_report"
-    residual = _residual(where, x0, posterior, tau)
+    residual = residual_of(where, x0, posterior, tau)
     seed = check_int(where, "seed", seed_from(where, seed, generator, 0), 2**64)
     tau = float(tau)
     batch, size = residual.shape
@@ -313,8 +315,95 @@ def recalibration_factor(x0: Tensor, posterior: Posterior, *, tau: float = 0.0) 
         2.0
     """
     where = "recalibration_factor"
-    residual = _residual(where, x0, posterior, tau)
+    residual = residual_of(where, x0, posterior, tau)
     return _scale(where, residual, posterior.covariance.to(torch.float64), float(tau))
+
+
+@torch.no_grad()
+def recalibration_factors(x0: Tensor, posterior: Posterior) -> tuple[float, float]:
+    """Two factors (a, b) > 0 that calibrate a diag(d) + b U S U^T in size and in shape.
+
+    Both figures of `calibration` are then 1 on (x0, posterior), a validation split:
+
+        mean tr(a diag(d) + b U S U^T) = mean |e|^2        mean e^T (a diag(d) + b U S U^T)^-1 e = D
+
+    One scalar can mend one of them only. The first equation gives b for each a. The left side of
+    the second is then convex in a, as e^T M^-1 e is in M: it has a least value, and where that is
+    below D a root on either side. The one with the larger Gaussian likelihood is taken. Where the
+    least value is above D, the factors there are given, with a warning that says how far above.
+
+    Args:
+        x0, posterior: as in `calibration`. C must have a low-rank part and be positive definite.
+            Use `posterior.recalibrated(a, b)` afterwards.
+
+    Returns:
+        (a, b): of the diagonal and of the low-rank part.
+
+    Raises:
+        ValueError: as in `recalibration_factor`; rank 0; signs of -1; residuals so small along the
+            columns that no two positive factors fit them.
+        TypeError: as in `calibration`.
+
+    Example:
+        >>> import torch
+        >>> from hos_ext import DPLR, Posterior, normal
+        >>> from hos_ext.uncertainty import recalibration_factors
+        >>> column = torch.ones(4000, 3, 1)
+        >>> x0 = DPLR(torch.ones(4000, 3), column).sample(1, seed=0)[0]
+        >>> claimed = Posterior(0 * x0, DPLR(torch.full((4000, 3), 0.5), 2 * column))
+        >>> a, b = recalibration_factors(x0, claimed)
+        >>> abs(a / 2 - 1) < 0.05, abs(b / 0.25 - 1) < 0.05
+        (True, True)
+    """
+    where = "recalibration_factors"
+    residual = residual_of(where, x0, posterior, 0.0)
+    _scale(where, residual, posterior.covariance.to(torch.float64), 0.0)  # its checks
+    covariance = posterior.covariance.to(torch.float64)
+    rank, sign = covariance.rank, covariance.sign
+    check(where, rank > 0, "posterior.covariance must have a low-rank part", f"rank {rank}")
+    plus = sign is None or bool((sign > 0).all())
+    rule = "posterior.covariance must have signs of +1"
+    check(where, plus, rule, lambda: None if sign is None else sign.tolist())
+    wanted = float(residual.square().sum(1).mean())
+    diagonal = float(covariance.diag.sum(1).mean())
+    low_rank = float(covariance.trace().mean()) - diagonal
+
+    def second(a: float) -> float:
+        return (wanted - a * diagonal) / low_rank
+
+    def shaped(a: float) -> DPLR:
+        return DPLR.of(a * covariance.diag, math.sqrt(second(a)) * covariance.factor)
+
+    def excess(a: float) -> float:
+        return float(_distances(residual, shaped(a), 0.0).mean()) / residual.shape[1] - 1
+
+    end = wanted / diagonal  # there the diagonal holds all
+    low, high = 1e-9 * end, end * (1 - 1e-9)
+    for _ in range(80):
+        third = (high - low) / 3
+        left, right = low + third, high - third
+        low, high = (low, right) if excess(left) < excess(right) else (left, high)
+    least = (low + high) / 2
+    if excess(least) > 0:
+        warnings.warn(
+            f"{where}: no two factors make both figures 1; with the trace ratio 1 the Mahalanobis "
+            f"figure is {1 + excess(least):.3f} at least, and these give that",
+            stacklevel=3,  # no_grad is a frame
+        )
+        return least, second(least)
+    rule = "x0 must be calibrated by two positive factors (recalibration_factor takes one)"
+    roots = []
+    for out in (1e-9 * end, end * (1 - 1e-9)):
+        if excess(out) <= 0:
+            continue  # it stays below D up to this end
+        within = least
+        while abs(out - within) > 1e-10 * end:
+            middle = (out + within) / 2
+            out, within = (middle, within) if excess(middle) > 0 else (out, middle)
+        roots.append(within)
+    check(where, roots, rule, "a Mahalanobis figure below 1 for all, with the trace right")
+    a = min(roots, key=lambda root: float(shaped(root).logdet().mean()))
+    return a, second(a)
 
 
 def _scale(where: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
@@ -342,7 +431,7 @@ def _scale(where: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
     return math.exp((low + high) / 2)
 
 
-def _residual(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tensor:
+def residual_of(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tensor:
     """x0 - m in float64, flat (B, D), after checking the arguments."""
     mean = check_kind(where, "posterior", posterior, Posterior).mean
     check_posterior(where, posterior)

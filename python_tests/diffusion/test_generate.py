@@ -209,5 +209,5 @@ def test_the_dtype_is_that_of_the_model_unless_said():
     for dtype in (torch.float32, F64):
         found = generate(model.to(dtype), (2, 3), VE(0.1, 1.0), n_steps=2, settle=1, seed=0)
         assert found.dtype == dtype
-    with pytest.raises(ValueError, match="x must be torch.float64 like the parameters"):
+    with pytest.raises(ValueError, match=r"x must be torch\.float64 like the parameters"):
         generate(model, (2, 3), VE(0.1, 1.0), n_steps=2, seed=0, dtype=torch.float32)

@@ -1,13 +1,23 @@
 """Calibration of posteriors: dense float64 oracles, exact laws, and wrong covariances caught."""
 
+import math
+
 import pytest
 import torch
 
+from hos_ext import normal
 from hos_ext.densities.gaussian import Gaussian, GaussianMixture
 from hos_ext.linalg.dplr import DPLR
 from hos_ext.scores import UnscaledScores
 from hos_ext.tweedie.posterior import Posterior, posterior
-from hos_ext.uncertainty.calibration import calibration, calibration_report, recalibration_factor
+from hos_ext.uncertainty.calibration import (
+    calibration,
+    calibration_report,
+    recalibration_factor,
+    recalibration_factors,
+)
+
+F64 = torch.float64
 
 
 def random_posterior(n, d, r, *, sign=None, seed=0):
@@ -528,3 +538,62 @@ def test_report_refuses_one_sample_and_negative_variances():
     wrong = Posterior(fit.mean, DPLR(-fit.covariance.diag, fit.covariance.factor))
     with pytest.raises(ValueError, match=r"positive definite, got 3 of 3 that are not$"):
         calibration_report(x, wrong)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (4.0, 0.3), (0.2, 5.0)])
+def test_two_factors_make_both_figures_one_and_are_those_of_the_shape(a, b):
+    size, n = 5, 50
+    diag = torch.linspace(0.5, 2, size, dtype=F64).expand(n, size)
+    factor = normal((1, size, 2), seed=1, dtype=F64).expand(n, size, 2).contiguous()
+    truth = DPLR(a * diag, math.sqrt(b) * factor)
+    white = torch.linalg.qr(normal((n, size), seed=2, dtype=F64))[0] * math.sqrt(n)
+    x0 = white @ torch.linalg.cholesky(truth.dense()[0]).mT  # second moments as claimed, exactly
+    claimed = Posterior(torch.zeros_like(x0), DPLR(diag, factor))
+    found = recalibration_factors(x0, claimed)
+    assert found == pytest.approx((a, b), rel=1e-6)
+    figures = calibration(x0, claimed.recalibrated(*found))
+    assert figures == pytest.approx({"mahalanobis": 1.0, "trace_ratio": 1.0}, rel=1e-6)
+
+
+def test_what_two_factors_cannot_mend_is_refused():
+    x0 = normal((50, 4), seed=0, dtype=F64)
+    diag, factor = torch.ones(50, 4, dtype=F64), normal((50, 4, 1), seed=1, dtype=F64)
+
+    def refused(diag, factor, sign, message):
+        law = Posterior(torch.zeros_like(x0), DPLR(diag, factor, sign))
+        with pytest.raises(ValueError, match=f"^recalibration_factors: .*{message}"):
+            recalibration_factors(x0, law)
+
+    refused(diag, None, None, "must have a low-rank part, got rank 0")
+    refused(40 * diag, 0.1 * factor, -torch.ones(1, dtype=F64), r"signs of \+1")
+    few = 0.001 * normal((50, 4), seed=2, dtype=F64)
+    x0 = few + factor[..., 0]  # along the column alone: the diagonal may be as small as it likes
+    wide = torch.linalg.qr(normal((50, 4, 4), seed=3, dtype=F64))[0]
+    refused(diag, 3 * wide, None, "must be calibrated by two positive factors")
+
+
+def test_factors_that_come_near_alone_say_so():
+    x0 = normal((50, 4), seed=0, dtype=F64)
+    sizes = torch.tensor([9.0, 0.1, 0.1, 0.1], dtype=F64).expand(50, 4)
+    law = Posterior(torch.zeros_like(x0), DPLR(sizes, 0.01 * torch.ones(50, 4, 1, dtype=F64)))
+    with pytest.warns(UserWarning, match=r"^recalibration_factors: no two factors") as said:
+        factors = recalibration_factors(x0, law)
+    figures = calibration(x0, law.recalibrated(*factors))
+    assert figures["trace_ratio"] == pytest.approx(1, rel=1e-6)
+    assert f"{figures['mahalanobis']:.3f} at least" in str(said[0].message)
+    for near in (0.98, 1.02):  # the other keeps the trace
+        moved = law.recalibrated(near * factors[0], factors[1])
+        a = near * factors[0]
+        b = factors[1] + (factors[0] - a) * float(sizes.sum(1).mean()) / 4e-4
+        if b > 0:
+            moved = law.recalibrated(a, b)
+            assert calibration(x0, moved)["mahalanobis"] >= figures["mahalanobis"]
+
+
+def test_the_two_parts_of_a_posterior_are_scaled_apart():
+    law = Posterior(torch.zeros(3, 4), DPLR(torch.ones(3, 4), torch.ones(3, 4, 1)))
+    scaled = law.recalibrated(2.0, torch.tensor([1.0, 4.0, 9.0]))
+    assert torch.equal(scaled.covariance.diag, torch.full((3, 4), 2.0))
+    assert torch.equal(scaled.covariance.factor[:, 0, 0], torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match=r"^Posterior.recalibrated: factor_scale must be"):
+        law.recalibrated(2.0, -1.0)
