@@ -2,6 +2,8 @@
 
 from .along import AlongSchedule
 from .annealed import annealed_langevin
+from .closed_form import box_model, gaussian_model
+from .composed import composed
 from .generate import GENERATE_METHODS, generate
 from .guidance import condition, condition_mean, guided
 from .inputs import GridOptions, ReverseOptions
@@ -21,8 +23,11 @@ __all__ = [
     "GridOptions",
     "ReverseOptions",
     "annealed_langevin",
+    "box_model",
+    "composed",
     "condition",
     "condition_mean",
+    "gaussian_model",
     "generate",
     "guided",
     "log_likelihood",

@@ -76,23 +76,41 @@ class AlongSchedule(nn.Module):
         """
         where = "AlongSchedule"
         check_samples(where, "x", x)
-        alpha, ratio = self._levels(positive(where, "sigma", sigma, x))
+        level = positive(where, "sigma", sigma, x)
+        alpha, wide = levels_along(where, self.schedule, level, self._ends)
+        alpha, ratio = alpha.to(level), (wide / alpha).to(level)
         out = self.model(x / alpha.reshape(-1, *[1] * (x.dim() - 1)), ratio, **model_kwargs)
         if isinstance(out, Scores):
             return out
         check_tensor(where, "what model returns", out, like=x, shape=tuple(x.shape))
         return Scores(out, None)  # type: ignore[arg-type]
 
-    def _levels(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma / alpha, `()` or `(B,)` as sigma is."""
-        # On the CPU: where t is found by bisection these are hundreds of tiny operations.
-        wide = sigma.flatten().cpu().double() if sigma.dim() else sigma.cpu().double()
-        low, high = self._ends
-        slack = 1 + 2 * torch.finfo(sigma.dtype).eps  # the ends, rounded to the dtype of x
-        bad = (wide < low / slack) | (wide > high * slack)
-        rule = f"sigma must be in [{low:g}, {high:g}], the noise levels of the schedule"
-        got = f"{wide[bad].flatten()[0]:g}" if bool(bad.any()) else ""
-        check("AlongSchedule", not got, rule, got)
-        t = self.schedule.t_of_sigma(wide.clamp(low, high))
-        alpha, level = self.schedule.alpha(t), self.schedule.sigma(t)
-        return alpha.to(sigma), (level / alpha).to(sigma)
+
+def levels_along(
+    where: str, schedule: Schedule, sigma: Tensor, ends: tuple[float, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """alpha and sigma at the time that goes with sigma, in float64 on the CPU.
+
+    Args:
+        where: the public function.
+        schedule: a `Schedule`.
+        sigma: 0-d or one value a row, checked, in the dtype of x; it may be rounded to beyond the
+            ends of the schedule.
+        ends: sigma at t_min and at t_max, where they are known.
+
+    Returns:
+        Both () or (B,), as sigma is.
+
+    Raises:
+        ValueError: sigma is none of the schedule.
+    """
+    # On the CPU: where t is found by bisection these are hundreds of tiny operations.
+    wide = sigma.flatten().cpu().double() if sigma.dim() else sigma.cpu().double()
+    low, high = ends or (schedule.sigma(schedule.t_min), schedule.sigma(schedule.t_max))
+    slack = 1 + 2 * torch.finfo(sigma.dtype).eps  # the ends, rounded to the dtype of x
+    bad = (wide < low / slack) | (wide > high * slack)
+    rule = f"sigma must be in [{low:g}, {high:g}], the noise levels of the schedule"
+    got = f"{wide[bad].flatten()[0]:g}" if bool(bad.any()) else ""
+    check(where, not got, rule, got)
+    t = schedule.t_of_sigma(wide.clamp(low, high))
+    return schedule.alpha(t), schedule.sigma(t)

@@ -27,6 +27,7 @@ from .posterior import (
     posterior_mean,
     second_moment,
 )
+from .products import product_of_posteriors
 from .velocity import (
     hessian_from_velocity_jacobian,
     score_from_velocity,
@@ -51,6 +52,7 @@ __all__ = [
     "posterior_cumulants",
     "posterior_mean",
     "posterior_moments",
+    "product_of_posteriors",
     "psi_from_scores",
     "score_from_eps",
     "score_from_v",

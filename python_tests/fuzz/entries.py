@@ -779,6 +779,24 @@ SPECIAL: dict[str, dict[str, Make]] = {
     "diffusion.condition": MATRIX_AND_Y,
     "diffusion.condition_mean": MATRIX_AND_Y | {"max_iterations": lambda w: 50},
     "diffusion.guided": MATRIX_AND_Y | {"max_iterations": lambda w: 50},
+    "diffusion.composed": {
+        "observations": lambda w: w.rng.choice([{"label": torch.zeros(3, 2)}, ["label"]]),
+        "unconditional": World.model,
+        "widest": lambda w: w.rng.choice([None, 1.0]),
+    },
+    "diffusion.box_model": {
+        "low": lambda w: torch.zeros(w.dims, dtype=w.dtype),
+        "high": lambda w: torch.ones(w.dims, dtype=w.dtype),
+    },
+    "diffusion.gaussian_model": {
+        "mean": lambda w: w.randn(D),
+        "covariance": lambda w: w.rng.choice([torch.ones(D), torch.eye(D)]).to(w.dtype),
+    },
+    "tweedie.product_of_posteriors": {
+        "posteriors": lambda w: [w.posterior()] * 2,
+        "unconditional": World.posterior,
+        "widest": lambda w: 1.0,
+    },
     "diffusion.reverse_sde": RUN,
     "diffusion.probability_flow_ode": RUN,
     "diffusion.predictor_corrector": RUN,
