@@ -106,12 +106,12 @@ class CalibrationReport(Record):
             check_tensor(where, name, value, shape=(len(self.levels), 3), dtypes=FLOATING)
         ax = axes_of(where, ax)
         ax.plot([0, 1], [0, 1], color="grey", lw=0.8)
-        levels = self.levels.cpu().numpy()
+        levels = self.levels.detach().cpu().numpy()
         for name, marker, rows in (
             ("entries", "o", self.entries),
             ("ellipsoid", "s", self.ellipsoid),
         ):
-            share, low, high = rows.cpu().numpy().T
+            share, low, high = rows.detach().cpu().numpy().T
             ends = [(share - low).clip(0), (high - share).clip(0)]
             ax.errorbar(levels, share, ends, marker=marker, lw=1.2, capsize=2, label=name)
         ax.set(xlim=(0, 1), ylim=(0, 1))
