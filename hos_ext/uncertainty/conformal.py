@@ -163,14 +163,19 @@ def conformal(
     n = len(scores)
     # What floating point adds to a product that is whole, such as 10 x 0.9, must not count.
     place = math.ceil((n + 1) * level * (1 - 1e-12))
-    least = math.ceil(level / (1 - level) * (1 - 1e-12))
-    check(where, place <= n, f"x0 must have at least {least} samples for level {level:g}", n)
+    rule = f"x0 must have at least {least_rows(level)} samples for level {level:g}"
+    check(where, place <= n, rule, n)
     rule = "x0 - posterior.mean must be finite, and its size in standard deviations too"
     bad = int((~scores.reshape(n, -1).isfinite()).any(1).sum())
     check(where, bad == 0, rule, f"{bad} of {n} samples without")
     radius = scores.kthvalue(place, dim=0).values
     dims = tuple(posterior.mean.shape[1:])
     return Conformal(kind, level, share if kind == "share" else 1.0, n, dims, radius)
+
+
+def least_rows(level: float) -> int:
+    """The least number of samples that a region of a level can be made from."""
+    return math.ceil(level / (1 - level) * (1 - 1e-12))
 
 
 def _std(where: str, posterior: Posterior) -> Tensor:

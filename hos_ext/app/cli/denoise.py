@@ -10,8 +10,10 @@ import typer
 from ... import storage
 from ...checks import check, one_of
 from ...conditions import condition_rows
+from ...scores import Model
+from ...uncertainty.conformal import KINDS, Conformal, least_rows
 from .. import evaluation, results, runs
-from ..data import Pictures
+from ..data import Pictures, Source
 from ..options import OPTIONS
 from .common import (
     NOISE,
@@ -32,7 +34,7 @@ from .common import (
 from .conditions import Condition, chosen_class, class_name, given_labels, of_class
 from .errors import checking
 
-PICTURES = "Pictures"  # a panel of --help
+PICTURES, INTERVALS = "Pictures", "Intervals"  # panels of --help
 _COUNT = 4  # held-out samples by default
 
 
@@ -98,6 +100,22 @@ def denoise(
             rich_help_panel=PICTURES,
         ),
     ] = False,
+    interval: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability of intervals (low, high in denoise.npz) that are guaranteed for "
+            "samples like the validation rows, such as 0.9. Default: none.",
+            rich_help_panel=INTERVALS,
+        ),
+    ] = None,
+    interval_of: Annotated[
+        str,
+        typer.Option(
+            help="What they hold so often: entry, each entry by itself; share, at least 90 % of "
+            "the entries of a sample; simultaneous, all of them at once.",
+            rich_help_panel=INTERVALS,
+        ),
+    ] = "simultaneous",
     condition: Condition = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -122,6 +140,8 @@ def denoise(
     Pictures larger than those of the data set are denoised in tiles, without components.
     """
     given = {"--data": data, "--test-data": test_data, "--count": count}
+    if interval is not None:
+        given.pop("--data")  # whose validation rows make the intervals
     asked = {"alpha": alpha, "convert": convert, "bits": bits, "pages": pages}
     with checking():
         model, facts = runs.load_run(folder, device=device)
@@ -149,6 +169,7 @@ def denoise(
             amount = available("denoise", "--count", count, _COUNT, len(source.test))
             names = [f"held-out {i}{class_name(source, i)}" for i in range(amount)]
         tiled = bool(files) and isinstance(noisy, list)
+        _check_interval(interval, interval_of, tiled=tiled)
         if not tiled:
             _refuse_beside("samples of the size of the data set", {"--overlap": overlap})
         elif overlap is not None:
@@ -166,7 +187,12 @@ def denoise(
             f"{place}"
         )
         return
-    factor = facts["recalibration"]
+    factor, region = facts["recalibration"], None
+    if interval is not None:
+        with checking():
+            if files:
+                source = of_class("denoise", runs.open_data(facts, data), facts, condition)
+            region = _region(model, source, level, interval, interval_of, seed, factor)
     if files and isinstance(noisy, list):
         tile = facts["data"]["shape"][1:]
         found = [
@@ -192,12 +218,41 @@ def denoise(
             result = evaluation.denoise_held_out(
                 model, source, level, count=amount, seed=seed, recalibration=factor
             )
-        made = results.denoised(result, names, scaling, factor, stretch=stretch if files else None)
+        shown = stretch if files else None
+        made = results.denoised(result, names, scaling, factor, stretch=shown, region=region)
         what = _said(result, len(names))
     results.write(place, made)
     for name in set(written) - made.keys():  # of an earlier call, --force
         (place / name).unlink(missing_ok=True)
     console().print(f"sigma {level:g}: {what}; wrote {_listed(made)} to {place}")
+
+
+def _check_interval(interval: float | None, kind: str, *, tiled: bool) -> None:
+    """Refuses intervals that cannot be had."""
+    one_of("denoise", "--interval-of", kind, KINDS[:-1])
+    if interval is None:
+        return
+    check("denoise", 0 < interval < 1, "--interval must be in (0, 1)", interval)
+    rule = "--interval must be left out for pictures of other sizes than the data set's"
+    check("denoise", not tiled, rule, interval)
+
+
+def _region(
+    model: Model,
+    source: Source,
+    sigma: float,
+    level: float,
+    kind: str,
+    seed: int,
+    factor: float,
+) -> Conformal:
+    """The region whose intervals are guaranteed."""
+    many, least = len(source.validation), least_rows(level)
+    rule = f"--interval {level:g} must have at least {least} validation rows"
+    check("denoise", many >= least, rule, many)
+    return evaluation.region_of(
+        model, source, sigma, level=level, kind=kind, seed=seed, recalibration=factor
+    )
 
 
 def _refuse_beside(what: str, options: Mapping[str, Any]) -> None:

@@ -92,6 +92,9 @@ def evaluate(
         print(runs.json_text(report), end="")
     terminal = console(shown=not as_json)
     terminal.print(_table(report))
+    for row in report["levels"]:
+        if row["conformal"] is not None:
+            terminal.print(_regions(row))
     for row in report["accuracy"] or []:
         terminal.print(
             f"sigma {row['sigma']:g}: relative squared error of s1 {row['s1_relative']:.3g}, "
@@ -121,6 +124,18 @@ def _levels(facts: Mapping[str, Any], typed: str | None) -> list[float]:
     except ValueError:
         raise ValueError(f"evaluate: --sigma must be numbers with commas, got {typed}") from None
     return [noise_level("evaluate", facts, level) for level in dict.fromkeys(wanted)]
+
+
+def _regions(row: Mapping[str, Any]) -> str:
+    """How often regions of guaranteed coverage held the truth at one level."""
+    found = row["conformal"]
+    simultaneous, share = found["simultaneous"], found["share"]
+    return (
+        f"sigma {row['sigma']:g}: conformal regions at {found['level']:.0%} held all entries at "
+        f"once in {simultaneous['covered']:.1%} of the samples (Gaussian intervals "
+        f"{simultaneous['covered_gaussian']:.1%}), {share['covered']:.1%} had at least "
+        f"{found['least_share']:.0%} of their entries inside ({share['covered_gaussian']:.1%})"
+    )
 
 
 def _table(report: Mapping[str, Any]) -> Any:

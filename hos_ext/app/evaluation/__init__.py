@@ -12,6 +12,7 @@ from .denoising import Denoised, denoise, denoise_held_out, denoising_errors
 from .figures import evaluate
 from .one_step import check_one_step
 from .plain import plain_json
+from .regions import region_of
 from .tiles import Picture, denoise_tiled
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "noisy_held_out",
     "plain_json",
     "recalibrate",
+    "region_of",
     "run_chains",
 ]

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ...checks import check_count, check_number
 from ...scores import Model
+from ...uncertainty.conformal import Conformal
 from .. import data
 from .accuracy import accuracy
 from .calibration import COVERAGE_LEVELS, calibration_figures, component_sums, coverage
 from .denoising import Denoised, denoise_rows, denoising_errors
 from .plain import plain_json
+from .regions import region_figures, region_means, regions_of
 from .rows import HeldOut, held_out, noise_levels
 
 # Rows of which `evaluate` takes eigenvectors: 10 to 25 ms each from 784 to 3072 entries.
@@ -57,7 +59,11 @@ def evaluate(
             components    {"n", "share", "expected"}: of the first n rows, the share of the squared
                           error that lies along the leading eigenvectors of each covariance, and
                           the share that the eigenvalues give them.
-
+            conformal     regions of guaranteed coverage made from the validation rows, and how
+                          they do on these: {"level", "least_share", "rows" (of validation), for
+                          "share" and "simultaneous" {"covered", "half_width" and the same for
+                          Gaussian intervals, "..._gaussian"}}; see `uncertainty.conformal`. None
+                          where there are too few validation rows, and for that part itself.
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind; the part is empty.
     """
@@ -80,19 +86,31 @@ def evaluate(
             "n": n,
             "seed": seed,
             "recalibration": scale,
-            "levels": [_level(model, rows, sigma, scale) for sigma in levels],
+            "levels": [
+                _level(
+                    model,
+                    rows,
+                    sigma,
+                    scale,
+                    regions_of(model, source, sigma, scale, seed) if part == "test" else {},
+                )
+                for sigma in levels
+            ],
             "accuracy": exact,
         }
     )
     return report
 
 
-def _level(model: Model, rows: HeldOut, sigma: float, scale: float) -> dict[str, Any]:
+def _level(
+    model: Model, rows: HeldOut, sigma: float, scale: float, regions: dict[str, Conformal]
+) -> dict[str, Any]:
     """The figures of `evaluate` at one noise level: sums over the rows, chunk by chunk."""
     sums: dict[str, Tensor | float] = {}
     for chunk in rows.chunks():
         result = denoise_rows(model, chunk, sigma)
-        added = {name: len(chunk) * mean for name, mean in _means(result, scale).items()}
+        means = _means(result, scale) | region_means(result, regions, scale)
+        added = {name: len(chunk) * mean for name, mean in means.items()}
         spectra = min(len(chunk), _SPECTRA - chunk.first)
         if spectra > 0:
             added |= component_sums(result, spectra)
@@ -123,6 +141,7 @@ def _level(model: Model, rows: HeldOut, sigma: float, scale: float) -> dict[str,
             "share": torch.as_tensor(sums["along"] / sums["square"]).tolist(),
             "expected": torch.as_tensor(sums["values"] / sums["trace"]).tolist(),
         },
+        "conformal": region_figures(sums, regions, n),
     }
 
 

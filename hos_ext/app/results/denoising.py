@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...uncertainty.conformal import Conformal
 from .. import data, evaluation, plots
 from .files import npz, tiff
 from .pictures import png_files, png_names, png_note
@@ -32,8 +33,8 @@ first {components} principal components.
 |---|---|---|---|
 {table}
 
-- denoise.npz: noisy, mean, std, eigenvalues and eigenvectors in data units; raw_* in raw units,
-  float64.
+{intervals}- denoise.npz: noisy, mean, std, eigenvalues and eigenvectors in data units; raw_* in raw
+  units, float64.
 - denoise-mean.tiff, denoise-std.tiff, denoise-components.tiff (for images): float32, raw units, one
   page for each channel of each sample. A component is sqrt(eigenvalue) times its eigenvector;
   there are {components} for each sample. One is left out where float32 cannot hold it.
@@ -56,6 +57,7 @@ def denoised(
     recalibration: float,
     *,
     stretch: bool | None = None,
+    region: Conformal | None = None,
 ) -> dict[str, bytes]:
     """The files of a denoised batch, by name.
 
@@ -65,6 +67,7 @@ def denoised(
         scaling: of the data.
         recalibration: what their covariances were multiplied by, for the report.
         stretch: as in `png_files`; None for no .png of single samples.
+        region: whose intervals go into denoise.npz, for covariances recalibrated as these.
 
     Returns:
         The content of each of `denoise_files`; without the .tiff that float32 cannot hold to a
@@ -91,6 +94,10 @@ def denoised(
         arrays["raw_eigenvalues"] = values.cpu().double() * scale**2
     if result.x0 is not None:
         arrays["clean"] = result.x0
+    if region is not None:
+        low, high = region.interval(found)
+        arrays |= {"low": low, "high": high}
+        arrays |= {"raw_low": scaling.raw_mean(low), "raw_high": scaling.raw_mean(high)}
     pictures: dict[str, bytes] = {}
     if stretch is not None:
         pictures = png_files(names, list(found.mean), list(found.std), scaling, stretch=stretch)
@@ -102,6 +109,7 @@ def denoised(
         components=values.shape[1],
         table="\n".join(_table(result, names, values)),
         png=png_note(pictures, scaling.levels, stretch=bool(stretch)),
+        intervals="" if region is None else _intervals(result, region),
     )
     files = {
         "denoise.npz": npz(arrays),
@@ -118,6 +126,26 @@ def denoised(
         files |= _tiff("denoise-std.tiff", spread, spread)
         files |= _tiff("denoise-components.tiff", steps, steps.abs().amax())
     return files | pictures
+
+
+def _intervals(result: evaluation.Denoised, region: Conformal) -> str:
+    """What the intervals guarantee, and how wide they are."""
+    what = {
+        "entry": "each entry by itself",
+        "share": f"at least {region.share:.0%} of the entries of a sample",
+        "simultaneous": "all entries of a sample at once",
+    }[region.kind]
+    half = float((region.radius.to(result.posterior.std) * result.posterior.std).mean())
+    text = (
+        f"Intervals (low, high in denoise.npz): they hold {what} with probability {region.level:g} "
+        f"at least. That comes from {region.samples} validation rows under noise of this level, "
+        f"and is true of samples that are like these. Half an interval is {half:.4g} on average, "
+        "in data units."
+    )
+    if result.x0 is not None:
+        inside = region.covers(result.x0, result.posterior).double().mean()
+        text += f" Of the samples above, whose truth is known, {float(inside):.0%} were held."
+    return text + "\n\n"
 
 
 def _plain(values: Tensor) -> str:
