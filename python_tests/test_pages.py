@@ -91,6 +91,17 @@ def of_flow(_: Path) -> Names:
     return {"net": lambda x, t: 0.9 * x, "dims": (6,), "x0": torch.randn(16, 6)}
 
 
+def of_instruments(_: Path) -> Names:
+    """What every section begins with; a section imports what else it takes."""
+    score = hos_ext.MLP((8, 8), 2, width=16, head_width=8)
+    return {
+        "score_fn": lambda x: score(x, 0.5).unscaled(0.5).score,
+        "head": score,
+        "x": torch.randn(2, 8, 8),
+        "sigma": 0.5,
+    }
+
+
 def of_latents(folder: Path) -> Names:
     diffusers = pytest.importorskip("diffusers")
     vae = diffusers.AutoencoderKL(
@@ -168,6 +179,7 @@ MAKERS: Makers = {
     "conditions": of_conditions,
     "data": of_data,
     "flow": of_flow,
+    "instruments": of_instruments,
     "latents": of_latents,
     "models": of_models,
     "training": of_training,
