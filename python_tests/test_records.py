@@ -19,7 +19,7 @@ from hos_ext.sampling import (
     search_step_size,
 )
 from hos_ext.scores import DenseScores, MatrixFreeScores
-from hos_ext.uncertainty import DecodedPosterior, calibration_report
+from hos_ext.uncertainty import DecodedPosterior, calibration_report, conformal
 
 SIGN = torch.tensor([1.0, -1.0])
 
@@ -71,6 +71,9 @@ RECORDS = {
         values(8, 2, 3), values(8, 2, 3, seed=1), values(8, 2, 3, seed=2), None
     ),
     "CalibrationReport(8 x (6,), mahalanobis ": report,
+    "Conformal(simultaneous, level 0.5, 8 samples of (2, 3))": lambda: conformal(
+        values(8, 2, 3), a_posterior(), level=0.5
+    ),
 }
 
 

@@ -33,7 +33,9 @@ from ..linalg.dplr import DPLR
 from ..ops.noise import draw_normal
 from ..random import STREAM_REPORT, Key, seed_from
 from ..records import Record
-from ..tweedie.posterior import Posterior, check_posterior
+from ..tweedie.posterior import Posterior
+from .conformal import Conformal
+from .residuals import residual_of
 
 _BAND = 1.959964  # normal quantile of a two-sided 95%
 
@@ -59,6 +61,9 @@ class CalibrationReport(Record):
             the ends of a 95% confidence band. Shape (L, 3): share, low, high.
         ellipsoid: likewise the share of samples inside the ellipsoid e^T C^-1 e = the quantile of
             chi^2_D. Shape (L, 3).
+        regions: conformal regions that were asked for.
+        held: likewise the share of samples (for kind "entry" of entries) that each of them holds.
+            Shape (R, 3).
 
     `str(report)` is a table to print.
     """
@@ -76,6 +81,8 @@ class CalibrationReport(Record):
     levels: Tensor
     entries: Tensor
     ellipsoid: Tensor
+    regions: tuple[Conformal, ...]
+    held: Tensor
 
     def _summary(self) -> str:
         return (
@@ -136,6 +143,9 @@ class CalibrationReport(Record):
         for level, *shares in rows:
             cells = [f"{share:.3f} ({low:.3f} ... {high:.3f})" for share, low, high in shares]
             lines.append(f"{level:<16g} " + "  ".join(cells))
+        for region, (share, low, high) in zip(self.regions, self.held.tolist(), strict=True):
+            what = f"conformal {region.kind}, {region.level:g}"
+            lines.append(f"{what:<32} {share:.3f} ({low:.3f} ... {high:.3f})")
         return "\n".join(lines)
 
 
@@ -193,6 +203,7 @@ def calibration_report(
     *,
     directions: Tensor | None = None,
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
+    regions: Sequence[Conformal] = (),
     tau: float = 0.0,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -216,6 +227,8 @@ def calibration_report(
             leading eigenvectors of C itself z^2 reads low, and along the last ones high, even if
             C is right on average in every fixed direction: they are where its errors are largest.
         levels: nominal probabilities of the coverage curves, each in (0, 1).
+        regions: made by `conformal` on OTHER samples at the same noise level; the report says how
+            often each holds the truth here. tau has no part in it.
         tau: standard deviation of added noise, in units of the data, >= 0: the predictive check
             of `calibration`. Coverage draws that noise; everything else is its exact mean.
         seed: key of the noise that coverage draws at tau > 0.
@@ -252,6 +265,8 @@ def calibration_report(
     recalibration = _scale(where, residual, covariance, tau)
 
     distances = _distances(residual, covariance, tau) / size
+    regions = _conformal(where, regions)
+    held = [region.covers(x0, posterior).double().reshape(batch, -1) for region in regions]
     squares, expected = _sizes(residual, covariance, tau)
     ratio = squares.mean() / expected.mean()
     if directions is None:
@@ -280,6 +295,11 @@ def calibration_report(
         levels=nominal,
         entries=_coverage(interval, nominal),
         ellipsoid=_coverage(inside.unsqueeze(1), nominal),
+        regions=regions,
+        # Inside is 0 and outside 1: at or below one half.
+        held=torch.cat([_coverage(1 - h, nominal.new_tensor([0.5])) for h in held])
+        if held
+        else nominal.new_empty(0, 3),
     )
 
 
@@ -431,18 +451,6 @@ def _scale(where: str, residual: Tensor, covariance: DPLR, tau: float) -> float:
     return math.exp((low + high) / 2)
 
 
-def residual_of(where: str, x0: Tensor, posterior: Posterior, tau: float) -> Tensor:
-    """x0 - m in float64, flat (B, D), after checking the arguments."""
-    mean = check_kind(where, "posterior", posterior, Posterior).mean
-    check_posterior(where, posterior)
-    shape, because = tuple(mean.shape), " like posterior.mean"
-    check_tensor(where, "x0", x0, like=mean, shape=shape, because=because)
-    check(where, len(shape) > 1 and shape[0] > 0, "x0 must have shape (B, *dims), B >= 1", shape)
-    number = check_number(where, "tau", tau, positive=False)
-    check(where, number < 1e150, "tau must be below 1e150, whose square is finite", f"{number:g}")
-    return (x0 - mean).flatten(1).double()
-
-
 def _distances(residual: Tensor, covariance: DPLR, tau: float) -> Tensor:
     """e^T A e + tau^2 tr A with A = (C + tau^2 I)^-1. Shape (B,)."""
     shifted = covariance + tau**2
@@ -480,6 +488,12 @@ def _along(
     found = (residual.unsqueeze(1) @ v).squeeze(1).square()
     ratio: Tensor = (found + tau**2) / (variance + tau**2)
     return ratio
+
+
+def _conformal(where: str, regions: Sequence[Conformal]) -> tuple[Conformal, ...]:
+    many = isinstance(regions, (list, tuple))
+    check(where, many, "regions must be a list of Conformal", lambda: show(regions), TypeError)
+    return tuple(check_kind(where, "regions", region, Conformal) for region in regions)
 
 
 def _levels(where: str, levels: Sequence[float]) -> list[float]:

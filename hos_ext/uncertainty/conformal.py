@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checks import check, check_kind, check_number, one_of
 from ..records import Record
 from ..tweedie.posterior import Posterior, check_posterior
-from .calibration import residual_of
+from .residuals import residual_of
 
 KINDS = ("entry", "share", "simultaneous", "ellipsoid")
 

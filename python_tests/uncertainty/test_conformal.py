@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hos_ext import DPLR, Posterior, normal
-from hos_ext.uncertainty import Conformal, conformal
+from hos_ext.uncertainty import Conformal, calibration_report, conformal
 from hos_ext.uncertainty.conformal import KINDS
 
 F64 = torch.float64
@@ -158,3 +158,26 @@ def test_covariances_without_a_size_are_refused():
         region.interval(law)
     with pytest.raises(ValueError, match=r"^Conformal.covers: posterior must have dims \(3, 2\)"):
         region.covers(x0.flatten(1), Posterior(law.mean.flatten(1), law.covariance))
+
+
+def test_the_report_says_what_regions_hold():
+    x0, law = wrong(400)
+    kinds = ("entry", "share", "simultaneous")
+    regions = [conformal(x0[:99], law[:99], kind=kind, share=0.5) for kind in kinds]
+    new, its = x0[99:], law[99:]
+    report = calibration_report(new, its, regions=regions)
+    assert report.held.shape == (3, 3)
+    for region, (share, low, high) in zip(regions, report.held.tolist(), strict=True):
+        assert share == pytest.approx(float(region.covers(new, its).double().mean()))
+        assert low < share < high
+        assert f"conformal {region.kind}, 0.9" in str(report)
+    trials = len(new)  # of a whole sample: Wilson's band
+    share, low, high = report.held[2].tolist()
+    z = 1.959964
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    assert (low + high) / 2 == pytest.approx(centre, rel=1e-3)
+    assert calibration_report(new, its).held.shape == (0, 3)
+    with pytest.raises(TypeError, match=r"^calibration_report: regions must be a Conformal"):
+        calibration_report(new, its, regions=["entry"])
+    with pytest.raises(TypeError, match=r"regions must be a list of Conformal, got"):
+        calibration_report(new, its, regions=regions[0])
