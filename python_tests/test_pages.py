@@ -97,7 +97,9 @@ def of_instruments(_: Path) -> Names:
     return {
         "score_fn": lambda x: score(x, 0.5).unscaled(0.5).score,
         "head": score,
+        "model": hos_ext.MLP((8, 8), 2, num_classes=10),
         "x": torch.randn(2, 8, 8),
+        "label": torch.tensor([3, 1]),
         "sigma": 0.5,
     }
 
