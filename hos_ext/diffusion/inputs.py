@@ -60,7 +60,7 @@ class CorrectorOptions(ReverseOptions, StepOptions, total=False):
     Attributes:
         n_steps, times, first, chunk_size, model_kwargs: see `GridOptions`.
         seed, generator, offset: see `ReverseOptions`.
-        curvature, tolerance, max_iterations: see `StepOptions`.
+        curvature, tolerance, max_iterations, rule: see `StepOptions`.
     """
 
 

@@ -294,7 +294,7 @@ def predictor_corrector(
         corrector_step_size: h of `sample` in units of sigma(t)^2, > 0.
         covariance_form: of the predictor "second_order".
         options: see `ReverseOptions`, and for the corrector `StepOptions`: curvature, tolerance,
-            max_iterations.
+            max_iterations, rule.
 
     Returns:
         x at the last time, as init.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
@@ -26,7 +27,7 @@ from hos_ext.diffusion import (
     tweedie_denoise,
 )
 from hos_ext.linalg import dplr
-from hos_ext.sampling import method_names
+from hos_ext.sampling import BoundWarning, SmoothBound, TwoCoin, method_names
 from hos_ext.sampling.chains import sample
 from hos_ext.schedules import (
     EDM,
@@ -491,6 +492,37 @@ def test_annealed_chains_go_on_with_their_noise():
             torch.testing.assert_close(chains.draws[:, step - 3], x, rtol=1e-12, atol=1e-12)
     split = annealed_langevin(model, init[2:], sigmas, n_steps=3, seed=2, first_chain=8)
     assert torch.equal(split.draws, chains.draws[2:])
+
+
+def test_correctors_and_annealed_chains_take_a_rule():
+    schedule, calls = VP(), []
+
+    def model(x: Tensor, sigma: Tensor) -> Scores:
+        calls.append(len(x))
+        return exact_model(MIXTURE, schedule)(x, sigma)
+
+    x = prior((6, D), schedule, seed=0, dtype=F64)
+    options = {"n_steps": 2, "corrector": "mala", "corrector_steps": 2, "seed": 1}
+    counts, ends = [], []
+    for rule in ("trapezoid", "simpson", "lobatto-3"):
+        ends.append(predictor_corrector(model, x, schedule, rule=rule, **options))
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[1] - counts[0] == 2 * 2
+    assert counts[2] - counts[0] == 2 * 2 * 3
+    assert bool(torch.stack(ends).isfinite().all())
+    coins = TwoCoin(SmoothBound(third=1.0), nodes=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BoundWarning)  # the bound is a guess
+        chains = annealed_langevin(
+            model, x, [0.9, 0.5], n_steps=3, method="mala", rule=coins, seed=0
+        )
+    assert chains.stats["rule"] == "two_coin"
+    assert chains.stats["n_score_evaluations"] >= 2 + 6 * 4
+    for wrong in ({"corrector": "langevin"}, {}):
+        rule = "rule must be 'trapezoid' for the unadjusted 'langevin', got simpson"
+        with pytest.raises(ValueError, match=f"^predictor_corrector: {rule}"):
+            predictor_corrector(model, x, schedule, n_steps=2, rule="simpson", **wrong)
 
 
 def test_score_alone_suffices_where_only_the_score_is_used():

@@ -91,9 +91,9 @@ class TwoCoin:
         ValueError: nodes or max_tosses is out of range.
 
     References:
-        Barker 1965; Goncalves, Latuszynski & Roberts 2017, arXiv:1707.00332 (two coins); Vats,
-        Goncalves, Latuszynski & Roberts 2022, doi:10.1093/biomet/asab031 (stopping exactly);
-        Lam et al. 2026, arXiv:2605.09654 (for scores).
+        Barker 1965; Goncalves, Latuszynski & Roberts 2017 (two coins); Vats, Goncalves, Latuszynski
+        & Roberts 2022, arXiv:2004.07471 (tests that may stop); Lam et al. 2026, arXiv:2605.09654
+        (for scores).
 
     Example:
         >>> import torch
