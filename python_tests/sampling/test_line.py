@@ -339,6 +339,18 @@ def test_a_score_beyond_the_bound_is_counted_and_said():
         )  # fmt: skip
 
 
+def test_a_point_beyond_its_bound_is_counted_beyond_rounding_alone():
+    no = torch.zeros(4, dtype=torch.bool)
+    found = Tosses.none(no.clone(), no.clone())
+    g = torch.tensor([0.9, -1.1, 3.0, 1.1], dtype=F64)
+    rounding = torch.tensor([0.0, 0.0, 0.0, 0.2], dtype=F64)
+    for _ in range(2):
+        found.note(torch.tensor([True, True, False, True]), g, torch.ones(4, dtype=F64), rounding)
+    assert found.exceeded.tolist() == [0, 2, 0, 0]
+    assert found.evaluations.tolist() == [2, 2, 0, 2]
+    torch.testing.assert_close(found.used, torch.tensor([0.9, 1.1, 0.0, 0.9], dtype=F64))
+
+
 def test_a_nan_between_the_ends_is_a_divergence():
     def score_fn(x: Tensor) -> Tensor:
         return torch.where((x > 0.4) & (x < 0.6), math.nan, -x)
