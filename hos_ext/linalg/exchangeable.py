@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .hutchinson import Estimate
+from .hutchinson import Estimate, mean
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -50,7 +50,7 @@ def diagonal(product: Product, transposed: Product, probes: Tensor) -> Estimate:
     shared = (basis * rows).sum(-1, keepdim=True) - (basis @ lacking) * (rows @ lacking)
     inner = rows.mT @ probes  # Q^T A w
     rest = images - basis @ _without(lacking, inner)
-    return _mean(shared + probes * rest)
+    return mean(iter([shared + probes * rest]))
 
 
 def trace(product: Product, probes: Tensor) -> Estimate:
@@ -82,7 +82,7 @@ def trace(product: Product, probes: Tensor) -> Estimate:
     known = whole - (lacking * (inner @ lacking)).sum(1)
     seen = _without(lacking, basis.mT @ probes)
     left = probes - basis @ seen
-    return _mean(known + (left * (images - moved @ seen)).sum(1))
+    return mean(iter([known + (left * (images - moved @ seen)).sum(1)]))
 
 
 def _bases(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,9 +102,3 @@ def _bases(images: Tensor) -> tuple[Tensor, Tensor]:
 def _without(lacking: Tensor, columns: Tensor) -> Tensor:
     """(I - s_i s_i^T) of the i-th column. Shape (B, k, k)."""
     return columns - lacking * (lacking * columns).sum(1, keepdim=True)
-
-
-def _mean(terms: Tensor) -> Estimate:
-    """Over the last axis."""
-    count = terms.shape[-1]
-    return Estimate(terms.mean(-1), terms.std(-1) / count**0.5)

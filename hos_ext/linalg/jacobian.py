@@ -254,7 +254,8 @@ class ScoreHessian:
         probing with random signs: for images, whose dims say which entries are near. On the 8 x 8
         digits of `examples/any_denoiser.py` its error is half that of "signs" at 16 products; for a
         vector whose entries have no order it gains nothing. "exchangeable" is XDiag. Its n / 2
-        products with A^T are vjps. docs/instruments.md compares them.
+        products with A^T are vjps. To it a multiple of I is no low rank: where that is known, take
+        it off by `+` first. docs/instruments.md compares them.
 
         Args:
             n_probes: products to spend, >= 2; >= 3 for "lattice", >= 4 and even for "exchangeable".

@@ -264,6 +264,27 @@ def test_estimates_of_every_kind_repeat_and_do_not_depend_on_chunks_or_batch(nam
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_none_and_float32_are_answered_in_kind(kind):
+    for rows, dtype in ((0, F64), (2, torch.float32)):
+        x = noise(rows, 3, 4).to(dtype)
+        # What each kind finds without an error: a diagonal, or rank 1.
+        flat = (
+            torch.ones(12, 12, dtype=dtype) if kind == "exchangeable" else torch.eye(12).to(dtype)
+        )
+        found = ScoreHessian(
+            lambda x, flat=flat: -2 * (x.flatten(1) @ flat).reshape(x.shape), x, check=False
+        )
+        for estimate, shape in (
+            (found.estimate_diagonal(6, probes=kind, seed=0), (rows, 12)),
+            (found.estimate_trace(6, probes=kind, seed=0), (rows,)),
+        ):
+            assert estimate.value.shape == estimate.standard_error.shape == shape
+            assert estimate.value.dtype == estimate.standard_error.dtype == dtype
+            each = -2.0 if len(shape) == 2 else -24.0
+            assert torch.allclose(estimate.value, torch.full(shape, each, dtype=dtype), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_taken_off_leaves_the_estimate_of_the_rest(kind):
     taken = DPLR(noise(4, 12, seed=1), noise(4, 12, 2, seed=2))
     one = hessian()
