@@ -662,6 +662,7 @@ SELF: dict[str, Make] = {
     "CalibrationReport": lambda w: hos_ext.uncertainty.calibration_report(
         w.batch(), World.posterior(w), tau=0.5, levels=[0.5]
     ),
+    "Conformal": lambda w: hos_ext.uncertainty.conformal(w.batch(), World.posterior(w), level=0.5),
     "DiffusersScore": lambda w: integrations.DiffusersScore(_Network(), _scheduler(w)),
     "ModelScore": lambda w: nn.ModelScore(_Network(), schedules.VP(), "eps"),
     "AlongSchedule": lambda w: diffusion.AlongSchedule(standard_model, schedules.Rectified()),
@@ -808,6 +809,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
         "reference": lambda w: w.randn(12, 2),
         "limit": lambda w: 10,
     },
+    "uncertainty.conformal": {"kind": lambda w: "entry", "level": lambda w: 0.5},
     "uncertainty.outlier_score": {"kind": lambda w: "laplacian"},
     "densities.ProductLogisticMixture": {
         "weights": lambda w: torch.full((D, 2), 0.5, dtype=w.dtype),
@@ -844,6 +846,7 @@ ALWAYS |= {f"tweedie.{n}": {"alpha", "alpha_slope", "sigma_slope"} for n in VELO
 NETS = ("MLP", "UNet", "UNet3d", "SecondOrderHead")
 LAWS = ("Gaussian", "GaussianMixture", "JointLogisticMixture", "ProductLogisticMixture")
 PATHS = ("VE", "VP", "EDM", "SubVP", "CosineVP", "DiscreteVP", "Rectified", "Interpolant")
+ALWAYS |= {"uncertainty.conformal": {"level"}}
 # They draw by a seed or by a generator, and one is always given.
 ALWAYS |= {f"densities.{n}.sample": {"seed"} for n in LAWS}
 ALWAYS |= {f"schedules.{n}.sample_t": {"seed"} for n in PATHS}
