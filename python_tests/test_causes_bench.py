@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.instruments import causes
+from bench.instruments import causes, causes_large
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
@@ -54,3 +54,15 @@ def test_the_measurement_of_orders_runs_in_small():
     assert set(found["total_errors"]) == names
     for row in found["rows"]:
         assert 0 <= row["errors"] <= row["edges"]
+
+
+@pytest.mark.slow
+def test_the_measurement_of_many_causes_runs_in_small():
+    found = causes_large.run(quick=True)
+    assert [row["by"] for row in found["rows"]] == [
+        "chance",
+        "head, masks",
+        "head, trained on",
+        "DiffAN",
+    ]
+    assert all(0 <= row["errors"] <= found["edges"] for row in found["rows"])

@@ -136,8 +136,21 @@ def score_order(x: Tensor) -> Tensor:
     return torch.tensor(leaves[::-1])
 
 
-def network_order(x0: Tensor, head: bool, first: int, more: int, width: int, seed: int) -> Tensor:
-    """By a network, its head or its Jacobian, trained on or masked. Causes first."""
+def network_order(
+    x0: Tensor,
+    head: bool,
+    first: int,
+    more: int,
+    width: int,
+    seed: int,
+    *,
+    every: int = 1,
+    rows: int = 1000,
+) -> Tensor:
+    """By a network, its head or its Jacobian, trained on or masked. Causes first.
+
+    `more` steps of training follow each removal of `every` leaves. Variances are over `rows`.
+    """
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     size = x0.shape[1]
@@ -145,9 +158,10 @@ def network_order(x0: Tensor, head: bool, first: int, more: int, width: int, see
     learn(model, x0, head, first, 2e-3, draw)
     masked, left, leaves = x0.clone(), torch.ones(size, dtype=torch.bool), []
     for step in range(size - 1):
-        if step and more:
+        if step and more and step % every == 0:
             learn(model, masked, head, more, 1e-3, draw)
-        x = masked[:1000] + SIGMA * torch.randn(min(1000, len(x0)), size, generator=draw)
+        seen = masked[:rows]
+        x = seen + SIGMA * torch.randn(seen.shape, generator=draw)
         variance = network_diagonal(model, x, head).var(0)
         leaves.append(int(variance.where(left, torch.inf).argmin()))
         left[leaves[-1]] = False

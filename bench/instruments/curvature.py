@@ -27,7 +27,10 @@ SAMPLES, COPIES = 40, 30  # noisy samples for each label; copies of a memorised 
 
 def run(quick: bool = False) -> dict[str, Any]:
     """The table, in the mean over networks. A full run takes about two CPU minutes."""
-    settings = {"steps": 20 if quick else 1500, "seeds": [0] if quick else [0, 1, 2]}
+    settings: dict[str, Any] = {
+        "steps": 20 if quick else 1500,
+        "seeds": [0] if quick else [0, 1, 2],
+    }
     tables = []
     for seed in settings["seeds"]:
         model, pictures = learned(settings["steps"], seed)
@@ -52,7 +55,12 @@ def learned(steps: int, seed: int) -> tuple[Model, Tensor]:
     x0 = torch.cat([digits, held_out[:10].repeat_interleave(COPIES, 0)])
     alone = (10 + torch.arange(10)).repeat_interleave(COPIES)
     labels = torch.cat([source.batch_labels(0, 1200, seed=seed), alone])
-    options = {"width": 384, "head_width": 192, "head_depth": 2, "sigma_data": source.std}
+    options: dict[str, Any] = {
+        "width": 384,
+        "head_width": 192,
+        "head_depth": 2,
+        "sigma_data": source.std,
+    }
     model = MLP(source.shape, 8, num_classes=20, **options)
     chosen = training.TrainingOptions(
         steps=steps, sigma_range=(0.08, 4.0), condition_dropout=0.1, device="cpu"
