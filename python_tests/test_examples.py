@@ -218,3 +218,11 @@ def test_rules_for_the_line_integral_leave_the_bias_that_is_promised():
     assert list(rows) == ["simpson", "lobatto-2", "lobatto-3", "two coins", "the density itself"]
     assert all(abs(float(error)) < 3.5 for error in rows.values())
     assert "0 scores beyond the bound" in printed
+
+
+def test_causes_come_before_their_effects():
+    printed = run("causal_order.py", "--quick")
+    edges = int(re.search(r"12 variables, (\d+) edges", printed)[1])
+    chance, ours = (int(n) for n in re.findall(r"edges turned by .*: (\d+)", printed))
+    assert ours < 0.2 * edges
+    assert ours < chance

@@ -10,6 +10,7 @@ from .calibration import (
 from .conformal import Conformal, conformal
 from .decoding import DecodedPosterior, decode_posterior
 from .from_score import posterior_from_score, posterior_from_velocity
+from .ordering import leaf_order
 from .outliers import auroc, outlier_score
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "calibration_report",
     "conformal",
     "decode_posterior",
+    "leaf_order",
     "outlier_score",
     "posterior_from_score",
     "posterior_from_velocity",

@@ -810,6 +810,12 @@ SPECIAL: dict[str, dict[str, Make]] = {
         "limit": lambda w: 10,
     },
     "uncertainty.conformal": {"kind": lambda w: "entry", "level": lambda w: 0.5},
+    "uncertainty.leaf_order": {
+        "model": lambda w: lambda x, sigma: Scores(x, x.sin()),
+        "x0": lambda w: w.randn(8, D),
+        "sigma": lambda w: 0.3,
+        "rows": lambda w: 5,
+    },
     "uncertainty.outlier_score": {"kind": lambda w: "laplacian"},
     "densities.ProductLogisticMixture": {
         "weights": lambda w: torch.full((D, 2), 0.5, dtype=w.dtype),
