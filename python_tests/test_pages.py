@@ -48,16 +48,12 @@ def of_chains(_: Path) -> Names:
 
 
 def of_conditions(_: Path) -> Names:
-    from hos_ext.diffusion import log_likelihood, second_order_reverse
-    from hos_ext.uncertainty import posterior_from_score
-
     model = hos_ext.MLP((5,), 2, num_classes=10)
 
     def other(x: torch.Tensor, sigma: Any, text: torch.Tensor) -> Any:
         return model(x, sigma)
 
     return {
-        "torch": torch,
         "model": model,
         "x0": torch.randn(3, 5),
         "x": torch.randn(3, 5),
@@ -66,11 +62,6 @@ def of_conditions(_: Path) -> Names:
         "sigma": 0.5,
         "schedule": hos_ext.VE(0.1, 1.0),
         "score_fn": lambda x, label: -x / (1 + label.reshape(-1, 1)),
-        "score_matching_loss": hos_ext.score_matching_loss,
-        "second_order_reverse": second_order_reverse,
-        "log_likelihood": log_likelihood,
-        "sample": hos_ext.sample,
-        "posterior_from_score": posterior_from_score,
         "other": other,
         "embedding_of_nothing": torch.zeros(1, 4),
     }

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hos_ext import DPLR, MLP, Posterior, Scores, posterior, sample
+from hos_ext.diffusion import PosteriorMixture
 from hos_ext.linalg import Estimate, Spectrum, eigenpairs, lanczos, matrix_rows
 from hos_ext.linalg.spectrum import dense_spectrum, spectrum_apply
 from hos_ext.records import Record, RowRecord
@@ -71,6 +72,7 @@ RECORDS = {
         values(8, 2, 3), values(8, 2, 3, seed=1), values(8, 2, 3, seed=2), None
     ),
     "CalibrationReport(8 x (6,), mahalanobis ": report,
+    "PosteriorMixture(2 x 4 x (2, 3), rank 2)": lambda: PosteriorMixture(a_posterior(), 4),
     "Conformal(simultaneous, level 0.5, 8 samples of (2, 3))": lambda: conformal(
         values(8, 2, 3), a_posterior(), level=0.5
     ),

@@ -8,6 +8,7 @@ from .generate import GENERATE_METHODS, generate
 from .guidance import condition, condition_mean, guided
 from .inputs import GridOptions, ReverseOptions
 from .likelihood import log_likelihood
+from .mixture import PosteriorMixture, posterior_mixture
 from .reverse import (
     predictor_corrector,
     prior,
@@ -21,6 +22,7 @@ __all__ = [
     "GENERATE_METHODS",
     "AlongSchedule",
     "GridOptions",
+    "PosteriorMixture",
     "ReverseOptions",
     "annealed_langevin",
     "box_model",
@@ -31,6 +33,7 @@ __all__ = [
     "generate",
     "guided",
     "log_likelihood",
+    "posterior_mixture",
     "predictor_corrector",
     "prior",
     "probability_flow_ode",

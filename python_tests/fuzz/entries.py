@@ -662,6 +662,7 @@ SELF: dict[str, Make] = {
     "CalibrationReport": lambda w: hos_ext.uncertainty.calibration_report(
         w.batch(), World.posterior(w), tau=0.5, levels=[0.5]
     ),
+    "PosteriorMixture": lambda w: diffusion.PosteriorMixture(World.posterior(w), 1),
     "Conformal": lambda w: hos_ext.uncertainty.conformal(w.batch(), World.posterior(w), level=0.5),
     "DiffusersScore": lambda w: integrations.DiffusersScore(_Network(), _scheduler(w)),
     "ModelScore": lambda w: nn.ModelScore(_Network(), schedules.VP(), "eps"),
@@ -809,6 +810,7 @@ SPECIAL: dict[str, dict[str, Make]] = {
         "reference": lambda w: w.randn(12, 2),
         "limit": lambda w: 10,
     },
+    "diffusion.posterior_mixture": INT_SEED | {"sigma": lambda w: 0.7, "middle": lambda w: 0.3},
     "uncertainty.conformal": {"kind": lambda w: "entry", "level": lambda w: 0.5},
     "uncertainty.leaf_order": {
         "model": lambda w: lambda x, sigma: Scores(x, x.sin()),
