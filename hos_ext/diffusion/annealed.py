@@ -79,6 +79,8 @@ def annealed_langevin(
     """
     where = "annealed_langevin"
     check_samples(where, "init", init)
+    rule = "init must have shape (chain, *dims) with at least one entry in a chain"
+    check(where, init.shape[1:].numel(), rule, lambda: tuple(init.shape))
     check_callable(where, "model", model)
     levels = descending(where, "sigmas", sigmas, 1)
     check(where, levels[-1] > 0, "sigmas must be positive", levels[-1])

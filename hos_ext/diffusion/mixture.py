@@ -19,14 +19,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check, check_callable, check_count, check_number, check_samples, check_tensor
+from ..checks import (
+    check,
+    check_callable,
+    check_count,
+    check_kind,
+    check_number,
+    check_samples,
+    check_tensor,
+)
 from ..conditions import Conditions, check_conditions, condition_rows
 from ..linalg.dplr import DPLR
 from ..random import seed_from
 from ..records import Record
 from ..schedules import VE
 from ..scores import Model, model_scores
-from ..tweedie.posterior import Posterior, posterior
+from ..tweedie.posterior import Posterior, check_posterior, posterior
 from .inputs import noise_key
 from .reverse import second_order_reverse
 
@@ -49,22 +57,33 @@ class PosteriorMixture(Record):
         return f"{len(self)} x {self.count} x {tuple(mean.shape[1:])}, rank {rank}"
 
     def __len__(self) -> int:
-        return len(self.components.mean) // self.count
+        return len(self._checked("PosteriorMixture.len").components.mean) // self.count
+
+    def _checked(self, where: str) -> PosteriorMixture:
+        """The two fields fit each other still: anyone may change them."""
+        check_kind(where, "components", self.components, Posterior)
+        check_posterior(where, self.components, "components.")
+        count, rows = check_count(where, "count", self.count), len(self.components.mean)
+        check(where, rows % count == 0, f"components must be {count} for each sample", rows)
+        return self
 
     @property
     def mean(self) -> Tensor:
         """Of the mixture, shape (B, *dims). Units of the data."""
+        self._checked("PosteriorMixture.mean")
         return self._apart(self.components.mean).mean(1)
 
     @property
     def std(self) -> Tensor:
         """Of each entry of the mixture, shape (B, *dims): within components and between them."""
+        self._checked("PosteriorMixture.std")
         within = self.components.covariance.diagonal().reshape(self.components.mean.shape)
         means = self._apart(self.components.mean)
         return (self._apart(within).mean(1) + means.var(1, correction=0)).sqrt()
 
     def gaussian(self) -> Posterior:
         """The Gaussian with mean and covariance of the mixture; its rank is K (r + 1)."""
+        self._checked("PosteriorMixture.gaussian")
         covariance, k = self.components.covariance, self.count
         mean, means = self.mean, self._apart(self.components.mean)
         between = (means - mean.unsqueeze(1)).flatten(2).mT / math.sqrt(k)
@@ -84,7 +103,8 @@ class PosteriorMixture(Record):
             ValueError: x0 does not fit; a component whose covariance is not positive definite.
             TypeError: x0 is no tensor.
         """
-        where, mean = "PosteriorMixture.log_prob", self.components.mean
+        where = "PosteriorMixture.log_prob"
+        mean = self._checked(where).components.mean
         check_tensor(where, "x0", x0, like=mean, shape=(len(self), *mean.shape[1:]))
         each = self.components.log_prob(x0.repeat_interleave(self.count, 0))
         return each.reshape(-1, self.count).logsumexp(1) - math.log(self.count)
@@ -103,7 +123,8 @@ class PosteriorMixture(Record):
         Shape (n, B, *dims); arguments as `Posterior.sample`. Components are exchangeable, so each
         draw has the law of the mixture; K in a row are surer of its mean than independent ones.
         """
-        where, mean = "PosteriorMixture.sample", self.components.mean
+        where = "PosteriorMixture.sample"
+        mean = self._checked(where).components.mean
         n = check_count(where, "n", n)
         draws = self.components.sample(
             math.ceil(n / self.count),
@@ -149,7 +170,7 @@ def posterior_mixture(
             with alpha, give x / alpha and sigma / alpha.
         x: noisy samples. Shape (B, *dims), float32 or float64. Data units.
         sigma: noise level of all of them, > 0. Data units.
-        middle: noise level of the components, in (0, sigma); None is sigma / 2. Data units.
+        middle: noise level of the components, in (0, sigma); None is sigma / 4. Data units.
         n_components: K.
         n_steps: steps from sigma to middle.
         seed: key of the noise. None draws one from torch's default generator.
@@ -186,7 +207,7 @@ def posterior_mixture(
     check_callable(where, "model", model)
     check_samples(where, "x", x)
     sigma = check_number(where, "sigma", sigma)
-    middle = sigma / 2 if middle is None else check_number(where, "middle", middle)
+    middle = sigma / 4 if middle is None else check_number(where, "middle", middle)
     check(where, middle < sigma, f"middle must be below sigma, {sigma:g}", middle)
     count = check_count(where, "n_components", n_components)
     steps = check_count(where, "n_steps", n_steps)

@@ -161,6 +161,7 @@ class DPLR:
             TypeError, ValueError: device is no device, dtype is not float32 or float64.
         """
         place, kind = place_of("DPLR.to", device, dtype, WIDE)
+        check_whole("DPLR.to", "self", self)
         diag, factor = self.diag.to(place, kind), self.factor.to(place, kind)
         return DPLR.of(diag, factor, None if self.sign is None else self.sign.to(place))
 
