@@ -90,6 +90,7 @@ def of_instruments(_: Path) -> Names:
         "head": score,
         "model": hos_ext.MLP((8, 8), 2, num_classes=10),
         "x": torch.randn(2, 8, 8),
+        "x0": torch.randn(2, 8, 8),
         "label": torch.tensor([3, 1]),
         "sigma": 0.5,
     }
