@@ -73,8 +73,8 @@ class TwoCoin:
 
     A score beyond the bound is an event that is counted, and the run says so by a `BoundWarning`:
     its law is then no longer exact. "bound_used" is the largest |f - chord| over the bound. Take it
-    from a short run to set the bound of a learned model, with a margin: C times "bound_used" was
-    enough there.
+    from a short run to set the bound of a learned model, with a margin of a few times: C times
+    "bound_used" was enough there, and that is no proof.
 
     All chains that run together are evaluated together, until the last one has decided.
 
