@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,15 +216,15 @@ def posterior_mixture(
     key = noise_key(where, (len(x),), seed_from(where, seed, generator), first=first)
     rows = torch.arange(len(x), device=x.device).repeat_interleave(count)
     told, path = condition_rows(conditions, rows), VE(middle, sigma)
+    place: dict[str, Any] = {"seed": key.seed, "first": key.first * count}
     near = second_order_reverse(
         model,
         x.index_select(0, rows),
         path,
         n_steps=steps,
-        seed=key.seed,
-        first=key.first * count,
         chunk_size=chunk_size,
         model_kwargs=told,
+        **place,
     )
     chunk = max(len(near), 1)
     if chunk_size is not None:

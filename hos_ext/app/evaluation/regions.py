@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,12 +115,14 @@ def region_means(
     return found
 
 
-def region_figures(sums: dict[str, Tensor], regions: dict[str, Conformal], n: int) -> object:
+def region_figures(
+    sums: Mapping[str, Any], regions: Mapping[str, Conformal], n: int
+) -> dict[str, Any] | None:
     """What `evaluate` says of the regions at one noise level; None where there are none."""
     if not regions:
         return None
     names = ("covered", "half_width", "covered_gaussian", "half_width_gaussian")
-    figures: dict[str, object] = {
+    figures = {
         kind: dict(zip(names, (sums[f"region_{kind}"] / n).tolist(), strict=True))
         for kind in regions
     }
