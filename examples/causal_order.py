@@ -7,6 +7,10 @@ on. Prints how many edges the order turns round.
 Run: python examples/causal_order.py
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep
+
 import argparse
 import math
 import time

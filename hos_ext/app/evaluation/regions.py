@@ -65,12 +65,15 @@ def regions_of(
     model: Model, source: data.Source, sigma: float, scale: float, seed: int
 ) -> dict[str, Conformal]:
     """Those of `KINDS` that `evaluate` reports; none where the validation rows are too few, or
-    have a variance that is not positive."""
+    have a variance that is not positive, or means that are not finite."""
     if len(source.validation) < least_rows(LEVEL):
         return {}
     rows = held_out("evaluate", source, "validation", seed).up_to(ROWS)
     result = denoise_rows(model, rows, sigma, scale)
-    if not bool((result.posterior.covariance.diagonal() > 0).all()):
+    variance = result.posterior.covariance.diagonal()
+    if not bool(
+        (variance > 0).all() and (variance + result.posterior.mean.flatten(1)).isfinite().all()
+    ):
         return {}
     return {kind: _region(result, LEVEL, kind) for kind in KINDS}
 
