@@ -1089,7 +1089,7 @@ def test_bad_values_are_refused(call, message):
             lambda: annealed_langevin(rowwise, X, [1.0], n_steps=1, burn_in=3),
             (
                 "annealed_langevin: options must be among curvature, tolerance, max_iterations, "
-                "got 'burn_in'"
+                "rule, got 'burn_in'"
             ),
         ),
         (
@@ -1117,7 +1117,7 @@ def test_bad_values_are_refused(call, message):
             lambda: predictor_corrector(rowwise, X, VP(), n_steps=1, log_prob=len),
             (
                 "predictor_corrector: options must be among curvature, tolerance, max_iterations, "
-                "got 'log_prob'"
+                "rule, got 'log_prob'"
             ),
         ),
         (

@@ -69,7 +69,7 @@ def _well_bound(x, there):
 
 def _coins(run):
     rule = TwoCoin(_well_bound)
-    return run(_well, _init(), **OPTIONS | {"step_size": 0.05}, method="mala", rule=rule)
+    return run(_well, _init(), **OPTIONS | {"step_size": 0.2}, method="mala", rule=rule)
 
 
 def _case(method, run, **more):
