@@ -100,14 +100,18 @@ def composed(
     def product(x: Tensor, sigma: Tensor | float, /, **model_kwargs: Any) -> Scores:
         check_samples(_WHERE, "x", x)
         others = check_conditions(_WHERE, model_kwargs, len(x))
-        own = {name: _set_of(name, others.pop(name, None), x) for name in names}
-        count = n or len(next(iter(own.values()))) // max(len(x), 1)
-        fits = all(len(each) == count * len(x) for each in own.values())
-        check(_WHERE, fits, "observations must be as many for each name", sorted(own))
-        each_sample = {} if names else {k: _each(v, len(x)) for k, v in shared.items()}
+        twice = sorted(shared.keys() & others.keys())
+        check(_WHERE, not twice, "model_kwargs must have other names than observations", twice)
+        sets = {name: _set_of(name, others.pop(name, None), x) for name in names}
+        numbers = {name: value.shape[1] for name, value in sets.items()}
+        count = n or next(iter(numbers.values()))
+        fits = len(set(numbers.values())) < 2
+        check(_WHERE, fits, "observations must be as many for each name", numbers)
+        own = {k: v.transpose(0, 1).flatten(0, 1) for k, v in sets.items()}
+        own |= {k: v.repeat_interleave(len(x), 0) for k, v in shared.items()}
         rows = torch.cat([x] * count)
         level = sigma.repeat(count) if isinstance(sigma, Tensor) and sigma.dim() else sigma
-        conditions = repeat_conditions(others, count) | own | each_sample
+        conditions = repeat_conditions(others, count) | own
         scores = model_scores(_WHERE, model, rows, level, conditions)
         if count == 1:
             return scores
@@ -121,11 +125,8 @@ def _product(scores: Scores, base: Scores, n: int, widest: float | None) -> Scor
     """Of n B rows, one observation behind the other, and of the B rows without."""
     like = base.scaled_score
     kappa, kappa_0 = _kappa("scores from model", scores), _kappa("unconditional scores", base)
-    by_set = (n, len(like), -1)
-    diag, factor = (
-        kappa.diag.reshape(by_set),
-        kappa.factor.reshape(*by_set[:2], *kappa.factor.shape[1:]),
-    )
+    by_set = (n, *kappa_0.diag.shape)
+    diag, factor = kappa.diag.reshape(by_set), kappa.factor.reshape(*by_set, kappa.rank)
     precision, fine = precision_of(diag, factor, kappa.sign)
     refuse_indefinite(_WHERE, "the noise by model", fine)
     prior, fine = precision_of(kappa_0.diag, kappa_0.factor, kappa_0.sign)
@@ -168,13 +169,8 @@ def _observations(
 
 
 def _set_of(name: str, value: Any, x: Tensor) -> Tensor:
-    """A tensor (B, n, ...) as n B rows, one observation behind the other."""
+    """A tensor (B, n, ...), n >= 1."""
     rule = f"model_kwargs[{name!r}] must have shape ({len(x)}, n, ...), n >= 1"
     sets = check_kind(_WHERE, f"model_kwargs[{name!r}]", value, Tensor)
     check(_WHERE, sets.dim() > 1 and sets.shape[1] > 0, rule, lambda: tuple(sets.shape))
-    return sets.transpose(0, 1).flatten(0, 1)
-
-
-def _each(value: Tensor, rows: int) -> Tensor:
-    """Observations (n, ...) as n rows for each sample, one observation behind the other."""
-    return value.repeat_interleave(rows, 0)
+    return sets

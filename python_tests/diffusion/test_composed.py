@@ -166,6 +166,27 @@ def test_one_observation_is_the_model_and_the_prior_is_not_asked():
     assert torch.equal(found.c, alone.c)
 
 
+def test_no_samples_are_no_samples():
+    law = Linear(True)
+    x, level = torch.ones(0, D, dtype=F64), torch.ones(0, dtype=F64)
+    shared = composed(law.model, {"y": law.y}, law.free())(x, level)
+    named = composed(law.model, ["y"], law.free())(x, level, y=law.y.expand(0, N, -1))
+    for found in (shared, named):
+        assert found.scaled_score.shape == found.c.shape == (0, D)
+        assert found.factor.shape == (0, D, D)
+
+
+def test_shapes_of_samples_stay():
+    law = Linear(True)
+    x, level = torch.randn(2, 1, D, dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    free = gaussian_model(law.mean.unsqueeze(0), law.S, VP())
+    shaped = composed(law.model, {"y": law.y[:3]}, free)(x, level)
+    flat = composed(law.model, {"y": law.y[:3]}, law.free())(x.flatten(1), level)
+    assert shaped.scaled_score.shape == shaped.c.shape == x.shape
+    torch.testing.assert_close(shaped.scaled_score.flatten(1), flat.scaled_score)
+    torch.testing.assert_close(shaped.factor, flat.factor)
+
+
 def two_modes(x: Tensor, sigma: Tensor, *, y: Tensor) -> Scores:
     """Of theta after one observation: N(y, 0.05) or N(-y, 0.05), each of half the weight."""
     s = sigma.reshape(-1, 1)
@@ -256,6 +277,11 @@ def test_what_is_refused():
             ),
             RuntimeError,
             "without derivatives",
+        ),
+        (
+            lambda: composed(law.model, {"y": y}, free)(x, level, y=y[:2]),
+            ValueError,
+            r"model_kwargs must have other names than observations, got \['y'\]",
         ),
         (lambda: composed(law.model, {"y": y}, free, widest=-1), ValueError, "widest must be"),
     ):
