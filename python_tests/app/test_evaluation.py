@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hos_ext import MLP, ops
+from hos_ext import MLP, ops, sample
 from hos_ext.app import data, evaluation
 from hos_ext.app.evaluation import Denoised, denoise, denoise_held_out, evaluate, recalibrate
 from hos_ext.densities import Gaussian
@@ -585,3 +585,9 @@ def _accuracy(**more):
 def test_arguments_out_of_range_are_refused(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_chains_beside_a_single_held_out_sample_raise_no_alarm():
+    start = ops.normal((1, 3), seed=0)
+    chains = sample(lambda x: -x, start.expand(4, 3), step_size=0.1, n_steps=50, seed=0)
+    assert evaluation.chains_alarm(chains, start.expand(4, 3), start) == ""

@@ -154,9 +154,12 @@ def _ratio(
     centre: Tensor,
     size: Callable[[Tensor], float],
 ) -> float:
-    """Size of the late draws over that of the law, whose starts are allowed to be unusual."""
+    """Size of the late draws over that of the law, whose starts are allowed to be unusual; 1 where
+    one held-out sample is all there is, which has no size to compare with."""
     now, begin, right = (size(each - centre) for each in (late, starts, reference))
     low, high = min(begin, right), max(begin, right)
+    if high == 0:
+        return 1.0
     return now / high if now > high else now / low if now < low else 1.0
 
 
